@@ -1,0 +1,70 @@
+"""Small file helpers: everything that must never be seen half-written goes through here."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from diffusion2gan.errors import UserError
+
+
+def cache_dir() -> Path:
+    """Where data sets are kept: $DIFFUSION2GAN_CACHE, or ~/.cache/diffusion2gan."""
+    return Path(os.environ.get("DIFFUSION2GAN_CACHE") or Path.home() / ".cache" / "diffusion2gan")
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a full disk or a read-only folder into one clear line that names the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{path}: the disk is full; free some space and run the same command again, it goes on where it stopped") from None
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise UserError(f"{path}: cannot write here ({os.strerror(error.errno)}); choose a folder you may write to") from None
+        raise
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is flushed to disk and renamed over `path`, otherwise removed."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(fd)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+            fsync_dir(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Writes `data` to `path`: afterwards the file has either its old content or all of the new one."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def fsync_dir(path: Path) -> None:
+    """Makes a rename inside `path` survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
