@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from diffusion2gan.embedded.emoji import EmojiDataset
-from diffusion2gan.embedded.fit import FitConfig, fit
+from diffusion2gan.fit import FitConfig, fit
 
 # name -> (block_out_channels, latent channels). "f8" is kept for the comparison in the model card.
 FORMS = {"f4": ((16, 32, 64), 4), "f8": ((16, 32, 64, 128), 16)}
@@ -41,7 +41,7 @@ def new_autoencoder(form: str = "f4") -> AutoencoderKL:
 
 def to_tensor(images: np.ndarray) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1], channels-last."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def _gradient_l1(a: Tensor, b: Tensor) -> Tensor:

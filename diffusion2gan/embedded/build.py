@@ -7,14 +7,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import gzip
+import json
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
-from diffusion2gan.embedded import autoencoder, emoji, text_to_image
+from diffusion2gan.embedded import autoencoder, emoji, perceptual, text_to_image
+from diffusion2gan.embedded.weights import weights_root
+from diffusion2gan.errors import UserError
+from diffusion2gan.files import write_bytes_atomic
 
 
 def build_autoencoder(work: Path, steps: int | None = None, decay_steps: int | None = None) -> Path:
@@ -22,7 +28,7 @@ def build_autoencoder(work: Path, steps: int | None = None, decay_steps: int | N
     dataset = emoji.load()
     config = replace(autoencoder.CONFIG, steps=steps or autoencoder.CONFIG.steps, decay_steps=autoencoder.CONFIG.decay_steps if decay_steps is None else decay_steps)
     vae = autoencoder.train(dataset, work / "ae_f4", "f4", config)
-    autoencoder.fold_latent_statistics(vae, dataset.images[emoji.reference_indices(dataset)])
+    autoencoder.fold_latent_statistics(vae, dataset.images[emoji.reference_indices(dataset.records)])
     vae.save_pretrained(work / "vae")
     return work / "vae"
 
@@ -35,3 +41,56 @@ def build_teacher(work: Path, steps: int | None = None) -> Path:
     model = text_to_image.train(dataset, vae, work / "unet", config)
     text_to_image.save_pipeline(model, CLIPTokenizer.from_pretrained(work / "unet" / "tokenizer"), vae, work / "teacher")
     return work / "teacher"
+
+
+def build_perceptual(work: Path, steps: int | None = None) -> dict[str, dict[str, float]]:
+    """Trains the latent and the pixel VGG, writes `work/latent_vgg` and `work/pixel_vgg`. Returns their top-1 on held-out cells."""
+    dataset = emoji.load()
+    vae = AutoencoderKL.from_pretrained(work / "vae").to(memory_format=torch.channels_last).eval()
+    config = replace(perceptual.CONFIG, steps=steps or perceptual.CONFIG.steps)
+    result = {}
+    for name, encoder in (("latent_vgg", vae), ("pixel_vgg", None)):
+        metric, result[name] = perceptual.train(dataset, encoder, work / f"{name}_run", config)
+        metric.save_pretrained(work / name, torch.float16)
+    return result
+
+
+MAX_TOTAL, MAX_FILE = 28 << 20, 12 << 20
+
+
+def pack(work: Path, root: Path) -> list[str]:
+    """Copies what `work` has into the package, in fp16; refuses to ship more than 28 MB, or a file over 12 MB."""
+    parts = [name for name in ("teacher", "latent_vgg", "pixel_vgg") if (work / name).is_dir()]
+    if (work / "student" / "unet").is_dir():
+        parts.append("student")
+    lines = []
+    for name in parts:
+        target = root / name
+        shutil.rmtree(target, ignore_errors=True)
+        # A student shares everything but its network and its scheduler with the teacher.
+        ignore = shutil.ignore_patterns("vae", "text_encoder", "tokenizer", ".*") if name == "student" else shutil.ignore_patterns(".*")
+        shutil.copytree(work / name, target, ignore=ignore)
+        lines.append(f"packed {name}: {sum(p.stat().st_size for p in target.rglob('*') if p.is_file()):,} bytes")
+    records = "".join(json.dumps(asdict(r), sort_keys=True) + "\n" for r in emoji.load().records)
+    write_bytes_atomic(root.parent / "data" / "records.jsonl.gz", gzip.compress(records.encode(), mtime=0))
+    sizes = [p.stat().st_size for folder in (root, root.parent / "data") for p in folder.rglob("*") if p.is_file()]
+    if sum(sizes) > MAX_TOTAL or max(sizes) > MAX_FILE:
+        raise UserError(f"{root}: {sum(sizes):,} bytes, largest file {max(sizes):,}, expected at most {MAX_TOTAL:,} and {MAX_FILE:,}; pack less")
+    return [*lines, f"total {sum(sizes):,} bytes"]
+
+
+def run_stage(stage: str, work: Path, steps: int | None = None) -> None:
+    """One stage by name; prints what it made."""
+    if stage == "data":
+        dataset, skipped = emoji.build()
+        print(f"{len(dataset.records)} pictures; skipped: " + ", ".join(f"{n} {reason}" for reason, n in skipped.items()))
+    elif stage == "autoencoder":
+        print(f"wrote {build_autoencoder(work, steps)}")
+    elif stage == "teacher":
+        print(f"wrote {build_teacher(work, steps)}")
+    elif stage == "perceptual":
+        for name, top1 in build_perceptual(work, steps).items():
+            print(f"wrote {work / name}; top-1 on held-out cells: " + ", ".join(f"{head} {value:.3f}" for head, value in top1.items()))
+    elif stage == "pack":
+        for line in pack(work, weights_root()):
+            print(line)

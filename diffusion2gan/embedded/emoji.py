@@ -16,6 +16,7 @@ Words used here and in the benchmark:
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -24,7 +25,9 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +159,13 @@ def build(folder: Path | None = None) -> tuple[EmojiDataset, dict[str, int]]:
     """Builds (or opens) the data set in `folder` (default: the cache) and says what was skipped, by reason."""
     folder = folder or cache_dir() / "emoji"
     folder.mkdir(parents=True, exist_ok=True)
-    archives = {style: tarfile.open(_fetch(package, sha256, folder)) for package, sha256, style in PACKAGES}
+    with ExitStack() as stack:
+        archives = {style: stack.enter_context(tarfile.open(_fetch(package, sha256, folder))) for package, sha256, style in PACKAGES}
+        skipped = _build_from(archives, folder)
+    return load(folder), skipped
+
+
+def _build_from(archives: dict[str, tarfile.TarFile], folder: Path) -> dict[str, int]:
     members = {style: set(archive.getnames()) for style, archive in archives.items()}
     file = archives["noto"].extractfile("package/emoji.json")
     assert file is not None  # the checksum above fixes the archive's content
@@ -195,7 +204,7 @@ def build(folder: Path | None = None) -> tuple[EmojiDataset, dict[str, int]]:
     # Written last: its presence means that the images are whole.
     lines = [json.dumps(asdict(r), sort_keys=True) for r in records]
     write_bytes_atomic(folder / "records.jsonl", ("\n".join(lines) + "\n").encode())
-    return load(folder), skipped
+    return skipped
 
 
 def load(folder: Path | None = None) -> EmojiDataset:
@@ -208,6 +217,12 @@ def load(folder: Path | None = None) -> EmojiDataset:
     if len(images) != len(records):
         raise UserError(f"{folder}: {len(images)} images but {len(records)} records; delete the folder and build again")
     return EmojiDataset(images, records)
+
+
+def packaged_records() -> list[EmojiRecord]:
+    """The records that ship with the package, without pictures: enough for captions and prompts, offline."""
+    path = resources.files("diffusion2gan.embedded") / "data" / "records.jsonl.gz"
+    return [EmojiRecord(**json.loads(line)) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
 
 
 # --- Captions -------------------------------------------------------------------------------------------------------
@@ -238,10 +253,10 @@ def draw_caption(record: EmojiRecord, uniform: Sequence[float]) -> str:
     return caption(record, level, uniform[1] < 0.5, uniform[2] < 0.5)
 
 
-def reference_indices(dataset: EmojiDataset) -> np.ndarray:
-    """R of the benchmark: each held-in cell once, its tone chosen by a fixed hash. In the data set's order."""
+def reference_indices(records: Sequence[EmojiRecord]) -> np.ndarray:
+    """Rows of R, the benchmark's reference: each held-in cell once, its tone chosen by a fixed hash. In the records' order."""
     best: dict[tuple[str, str], tuple[float, int]] = {}
-    for i, r in enumerate(dataset.records):
+    for i, r in enumerate(records):
         if r.split == "train":
             key = (_unit_hash("tone", r.concept, r.style, r.tone), i)
             best[r.cell] = min(best.get(r.cell, key), key)

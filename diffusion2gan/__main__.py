@@ -1,0 +1,5 @@
+import sys
+
+from diffusion2gan.cli import main
+
+sys.exit(main())

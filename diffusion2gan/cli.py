@@ -1,0 +1,220 @@
+"""The `diffusion2gan` command: parse, build, call. Heavy imports happen inside the commands, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusion2gan import __version__
+from diffusion2gan.errors import UserError
+
+
+def _simulate(a: argparse.Namespace) -> None:
+    from diffusion2gan.recipe import load_recipe
+    from diffusion2gan.run import simulate_recipe
+
+    manifest = simulate_recipe(load_recipe(a.recipe, a.set), a.out)
+    if manifest is None:
+        print(f"{a.out}: this worker's shards are done; others are still at work")
+    else:
+        print(f"{a.out}: {manifest['count']} pairs in {len(manifest['shards'])} shards, fingerprint {manifest['fingerprint']}")
+
+
+def _pairs_check(a: argparse.Namespace) -> None:
+    from diffusion2gan.pairs.maintain import check
+
+    for key, value in check(a.store).items():
+        print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
+
+
+def _pairs_show(a: argparse.Namespace) -> None:
+    from diffusion2gan.pairs.maintain import show
+    from diffusion2gan.recipe import load_recipe
+    from diffusion2gan.teachers.load import load_teacher
+
+    show(a.store, load_teacher(load_recipe(a.recipe, a.set).teacher), a.output, a.count)
+    print(f"wrote {a.output}")
+
+
+def _pairs_store_noise(a: argparse.Namespace) -> None:
+    from diffusion2gan.pairs.maintain import store_noise
+
+    manifest = store_noise(a.store, a.out)
+    print(f"{a.out}: {manifest['count']} pairs with their noise, fingerprint {manifest['fingerprint']}")
+
+
+def _train(a: argparse.Namespace) -> None:
+    from diffusion2gan.recipe import load_recipe
+    from diffusion2gan.run import train_recipe
+
+    trainer = train_recipe(load_recipe(a.recipe, a.set), a.pairs, a.out)
+    print(f"{a.out}: {trainer.step} steps done; next: diffusion2gan export {a.out} STUDENT")
+
+
+def _export(a: argparse.Namespace) -> None:
+    from diffusion2gan.run import export_run
+
+    export_run(a.run, a.out, a.dtype, use_ema=not a.last)
+    print(f"wrote {a.out}: an ordinary diffusers folder, one step, guidance 1")
+
+
+def _student(path: str, dtype: str):  # type: ignore[no-untyped-def]
+    from diffusion2gan.embedded.weights import embedded_student
+    from diffusion2gan.pipeline import Student
+    from diffusion2gan.run import default_device
+
+    return Student.from_pretrained(embedded_student() if path == "embedded" else path, dtype, default_device())
+
+
+def _generate(a: argparse.Namespace) -> None:
+    from diffusion2gan.files import write_bytes_atomic
+    from diffusion2gan.images import grid, png_bytes
+
+    student = _student(a.student, a.dtype)
+    prompts = [p for p in a.prompt for _ in range(a.count)]
+    seeds = [a.seed + i for _ in a.prompt for i in range(a.count)]
+    started = time.perf_counter()
+    images = student.generate(prompts, seeds)
+    seconds = time.perf_counter() - started
+    columns = a.count if len(a.prompt) > 1 else min(a.count, 8)
+    write_bytes_atomic(a.output, png_bytes(grid(images, columns, scale=max(1, 128 // images.shape[1]))))
+    print(f"wrote {a.output}: {len(images)} pictures, {seconds / len(images):.4f} s each, seeds {seeds[0]} to {seeds[-1]}")
+
+
+def _compare(a: argparse.Namespace) -> None:
+    from diffusion2gan.compare import compare_pictures
+    from diffusion2gan.files import write_bytes_atomic
+    from diffusion2gan.images import png_bytes
+    from diffusion2gan.run import default_device
+    from diffusion2gan.teachers.load import load_teacher
+    from diffusion2gan.teachers.ode import SolverConfig
+    from diffusion2gan.teachers.protocol import TeacherConfig
+
+    student = _student(a.student, a.dtype)
+    teacher = load_teacher(TeacherConfig(source=a.teacher, dtype=a.dtype), default_device())
+    picture, seconds = compare_pictures(teacher, student, a.prompt, a.seed, a.count, SolverConfig(steps=a.steps, guidance=a.guidance))
+    write_bytes_atomic(a.output, png_bytes(picture))
+    print(f"wrote {a.output}: teacher {a.steps} steps {seconds[0]:.3f} s a picture, student 1 step {seconds[1]:.4f} s, ratio {seconds[0] / seconds[1]:.1f}")
+
+
+def _recipes(_: argparse.Namespace) -> None:
+    from diffusion2gan.recipe import builtin_recipes, load_recipe
+
+    for name in builtin_recipes():
+        recipe = load_recipe(name)
+        print(f"{name:32} {recipe.pairs.count:>9} pairs  {recipe.loss.distance:16} {recipe.training.steps:>7} steps of {recipe.training.batch_size}")
+
+
+def _embedded(a: argparse.Namespace) -> None:
+    from diffusion2gan.embedded import build
+
+    build.run_stage(a.stage, a.work, a.steps)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="diffusion2gan", description="Distil a multi-step text-to-image diffusion model into a one-step generator.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, function, text: str, parent=commands) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+        sub = parent.add_parser(name, help=text, description=text)
+        sub.set_defaults(function=function)
+        return sub
+
+    def recipe_arguments(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("recipe", help="a built-in recipe (see `diffusion2gan recipes`) or a YAML file")
+        sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one setting of the recipe")
+
+    sub = add("simulate", _simulate, "Make the teacher's pairs of a recipe (runs under torchrun too; the same command goes on where it stopped)")
+    recipe_arguments(sub)
+    sub.add_argument("--out", type=Path, required=True, help="folder of the pair store")
+
+    pairs = commands.add_parser("pairs", help="Check, show or convert a pair store").add_subparsers(required=True, metavar="COMMAND")
+    sub = add("check", _pairs_check, "Read a whole store: checksums, seeds, finite latents", pairs)
+    sub.add_argument("store", type=Path)
+    sub = add("show", _pairs_show, "Decode the first pairs into one picture", pairs)
+    sub.add_argument("store", type=Path)
+    recipe_arguments(sub)
+    sub.add_argument("-n", "--count", type=_positive, default=32)
+    sub.add_argument("-o", "--output", type=Path, default=Path("pairs.png"))
+    sub = add("store-noise", _pairs_store_noise, "Copy a store into one that holds its noise (faster to read, three times the disk)", pairs)
+    sub.add_argument("store", type=Path)
+    sub.add_argument("--out", type=Path, required=True)
+
+    sub = add("train", _train, "Distil: train the one-step generator on a pair store (the same command goes on where it stopped)")
+    recipe_arguments(sub)
+    sub.add_argument("--pairs", type=Path, required=True, help="folder of the pair store")
+    sub.add_argument("--out", type=Path, required=True, help="run folder")
+
+    sub = add("export", _export, "Write a run's student as an ordinary diffusers folder")
+    sub.add_argument("run", type=Path)
+    sub.add_argument("out", type=Path)
+    sub.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
+    sub.add_argument("--last", action="store_true", help="the last weights instead of their average")
+
+    sub = add("generate", _generate, "Draw pictures with a student, one step each")
+    sub.add_argument("student", help="`embedded` or a folder written by export")
+    sub.add_argument("prompt", nargs="+")
+    sub.add_argument("--seed", type=_seed, default=0)
+    sub.add_argument("-n", "--count", type=_positive, default=1, help="pictures a prompt")
+    sub.add_argument("-o", "--output", type=Path, default=Path("out.png"))
+    sub.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"), default="float32")
+
+    sub = add("compare", _compare, "Teacher and student side by side from the same noise")
+    sub.add_argument("student", help="`embedded` or a folder written by export")
+    sub.add_argument("prompt", nargs="+")
+    sub.add_argument("--teacher", default="embedded", help="`embedded`, a diffusers folder or a hub id")
+    sub.add_argument("--steps", type=_positive, default=50)
+    sub.add_argument("--guidance", type=float, default=3.0)
+    sub.add_argument("--seed", type=_seed, default=0)
+    sub.add_argument("-n", "--count", type=_positive, default=4, help="noises a prompt")
+    sub.add_argument("-o", "--output", type=Path, default=Path("compare.png"))
+    sub.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"), default="float32")
+
+    add("recipes", _recipes, "List the built-in recipes")
+
+    sub = add("embedded", _embedded, "Make the embedded teacher and its networks from the public emoji (data, autoencoder, teacher, pack)")
+    sub.add_argument("stage", choices=("data", "autoencoder", "teacher", "perceptual", "pack"))
+    sub.add_argument("--work", type=Path, default=Path("work"), help="folder of checkpoints; the same command goes on where it stopped")
+    sub.add_argument("--steps", type=_positive, default=None, help="train to this many steps instead of the recipe's")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: expected a whole number of at least 1")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1 << 62:
+        raise argparse.ArgumentTypeError(f"{value}: expected a whole number from 0 to 2^62 - 1")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit code: 0, 2 for what the user must mend (one line on stderr), 130 when interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.function(arguments)
+    except UserError as error:
+        print(f"diffusion2gan: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ndiffusion2gan: interrupted; run the same command again to go on where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Teacher and student from the same noise, side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffusion2gan.images import grid, to_uint8
+from diffusion2gan.pairs.seeds import draw_noise
+from diffusion2gan.pairs.simulate import solve_batch
+from diffusion2gan.pipeline import Student
+from diffusion2gan.teachers.ode import SolverConfig
+from diffusion2gan.teachers.protocol import Teacher
+
+
+@torch.inference_mode()
+def teacher_pictures(teacher: Teacher, prompts: Sequence[str], seeds: Sequence[int], ode: SolverConfig, batch_size: int = 32) -> np.ndarray:
+    """The teacher's pictures (B, h, w, 3) uint8, one for each prompt and seed."""
+    negative = teacher.encode_prompts([""])
+    parts = []
+    for start in range(0, len(prompts), batch_size):
+        stop = start + batch_size
+        x = solve_batch(teacher, ode, draw_noise(seeds[start:stop], teacher.latent_shape), list(prompts[start:stop]), negative)
+        parts.append(to_uint8(teacher.decode(x.to(teacher.dtype))))
+    return np.concatenate(parts)
+
+
+def compare_pictures(
+    teacher: Teacher, student: Student, prompts: Sequence[str], seed: int, count: int, ode: SolverConfig
+) -> tuple[Image.Image, tuple[float, float]]:
+    """A grid with two rows a prompt, teacher above student, and the seconds a picture took of each."""
+    everything = [p for p in prompts for _ in range(count)]
+    seeds = [seed + i for _ in prompts for i in range(count)]
+    started = time.perf_counter()
+    above = teacher_pictures(teacher, everything, seeds, ode)
+    between = time.perf_counter()
+    below = student.generate(everything, seeds)
+    ended = time.perf_counter()
+    rows = [part[i * count : (i + 1) * count] for i in range(len(prompts)) for part in (above, below)]
+    labels = [label for p in prompts for label in (f"teacher {p}"[:28], "student")]
+    picture = grid(np.concatenate(rows), count, row_labels=labels, scale=max(1, 96 // above.shape[1]))
+    return picture, ((between - started) / len(everything), (ended - between) / len(everything))

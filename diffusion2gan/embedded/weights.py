@@ -1,0 +1,49 @@
+"""Finds the embedded models that ship with the package."""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+
+from diffusion2gan.errors import UserError
+
+
+def weights_root() -> Path:
+    """Folder of the shipped weights; $DIFFUSION2GAN_EMBEDDED overrides it (to try newly trained ones)."""
+    override = os.environ.get("DIFFUSION2GAN_EMBEDDED")
+    return Path(override) if override else Path(str(resources.files("diffusion2gan.embedded") / "weights"))
+
+
+def embedded_folder(name: str) -> Path:
+    """`teacher`, `student`, `latent_vgg` or `pixel_vgg`. Raises UserError when this installation does not have it."""
+    folder = weights_root() / name
+    if not folder.is_dir():
+        raise UserError(f"embedded {name}: {folder} does not exist; train it with `diffusion2gan embedded`, or set DIFFUSION2GAN_EMBEDDED")
+    return folder
+
+
+def embedded_student() -> Path:
+    """Folder of the shipped student: its own U-Net beside the teacher's other parts, put together in the cache at first use."""
+    import hashlib
+    import shutil
+    import tempfile
+
+    from diffusion2gan.files import cache_dir
+
+    teacher, own = embedded_folder("teacher"), embedded_folder("student")
+    files = sorted(p for folder in (teacher, own) for p in folder.rglob("*") if p.is_file())
+    digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in files)).hexdigest()[:16]
+    target = cache_dir() / f"student-{digest}"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            draft = Path(scratch) / "student"
+            shutil.copytree(teacher, draft, ignore=shutil.ignore_patterns("unet", "README.md"))
+            shutil.copytree(own, draft, dirs_exist_ok=True)
+            try:
+                draft.rename(target)
+            except OSError:  # another process was faster: the same files
+                if not target.exists():
+                    raise
+    return target

@@ -1,0 +1,1 @@
+"""Scores: metrics of features, the scoring network, and the embedded benchmark."""

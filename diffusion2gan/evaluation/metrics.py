@@ -1,0 +1,419 @@
+"""Metrics of feature vectors. Nothing here knows where features come from.
+
+N pictures (or M of another set), d feature dimensions, P prompts, n noises of each. Every sum is taken in float64.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.files import atomic_path
+
+_ROWS = 2048
+
+
+def _as_matrix(features: np.ndarray, name: str) -> np.ndarray:
+    if features.ndim != 2:
+        raise UserError(f"{name}: shape {features.shape}, expected (N, d); give one row of features a picture")
+    if not np.isfinite(features).all():
+        raise UserError(f"{name}: holds NaN or infinity, expected finite features; the pictures they come from are broken")
+    return features
+
+
+# --- Frechet distance -----------------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """`n` samples, their `mean` (d,) and unbiased `covariance` (d, d), both float64."""
+
+    n: int
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> Moments:
+        """Moments of (N, d) features, N >= 2. Raises UserError for fewer, or for values that are not finite."""
+        n, d = _as_matrix(features, "features").shape
+        if n < 2:
+            raise UserError(f"{n} feature vectors, expected at least 2: a covariance needs two; generate more pictures")
+        mean = features.mean(0, dtype=np.float64)
+        scatter = np.zeros((d, d))
+        for start in range(0, n, _ROWS):
+            centred = features[start : start + _ROWS] - mean
+            scatter += centred.T @ centred
+        return cls(n, mean, scatter / (n - 1))
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both samples together, exactly as if they had been one."""
+        n, delta = self.n + other.n, other.mean - self.mean
+        scatter = self.covariance * (self.n - 1) + other.covariance * (other.n - 1) + np.outer(delta, delta) * (self.n * other.n / n)
+        return Moments(n, self.mean + delta * (other.n / n), scatter / (n - 1))
+
+    @cached_property
+    def root(self) -> np.ndarray:
+        """The symmetric square root of the covariance, (d, d)."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+
+    def save(self, path: Path) -> None:
+        """Writes safetensors: the covariance is symmetric, so its upper triangle alone (6.6 MB for d = 1280)."""
+        upper = self.covariance[np.triu_indices(len(self.mean))]
+        with atomic_path(path) as temporary:
+            save_file({"mean": self.mean, "upper": upper, "n": np.array([self.n])}, temporary)
+
+    @classmethod
+    def load(cls, path: Path) -> Moments:
+        """Reads what `save` wrote. Raises UserError when the file is missing or holds something else."""
+        tensors = _load_tensors(path, ("mean", "upper", "n"))
+        d = len(tensors["mean"])
+        if len(tensors["upper"]) != d * (d + 1) // 2:
+            raise UserError(
+                f"{path}: {len(tensors['upper'])} covariances for {d} means, expected {d * (d + 1) // 2}; compute the file again"
+            )
+        covariance = np.zeros((d, d))
+        covariance[np.triu_indices(d)] = tensors["upper"]
+        covariance += np.triu(covariance, 1).T
+        return cls(int(tensors["n"][0]), tensors["mean"], covariance)
+
+
+def _load_tensors(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # safetensors raises its own class, and OSError
+        raise UserError(f"{path}: cannot be read as safetensors ({type(error).__name__}); compute the file again") from None
+    if missing := sorted(set(names) - set(tensors)):
+        raise UserError(f"{path}: has no {missing[0]!r}, expected {', '.join(names)}; compute the file again")
+    return tensors
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """|m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)), >= 0; warns for n <= d, where it is defined but says little.
+
+    The last trace by eigenvalues of S2^(1/2) S1 S2^(1/2): real by construction, unlike a general matrix root.
+    Raises UserError when the two have different d.
+    """
+    d = len(a.mean)
+    if len(b.mean) != d:
+        raise UserError(f"features of {d} and {len(b.mean)} dimensions, expected equal; both must come from one scoring network")
+    if min(a.n, b.n) < 2:
+        raise UserError(f"a Frechet distance of {min(a.n, b.n)} samples, expected at least 2; generate more pictures")
+    if min(a.n, b.n) <= d:
+        warnings.warn(f"Frechet distance of {min(a.n, b.n)} samples in {d} dimensions: strongly biased, for debugging only", stacklevel=2)
+    # b's root is cached: a reference meets many a's.
+    values = np.linalg.eigvalsh(b.root @ a.covariance @ b.root)
+    cross = np.sqrt(values.clip(0)).sum()
+    distance = float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
+    return max(distance, 0.0)
+
+
+@dataclass(frozen=True)
+class FdInfinity:
+    """FD_N = `intercept` + `slope` / N, and the (N, FD_N) it was fitted to."""
+
+    intercept: float
+    slope: float
+    points: tuple[tuple[int, float], ...]
+
+
+def fd_infinity(features: np.ndarray, reference: Moments, points: int = 15, smallest: int | None = None, seed: int = 0) -> FdInfinity:
+    """The Frechet distance of (N, d) features to `reference`, extrapolated to endless samples.
+
+    `points` subsets without replacement, their sizes even from `smallest` to N. By default `smallest` is N / 10, but at least
+    2 d where N / 2 allows it: with fewer samples than dimensions the bias is no longer straight in 1/N.
+    Raises UserError unless 2 <= smallest < N and points >= 2.
+    """
+    n, d = _as_matrix(features, "features").shape
+    smallest = max(n // 10, min(2 * d, n // 2), 2) if smallest is None else smallest
+    if points < 2 or not 2 <= smallest < n:
+        raise UserError(
+            f"FD_inf from {points} subsets of {smallest} to {n} samples, expected 2 or more of growing size; generate more pictures"
+        )
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    sizes = np.linspace(smallest, n, points).round().astype(int)
+    subsets = [np.sort(rng.permutation(n)[:size]) for size in sizes]
+    distances = [frechet_distance(Moments.of(features[rows]), reference) for rows in subsets]
+    slope, intercept = np.polyfit(1 / sizes, distances, 1)
+    return FdInfinity(float(intercept), float(slope), tuple((int(s), float(f)) for s, f in zip(sizes, distances, strict=True)))
+
+
+def gap_closed(fd_student: float, fd_teacher: float, fd_untrained: float) -> float:
+    """1 - (FD(student, T_B) - FD(T_A, T_B)) / (FD(untrained, T_B) - FD(T_A, T_B)): 1 is as good as the teacher's own
+    pictures from other noises, 0 no better than one step of the undistilled network. Raises UserError when there is no gap."""
+    if not fd_untrained > fd_teacher:
+        raise UserError(
+            f"gap closed: the untrained one-step network is at {fd_untrained:.4g}, the teacher at {fd_teacher:.4g}, expected a gap; "
+            "check that `untrained` is the teacher evaluated once"
+        )
+    return 1 - (fd_student - fd_teacher) / (fd_untrained - fd_teacher)
+
+
+# --- Precision and recall (Kynkaanniemi et al. 2019) ----------------------------------------------------------------
+def _squared(a: np.ndarray, b: np.ndarray, a2: np.ndarray, b2: np.ndarray) -> np.ndarray:
+    """|a_i - b_j|^2 by one float32 matmul: right to about 1e-6 of |a|^2 + |b|^2, so wrong for near duplicates."""
+    return (a2[:, None] + b2[None, :] - 2 * (a @ b.T)).clip(0)
+
+
+def _squared_exactly(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return ((a.astype(np.float64) - b) ** 2).sum(-1)
+
+
+_BAND = np.float32(1e-5)
+
+
+def _radii(x: np.ndarray, k: int, block: int) -> np.ndarray:
+    """Squared distance of each point to its k-th nearest other point, (N,) float64."""
+    x2 = (x * x).sum(1)
+    n, spare = len(x), min(len(x) - 1, k + 8)
+    radii = np.empty(n)
+    for i in range(0, n, block):
+        rows = x[i : i + block]
+        nearest, where = np.empty((len(rows), 0), np.float32), np.empty((len(rows), 0), np.int64)
+        for j in range(0, n, block):
+            d2 = _squared(rows, x[j : j + block], x2[i : i + block], x2[j : j + block])
+            if i == j:
+                np.fill_diagonal(d2, np.inf)  # self by index: a duplicate is a neighbour, at distance 0
+            nearest = np.concatenate([nearest, d2], 1)
+            where = np.concatenate([where, np.broadcast_to(np.arange(j, j + d2.shape[1]), d2.shape)], 1)
+            if nearest.shape[1] > spare:
+                keep = np.argpartition(nearest, spare - 1, axis=1)[:, :spare]
+                nearest, where = np.take_along_axis(nearest, keep, 1), np.take_along_axis(where, keep, 1)
+        # float32 only finds the candidates; which is the k-th, and how far it is, float64 differences say.
+        for r, candidates in enumerate(where):
+            radii[i + r] = np.partition(_squared_exactly(x[candidates], rows[r]), k - 1)[k - 1]
+    return radii
+
+
+def _share_inside(points: np.ndarray, centres: np.ndarray, radii: np.ndarray, block: int) -> float:
+    """Share of `points` within at least one ball (centre, squared radius), the boundary included."""
+    p2, c2 = (points * points).sum(1), (centres * centres).sum(1)
+    inside = np.zeros(len(points), bool)
+    for i in range(0, len(points), block):
+        for j in range(0, len(centres), block):
+            todo = i + np.flatnonzero(~inside[i : i + block])
+            if not len(todo):
+                break
+            d2, r2 = _squared(points[todo], centres[j : j + block], p2[todo], c2[j : j + block]), radii[j : j + block].astype(np.float32)
+            band = _BAND * (p2[todo][:, None] + c2[None, j : j + block])
+            inside[todo[(d2 < r2 - band).any(1)]] = True
+            # Too close to the boundary for float32: look again, one candidate a point at a time.
+            close = (np.abs(d2 - r2) <= band) & ~inside[todo][:, None]
+            while (open_rows := np.flatnonzero(close.any(1))).size:
+                first = close[open_rows].argmax(1)
+                hit = _squared_exactly(points[todo[open_rows]], centres[j + first]) <= radii[j + first]
+                inside[todo[open_rows[hit]]] = True
+                close[open_rows[hit]] = False
+                close[open_rows, first] = False
+    return float(inside.mean())
+
+
+def nearest(points: np.ndarray, centres: np.ndarray, block: int = 2048) -> np.ndarray:
+    """Index of the nearest of (M, d) `centres` to each of (N, d) `points`: (N,)."""
+    points, centres = points.astype(np.float32), centres.astype(np.float32)
+    c2 = (centres * centres).sum(1)
+    # |p|^2 is the same for all centres.
+    return np.concatenate([(c2 - 2 * (points[i : i + block] @ centres.T)).argmin(1) for i in range(0, len(points), block)])
+
+
+def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3, block: int = 2048) -> tuple[float, float]:
+    """(precision, recall) of (N, d) against (M, d) features: the share of generated pictures inside the union of the balls
+    of real ones, and the other way round; a ball reaches to the k-th nearest *other* picture of its own set.
+
+    Blockwise: never more than a few `block` x `block` matrices in memory. Raises UserError unless k < N and k < M.
+    """
+    _as_matrix(generated, "generated features"), _as_matrix(real, "real features")
+    if not 1 <= k < min(len(generated), len(real)):
+        raise UserError(
+            f"precision/recall: k = {k} of {len(generated)} and {len(real)} pictures, expected 1 <= k < both; generate more pictures"
+        )
+    # The distance does not change, and the smaller the norms, the better float32 does.
+    centre = real.mean(0, dtype=np.float64)
+    generated, real = (generated - centre).astype(np.float32), (real - centre).astype(np.float32)
+    precision = _share_inside(generated, real, _radii(real, k, block), block)
+    recall = _share_inside(real, generated, _radii(generated, k, block), block)
+    return precision, recall
+
+
+# --- Same noise, same picture? --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Retrieval:
+    """`hits` (P, n) bool: the student's picture is nearest to the teacher's picture of its own noise. Distances (P,):
+    `paired` from its own teacher picture, `control` from those of the same prompt and other noises."""
+
+    hits: np.ndarray
+    paired: np.ndarray
+    control: np.ndarray
+
+    @property
+    def rate(self) -> float:
+        return float(self.hits.mean())
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.hits.shape[1]
+
+    @property
+    def ratio(self) -> float:
+        """Paired over control distance: 0 for the same pictures, 1 when the noise says nothing."""
+        return float(self.paired.mean() / self.control.mean())
+
+
+def _pairwise(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Euclidean distances (n, d) x (m, d) -> (n, m) by differences: exact for equal rows."""
+    return np.sqrt(_squared_exactly(a[:, None], b[None]))
+
+
+def _as_groups(features: np.ndarray, name: str) -> np.ndarray:
+    if features.ndim != 3 or features.shape[1] < 2:
+        raise UserError(f"{name}: shape {features.shape}, expected (P, n, d) with n >= 2; give every prompt two noises or more")
+    return features
+
+
+def retrieval(student: np.ndarray, teacher: np.ndarray) -> Retrieval:
+    """Compares (P, n, d) features of the student with the teacher's, from the same noises. Chance is 1/n.
+    Raises UserError when the shapes differ or n < 2."""
+    if _as_groups(student, "student features").shape != _as_groups(teacher, "teacher features").shape:
+        raise UserError(f"student features {student.shape}, teacher features {teacher.shape}, expected equal shapes from the same noises")
+    n = student.shape[1]
+    hits, paired, control = [], [], []
+    for s, t in zip(student, teacher, strict=True):
+        distance = _pairwise(s, t)
+        own = np.diag(distance)
+        # A tie is no hit: a student with one picture for every noise retrieves nothing.
+        hits.append((distance + np.diag(np.full(n, np.inf))).min(1) > own)
+        paired.append(own.mean())
+        control.append((distance.sum() - own.sum()) / (n * (n - 1)))
+    return Retrieval(np.array(hits), np.array(paired), np.array(control))
+
+
+def within_prompt_diversity(features: np.ndarray) -> np.ndarray:
+    """Mean distance between two pictures of one prompt: (P, n, d) -> (P,). Raises UserError for n < 2."""
+    n = _as_groups(features, "features").shape[1]
+    return np.array([_pairwise(group, group).sum() / (n * (n - 1)) for group in features])
+
+
+def variance_within(features: np.ndarray, groups: Sequence[str] | np.ndarray) -> float:
+    """Share of the total variance (trace) of (N, d) features that lies inside `groups` (N,): 1 when the groups' means are equal.
+
+    The plain ratio of sums of squares; with n pictures a group of pure noise it is 1 - about 1/n, not 1.
+    Raises UserError when the lengths differ or nothing varies.
+    """
+    _as_matrix(features, "features")
+    if len(groups) != len(features):
+        raise UserError(f"{len(groups)} group labels for {len(features)} pictures, expected one each")
+    x = features.astype(np.float64) - features.mean(0, dtype=np.float64)
+    total = (x**2).sum()
+    if total == 0:
+        raise UserError("all features are equal, expected some variance; the sampler returns one picture for everything")
+    _, labels = np.unique(np.asarray(groups), return_inverse=True)
+    between = sum((x[labels == g].sum(0) ** 2).sum() / (labels == g).sum() for g in range(labels.max() + 1))
+    return float(1 - between / total)
+
+
+def bootstrap_interval(values: np.ndarray, level: float = 0.95, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """Percentile interval of the mean of `values` (P,), prompts redrawn with replacement; a function of the seed."""
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or not len(values):
+        raise UserError(f"bootstrap of values of shape {values.shape}, expected (P,), one a prompt")
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(draws)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+# --- Probe ----------------------------------------------------------------------------------------------------------
+Targets = Mapping[str, frozenset[str]]
+"""What a prompt asks for: head -> allowed labels. A head that is not named may say anything."""
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A linear classifier of standardised features, one head per label: `weight` head -> (d + 1, classes), the last row the bias."""
+
+    mean: np.ndarray
+    scale: np.ndarray
+    labels: dict[str, list[str]]
+    weight: dict[str, np.ndarray]
+
+    @classmethod
+    def fit(cls, features: np.ndarray, labels: Mapping[str, Sequence[str]], l2: float = 0.01, iterations: int = 100) -> Probe:
+        """Multinomial logistic regression of (N, d) features on the labels of every head, mean cross-entropy + l2/2 |W|^2, by L-BFGS
+        from zero: convex and without a random number. Raises UserError when a head has not one label a picture."""
+        n = len(_as_matrix(features, "features"))
+        for head, values in labels.items():
+            if len(values) != n:
+                raise UserError(f"probe head {head!r}: {len(values)} labels for {n} pictures, expected one each")
+        mean = features.mean(0, dtype=np.float64)
+        # A dead feature would otherwise be divided by zero here, and blown up on pictures where it wakes.
+        scale = np.maximum(features.std(0, dtype=np.float64), 1e-3 * features.std(dtype=np.float64) + 1e-12)
+        classes = {head: sorted(set(values)) for head, values in labels.items()}
+        weight = {
+            head: _logistic_regression(_standardise(features, mean, scale), [classes[head].index(v) for v in values], l2, iterations)
+            for head, values in labels.items()
+        }
+        return cls(mean, scale, classes, weight)
+
+    def predict(self, features: np.ndarray) -> dict[str, list[str]]:
+        """The likeliest label of every head for (N, d) features."""
+        x = _standardise(_as_matrix(features, "features"), self.mean, self.scale).numpy()
+        return {head: [self.labels[head][c] for c in (x @ w).argmax(1)] for head, w in self.weight.items()}
+
+    def accuracy(self, features: np.ndarray, labels: Mapping[str, Sequence[str]]) -> dict[str, float]:
+        """Share of pictures whose predicted label is the right one, by head."""
+        predicted = self.predict(features)
+        return {head: float(np.mean([p == v for p, v in zip(predicted[head], values, strict=True)])) for head, values in labels.items()}
+
+    def agreement(self, features: np.ndarray, targets: Sequence[Targets]) -> np.ndarray:
+        """Whether each picture shows what its prompt asks for: (N, d) features, N targets -> (N,) bool.
+        True when the prediction of every head that the target names is among its allowed labels."""
+        if len(targets) != len(features):
+            raise UserError(f"{len(targets)} prompts for {len(features)} pictures, expected one each")
+        predicted = self.predict(features)
+        return np.array([all(predicted[head][i] in allowed for head, allowed in target.items()) for i, target in enumerate(targets)], bool)
+
+    def save(self, path: Path) -> None:
+        """Writes safetensors; the labels are in its metadata."""
+        tensors = {"mean": self.mean, "scale": self.scale} | {f"weight.{head}": w for head, w in self.weight.items()}
+        metadata = {head: "\n".join(values) for head, values in self.labels.items()}
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> Probe:
+        """Reads what `save` wrote. Raises UserError when the file is missing or holds something else."""
+        tensors = _load_tensors(path, ("mean", "scale"))
+        with safe_open(path, "np") as file:
+            labels = {head: text.split("\n") for head, text in (file.metadata() or {}).items()}
+        weight = {name.removeprefix("weight."): w for name, w in tensors.items() if name.startswith("weight.")}
+        if {head: len(values) for head, values in labels.items()} != {head: w.shape[1] for head, w in weight.items()}:
+            raise UserError(f"{path}: labels and weights do not belong together; fit the probe again")
+        return cls(tensors["mean"], tensors["scale"], labels, weight)
+
+
+def _standardise(features: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> torch.Tensor:
+    """(N, d) -> (N, d + 1) float32 with a column of ones."""
+    x = ((features - mean) / scale).astype(np.float32)
+    return torch.from_numpy(np.concatenate([x, np.ones((len(x), 1), np.float32)], 1))
+
+
+def _logistic_regression(x: torch.Tensor, labels: list[int], l2: float, iterations: int) -> np.ndarray:
+    target = torch.tensor(labels)
+    weight = torch.zeros(x.shape[1], int(target.max()) + 1, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weight], max_iter=iterations, history_size=10, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        loss = torch.nn.functional.cross_entropy(x @ weight, target) + l2 / 2 * weight[:-1].square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    return weight.detach().numpy().copy()

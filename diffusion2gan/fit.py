@@ -1,0 +1,111 @@
+"""A small resumable training loop for auxiliary networks: the embedded models, perceptual backbones.
+
+Distillation has its own trainer (`diffusion2gan.training`); this one knows a loss of one step and nothing else.
+Every draw of step s comes from `step_generators(seed, s)`, so a run that was killed and resumed equals one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffusion2gan.ema import Ema
+from diffusion2gan.errors import UserError
+from diffusion2gan.files import atomic_path
+from diffusion2gan.interrupt import stop_requests
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """`steps` may be raised later: the learning rate is constant after warm-up and falls to 0 over the last `decay_steps`."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 100
+    decay_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    ema_decay: float = 0.999
+    gradient_clip: float = 1.0
+    checkpoint_every: int = 500
+    log_every: int = 50
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        left = self.steps - step
+        return self.learning_rate * warm * (min(1.0, left / self.decay_steps) if self.decay_steps else 1.0)
+
+
+def step_generators(seed: int, step: int) -> tuple[np.random.Generator, torch.Generator]:
+    """Random numbers of one training step, a function of (seed, step) alone."""
+    numpy_generator = np.random.Generator(np.random.Philox(key=[seed, step]))
+    return numpy_generator, torch.Generator().manual_seed(int(numpy_generator.integers(2**62)))
+
+
+def fit(
+    model: nn.Module,
+    loss_of_step: Callable[[np.random.Generator, torch.Generator], tuple[Tensor, dict[str, Tensor]]],
+    config: FitConfig,
+    folder: Path,
+    validate: Callable[[dict[str, Tensor]], dict[str, float]] | None = None,
+    validate_every: int = 0,
+) -> dict[str, Tensor]:
+    """Trains `model` to `config.steps`, going on from `folder/checkpoint.pt` if there is one. Returns the EMA weights.
+
+    SIGTERM and Ctrl-C finish the step, save and raise KeyboardInterrupt. Scalars go to `folder/metrics.jsonl`.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    ema = Ema(model, config.ema_decay)
+    path = folder / "checkpoint.pt"
+    start = 0
+    if path.exists():
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        ema.load(saved["ema"])
+        start = saved["step"]
+
+    def save(step: int) -> None:
+        with atomic_path(path) as temporary:
+            torch.save({"model": model.state_dict(), "ema": ema.state, "optimizer": optimizer.state_dict(), "step": step}, temporary)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=config.steps, initial=start, desc=folder.name, mininterval=5)
+    with stop_requests() as stop, open(folder / "metrics.jsonl", "a") as log, bar:
+        for step in range(start, config.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(step)
+            loss, scalars = loss_of_step(*step_generators(config.seed, step))
+            if not torch.isfinite(loss):
+                raise UserError(f"{folder.name}: the loss is {loss.item()} at step {step}; the last good weights are in {path}")
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update(model, step)
+            bar.update()
+            done = step + 1
+            if done % config.log_every == 0 or done == config.steps:
+                row = {"step": done, "time": time.time(), "loss": loss.item(), "gradient_norm": norm.item()}
+                row |= {k: float(v) for k, v in scalars.items()}
+                if validate and validate_every and done % validate_every == 0:
+                    row |= validate(ema.state)
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "time")})
+            stopping = stop()
+            if done % config.checkpoint_every == 0 or done == config.steps or stopping:
+                save(done)
+            if stopping:
+                raise KeyboardInterrupt
+    return ema.state

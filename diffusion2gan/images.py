@@ -1,0 +1,45 @@
+"""Pixels to pictures: quantisation, grids with captions, files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+
+def to_uint8(pixels: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounded to nearest (eval_spec's `round`)."""
+    scaled = (pixels.detach().float() * 127.5 + 127.5).round().clamp(0, 255)
+    return scaled.byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None, row_labels: Sequence[str] | None = None, scale: int = 1) -> Image.Image:
+    """One picture of (N, H, W, 3) uint8 images in rows of `columns`, with captions under them and labels left of the rows."""
+    n, height, width = images.shape[:3]
+    cell_h, cell_w = height * scale, width * scale
+    pad, text = 4, 12 if captions else 0
+    left = 8 * max((len(label) for label in row_labels), default=0) if row_labels else 0
+    rows = -(-n // columns)
+    canvas = Image.new("RGB", (left + columns * (cell_w + pad) + pad, rows * (cell_h + text + pad) + pad), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        x, y = left + pad + column * (cell_w + pad), pad + row * (cell_h + text + pad)
+        picture = Image.fromarray(image)
+        canvas.paste(picture.resize((cell_w, cell_h), Image.Resampling.NEAREST) if scale > 1 else picture, (x, y))
+        if captions:
+            fit = max(1, cell_w // 6)
+            label = captions[i] if len(captions[i]) <= fit else captions[i][: fit - 1] + "."
+            draw.text((x, y + cell_h), label, fill="black", font_size=10)
+    for row, label in enumerate(row_labels or ()):
+        draw.text((4, pad + row * (cell_h + text + pad) + cell_h // 2 - 6), label, fill="black", font_size=12)
+    return canvas
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,71 @@
+"""`diffusion2gan pairs check | show | store-noise`."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.images import grid, to_uint8
+from diffusion2gan.pairs.dataset import PairDataset, canonical_json, encode_shard, shard_count, shard_name, shard_rows, verify_shard, write_final_files
+from diffusion2gan.teachers.protocol import Teacher
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """Reads the whole store: checksums, seeds unique, latents finite. Raises UserError at the first fault; returns statistics."""
+    store = PairDataset(folder, verify=False)
+    for shard in tqdm(store.manifest["shards"], unit="shard", desc="check"):
+        verify_shard(store.folder / shard["file"])
+    if len(np.unique(store.seeds)) != len(store):
+        raise UserError(f"{folder}: {len(store) - len(np.unique(store.seeds))} seeds appear twice; simulate the store again")
+    total, square = 0.0, 0.0
+    for start in range(0, len(store), 1024):
+        x = store.latents(range(start, min(len(store), start + 1024))).astype(np.float64)
+        if not np.isfinite(x).all():
+            raise UserError(f"{folder}: a latent in pairs {start} to {start + len(x) - 1} is not finite; simulate the store again")
+        total, square = total + x.sum(), square + np.square(x).sum()
+    size = len(store) * int(np.prod(store.latent_shape))
+    prompts = {store.prompt(i) for i in range(len(store))}
+    return {
+        "pairs": len(store),
+        "prompts": len(prompts),
+        "latent_mean": total / size,
+        "latent_std": float(np.sqrt(square / size - (total / size) ** 2)),
+        "fingerprint": store.manifest["fingerprint"],
+    }
+
+
+def show(folder: Path, teacher: Teacher, out: Path, count: int = 32) -> Image.Image:
+    """Decodes the first `count` pairs into one picture at `out`."""
+    import torch
+
+    store = PairDataset(folder, verify=False)
+    rows = range(min(count, len(store)))
+    with torch.inference_mode():
+        pixels = teacher.decode(torch.from_numpy(store.latents(rows).astype(np.float32)).to(teacher.device))
+    picture = grid(to_uint8(pixels), columns=8, captions=[store.prompt(i) for i in rows])
+    picture.save(out)
+    return picture
+
+
+def store_noise(folder: Path, out: Path) -> dict[str, Any]:
+    """Copies a store that draws its noise again into one that holds it (float32: the very bits the teacher saw)."""
+    source = PairDataset(folder)
+    if source.noise_dtype is not None:
+        raise UserError(f"{folder}: already stores its noise ({source.noise_dtype}); nothing to do")
+    settings = {k: v for k, v in source.manifest.items() if k not in ("shards", "fingerprint")} | {"noise_storage": "float32"}
+    total = shard_count(settings["count"], settings["shard_size"])
+    out.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(out / "settings.json", canonical_json(settings))
+    for index in tqdm(range(total), unit="shard", desc="store-noise"):
+        rows = shard_rows(index, settings["count"], settings["shard_size"])
+        batch = source.batch(rows)
+        data = encode_shard(batch.seeds.tolist(), batch.prompts, batch.latent, batch.noise)
+        write_bytes_atomic(out / shard_name(index, total, hashlib.sha256(data).hexdigest()), data)
+    return write_final_files(out, settings)

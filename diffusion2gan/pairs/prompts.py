@@ -1,0 +1,85 @@
+"""Prompt lists: a text file, a column of a Parquet or JSONL file, or the embedded captions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from diffusion2gan.config import Section
+from diffusion2gan.errors import UserError
+
+MAX_CHARACTERS = 2000
+
+
+class PromptsConfig(Section):
+    """Where prompts come from."""
+
+    source: str = "embedded"
+    """`embedded`, or a file: .txt (one a line), .jsonl or .parquet."""
+    column: str = "prompt"
+    """Column of a .jsonl or .parquet file."""
+
+
+def read_prompts(config: PromptsConfig, count: int, seed: int) -> list[str]:
+    """`count` prompts; a shorter file is read round and round. Raises UserError naming the file and the line at fault."""
+    if config.source == "embedded":
+        from diffusion2gan.evaluation.emoji10k import store_prompts
+
+        return store_prompts(count, seed)
+    path = Path(config.source)
+    if not path.is_file():
+        raise UserError(f"pairs.prompts.source: {path} is not a file; name a .txt, .jsonl or .parquet file, or `embedded`")
+    lines = {".txt": _text, ".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix)
+    if lines is None:
+        raise UserError(f"pairs.prompts.source: {path} ends in {path.suffix!r}, expected .txt, .jsonl or .parquet")
+    prompts = lines(path, config.column)
+    if not prompts:
+        raise UserError(f"{path}: no prompts in it; write one a line")
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise UserError(f"{path}, line {number}: empty prompt; delete the line (an unconditional sample must be asked for by its own recipe)")
+        if len(prompt) > MAX_CHARACTERS:
+            raise UserError(f"{path}, line {number}: a prompt of {len(prompt):,} characters, expected at most {MAX_CHARACTERS:,}; shorten it (the text encoder reads far fewer)")
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def prompts_digest(prompts: list[str]) -> str:
+    """sha256 of the list, for the manifest."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(prompt.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _text(path: Path, _column: str) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def _jsonl(path: Path, column: str) -> list[str]:
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            value = json.loads(line)[column]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number}: expected a JSON object with {column!r}; mend the line or set pairs.prompts.column") from None
+        if not isinstance(value, str):
+            raise UserError(f"{path}, line {number}: {column!r} is a {type(value).__name__}, expected a string")
+        prompts.append(value.strip())
+    return prompts
+
+
+def _parquet(path: Path, column: str) -> list[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, columns=[column])
+    except (pa.ArrowInvalid, KeyError, OSError):
+        raise UserError(f"{path}: cannot read column {column!r}; is it a Parquet file that has it? Set pairs.prompts.column") from None
+    if table.num_columns != 1:
+        raise UserError(f"{path}: no column {column!r}; set pairs.prompts.column to one of {pq.read_schema(path).names}")
+    return [str(value or "").strip() for value in table.column(0).to_pylist()]

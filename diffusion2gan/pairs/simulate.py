@@ -1,0 +1,190 @@
+"""Runs the teacher's ODE over prompts, a shard at a time, on any number of workers.
+
+A shard is a unit of work whose bytes depend on nothing but the settings, so there are no locks: a worker takes every
+n-th missing shard; a shard made twice is the same file; a dead worker costs one shard; the same command again fills
+what is missing. Times and host names go to `STORE.log.jsonl` beside the store, never into it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion2gan.config import Section
+from diffusion2gan.errors import UserError
+from diffusion2gan.files import disk_errors, write_bytes_atomic
+from diffusion2gan.pairs.dataset import (
+    FORMAT,
+    LATENT_DTYPE,
+    canonical_json,
+    encode_shard,
+    existing_shards,
+    shard_count,
+    shard_name,
+    shard_rows,
+    verify_shard,
+    write_final_files,
+)
+from diffusion2gan.pairs.prompts import PromptsConfig, prompts_digest, read_prompts
+from diffusion2gan.pairs.seeds import MAX_STORE_SEED, NOISE_RECIPE, draw_noise, noise_fingerprint, pair_seed
+from diffusion2gan.teachers.ode import SolverConfig, solve_ode
+from diffusion2gan.teachers.protocol import Teacher
+
+
+class PairsConfig(Section):
+    """Which pairs a store holds."""
+
+    count: int = Field(ge=1)
+    prompts: PromptsConfig = PromptsConfig()
+    negative_prompt: str = ""
+    ode: SolverConfig = SolverConfig()
+    seed: int = Field(0, ge=0, le=MAX_STORE_SEED)
+    batch_size: int = Field(32, ge=1)
+    """Pairs solved at once. It may change the last bits of x, so it belongs to the store's settings."""
+    shard_size: int = Field(256, ge=1)
+    """Pairs a shard; a multiple of batch_size."""
+    noise_storage: Literal["none", "float16", "float32"] = "none"
+    """`none` draws z again from the seed (half the disk); `float16` rounds z before the teacher sees it, and keeps it."""
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> PairsConfig:
+        if self.shard_size % self.batch_size:
+            raise ValueError(f"shard_size is {self.shard_size}, expected a multiple of batch_size ({self.batch_size})")
+        return self
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of `world` processes that fill a store together."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Worker:
+        """What torchrun says, or a single worker."""
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def store_settings(teacher: Teacher, config: PairsConfig, prompts: list[str]) -> dict[str, Any]:
+    """Everything that decides the store's bytes; the manifest is this plus the shards."""
+    return {
+        "format": FORMAT,
+        "teacher": teacher.identity(),
+        "precision": str(teacher.dtype).removeprefix("torch."),
+        "latent_shape": list(teacher.latent_shape),
+        "ode": config.ode.model_dump(),
+        "negative_prompt": config.negative_prompt,
+        "prompts_sha256": prompts_digest(prompts),
+        "count": config.count,
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "shard_size": config.shard_size,
+        "noise_recipe": {"name": NOISE_RECIPE, "fingerprint": noise_fingerprint()},
+        "noise_storage": config.noise_storage,
+    }
+
+
+def settings_difference(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, ours, theirs) for every setting that differs."""
+    rows: list[tuple[str, Any, Any]] = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            rows += settings_difference(a, b, f"{prefix}{key}.")
+        elif a != b:
+            rows.append((prefix + key, a, b))
+    return rows
+
+
+def _agree_on_settings(folder: Path, settings: dict[str, Any]) -> None:
+    path = folder / "settings.json"
+    if not path.exists():
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            others = [p.name for p in folder.iterdir() if p.name != "settings.json" and not p.name.startswith(".")]
+        if others and not path.exists():
+            raise UserError(f"{folder}: not empty and no pair store (it holds {others[0]}); choose a new folder")
+        write_bytes_atomic(path, canonical_json(settings))
+    try:
+        theirs = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON; restore it, or choose a new folder") from None
+    for key, ours, other in settings_difference(settings, theirs):
+        raise UserError(f"{folder}: a store of other settings: {key} is {other!r} there and {ours!r} in the recipe; choose a new folder, or mend the recipe")
+
+
+def simulate(teacher: Teacher, config: PairsConfig, folder: str | Path, worker: Worker | None = None, progress: bool = True) -> dict[str, Any] | None:
+    """Fills the store in `folder`. Returns its manifest, or None while other workers still have shards to make.
+
+    Raises UserError for a folder of other settings, a corrupt shard, a full disk, or a solution that is not finite.
+    """
+    folder, worker = Path(folder), worker or Worker()
+    prompts = read_prompts(config.prompts, config.count, config.seed)
+    settings = store_settings(teacher, config, prompts)
+    _agree_on_settings(folder, settings)
+    total = shard_count(config.count, config.shard_size)
+    present = existing_shards(folder, total)
+    for path in present.values():
+        verify_shard(path)
+    missing = [i for i in range(total) if i not in present][worker.rank :: worker.world]
+    teacher.network.to(memory_format=torch.channels_last)
+    negative = teacher.encode_prompts([config.negative_prompt])
+    remaining = sum(len(shard_rows(i, config.count, config.shard_size)) for i in missing)
+    with tqdm(total=remaining, unit="pair", desc="simulate", disable=not progress or worker.rank != 0, mininterval=1) as bar:
+        for index in missing:
+            started = time.time()
+            rows = shard_rows(index, config.count, config.shard_size)
+            data = _make_shard(teacher, config, rows, prompts, negative, bar)
+            digest = hashlib.sha256(data).hexdigest()
+            if index not in existing_shards(folder, total):
+                write_bytes_atomic(folder / shard_name(index, total, digest), data)
+            _log(folder, {"shard": index, "pairs": len(rows), "seconds": round(time.time() - started, 3), "rank": worker.rank})
+    if len(existing_shards(folder, total)) < total:
+        return None
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    return write_final_files(folder, settings)
+
+
+def _make_shard(teacher: Teacher, config: PairsConfig, rows: range, prompts: list[str], negative: Any, bar: tqdm) -> bytes:
+    stored = None if config.noise_storage == "none" else np.dtype(config.noise_storage)
+    seeds = [pair_seed(config.seed, i) for i in rows]
+    latents, noises = [], []
+    for start in range(0, len(rows), config.batch_size):
+        part = rows[start : start + config.batch_size]
+        noise = draw_noise(seeds[start : start + config.batch_size], teacher.latent_shape)
+        if stored is not None:
+            noise = noise.astype(stored)
+            noises.append(noise)
+        x = solve_batch(teacher, config.ode, noise.astype(np.float32), [prompts[i] for i in part], negative)
+        if not torch.isfinite(x).all():
+            bad = part[int((~torch.isfinite(x).flatten(1).all(1)).nonzero()[0])]
+            raise UserError(f"pair {bad} ({prompts[bad]!r}): the teacher's solution is not finite in {teacher.dtype}; try teacher.dtype: bfloat16 or float32")
+        latents.append(x.cpu().numpy().astype(LATENT_DTYPE))
+        bar.update(len(part))
+    return encode_shard(seeds, [prompts[i] for i in rows], np.concatenate(latents), np.concatenate(noises) if noises else None)
+
+
+def solve_batch(teacher: Teacher, ode: SolverConfig, noise: np.ndarray, prompts: list[str], negative: Any) -> Tensor:
+    """x for host noise (B, C, H, W) and prompts, on the teacher's device; the state is float64 for a float64 teacher, else float32."""
+    state = torch.float64 if teacher.dtype == torch.float64 else torch.float32
+    z = torch.from_numpy(noise).to(teacher.device, state).contiguous(memory_format=torch.channels_last)
+    return solve_ode(teacher, z, teacher.encode_prompts(prompts), negative, ode)
+
+
+def _log(folder: Path, row: dict[str, Any]) -> None:
+    with disk_errors(folder), open(folder.with_name(folder.name + ".log.jsonl"), "a") as file:
+        file.write(json.dumps(row | {"time": time.time(), "host": platform.node()}) + "\n")

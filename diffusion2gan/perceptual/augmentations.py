@@ -1,0 +1,179 @@
+"""T of Eq. 3: random differentiable augmentations of latents with any number of channels.
+
+Parameters are drawn apart from where they are applied, so that both inputs of the distance get the same ones:
+
+    b   flip, turns by 90 degrees, translation by whole pixels
+    g   isotropic scale, rotation, anisotropic scale, fractional translation
+    c   brightness, saturation, contrast
+    o   cutout
+
+The distributions are those of StyleGAN2-ADA at p = 1 (b, g, o) and of DiffAugment (c); the paper names g and o.
+Unlike ADA, geometry is one bilinear resampling without its wavelet filters. u: a uniform number in [0, 1).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion2gan.errors import UserError
+
+LETTERS = "bgco"
+
+
+class AugmentationParameters(NamedTuple):
+    """One draw of T for each of B samples; what the letters leave out has its neutral value."""
+
+    affine: Tensor
+    """(B, 2, 3), output to input in the normalised coordinates of `grid_sample` with `align_corners=False`."""
+    colour: Tensor
+    """(B, 3): added brightness, factor of saturation, factor of contrast."""
+    cutout: Tensor
+    """(B, 2): centre (x, y) of the erased rectangle; the latent spans 0 to 1."""
+
+    @staticmethod
+    def identity(batch: int, device: torch.device | str | None = None) -> AugmentationParameters:
+        """Parameters that change nothing; the cutout lies outside the latent."""
+        affine = torch.eye(2, 3, device=device).expand(batch, 2, 3)
+        colour = torch.tensor([0.0, 1.0, 1.0], device=device).expand(batch, 3)
+        return AugmentationParameters(affine, colour, torch.full((batch, 2), -1.0, device=device))
+
+
+class Augmentation:
+    """T of Eq. 3 for the given letters, a subset of "bgco"; "" is the identity. UserError for other letters."""
+
+    N_UNIFORM: ClassVar[int] = 15
+    """Uniform numbers one sample needs, whatever the letters: dropping a letter leaves the draws of the others as they are."""
+
+    def __init__(self, letters: str = "bgo"):
+        if set(letters) - set(LETTERS) or len(set(letters)) != len(letters):
+            raise UserError(f"augmentation is {letters!r}, expected letters of {LETTERS!r}, each at most once; the paper's set is 'go'")
+        self.letters = letters
+
+    def draw(
+        self,
+        batch: int,
+        shape: tuple[int, int, int] | torch.Size,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        uniform: Tensor | None = None,
+    ) -> AugmentationParameters:
+        """Parameters for `batch` latents of `shape` (C, H, W), on `device`.
+
+        They are a function of `uniform` (B, N_UNIFORM), numbers in [0, 1): a caller who fills row i from (seed, step, i)
+        gets draws that do not depend on the batch. Without it the numbers come from `generator` (None: torch's own).
+        UserError if `uniform` has another shape.
+        """
+        _, height, width = shape
+        if uniform is None:
+            uniform = torch.rand(batch, self.N_UNIFORM, generator=generator, device=generator.device if generator is not None else device)
+        elif uniform.shape != (batch, self.N_UNIFORM):
+            raise UserError(f"uniform has shape {tuple(uniform.shape)}, expected {(batch, self.N_UNIFORM)}: one row for each sample")
+        if device is not None:
+            uniform = uniform.to(device, non_blocking=True)
+        u = uniform.unbind(1)
+        neutral = AugmentationParameters.identity(batch, uniform.device)
+        affine, colour, cutout = (value.to(uniform.dtype) for value in neutral)
+        if "b" in self.letters or "g" in self.letters:
+            affine = self._draw_affine(u[:10], height, width)
+        if "c" in self.letters:
+            # U(-0.5, 0.5), U(0, 2), U(0.5, 1.5)
+            colour = torch.stack((u[10] - 0.5, 2 * u[11], u[12] + 0.5), dim=1)
+        if "o" in self.letters:
+            cutout = torch.stack((u[13], u[14]), dim=1)
+        return AugmentationParameters(affine, colour, cutout)
+
+    def _draw_affine(self, u: tuple[Tensor, ...], height: int, width: int) -> Tensor:
+        """(B, 2, 3). Composed in pixels, origin at the centre: a rotation in normalised coordinates would shear a non-square latent.
+
+        The map goes from output to input, so the first operation on the latent is the first factor from the left.
+        """
+        one, zero = torch.ones_like(u[0]), torch.zeros_like(u[0])
+        linear = _matrix(one, zero, zero, one)
+        offset = torch.stack((zero, zero), dim=1)
+        if "b" in self.letters:
+            linear = _matrix(1 - 2 * (u[0] * 2).floor(), zero, zero, one)
+            # A quarter turn of a non-square latent would leave the canvas: only 0 and 180 degrees there.
+            quarters = (u[1] * 4).floor() if height == width else 2 * (u[1] * 2).floor()
+            # round: the cosine of 90 degrees must be 0, or a turned latent would be blurred.
+            linear = _product(linear, _turn(quarters * (math.pi / 2), exact=True))
+            shift = torch.stack((((2 * u[2] - 1) * 0.125 * width).round(), ((2 * u[3] - 1) * 0.125 * height).round()), dim=1)
+            offset = offset - _product(linear, shift[..., None])[..., 0]
+        if "g" in self.letters:
+            shrink = torch.exp2(-0.2 * _normal(u[4]))
+            squeeze = torch.exp2(-0.2 * _normal(u[7]))
+            linear = _product(linear, _matrix(shrink, zero, zero, shrink))
+            linear = _product(linear, _turn((2 * u[5] - 1) * math.pi))
+            linear = _product(linear, _matrix(squeeze, zero, zero, 1 / squeeze))
+            linear = _product(linear, _turn((2 * u[6] - 1) * math.pi))
+            shift = torch.stack((0.125 * width * _normal(u[8]), 0.125 * height * _normal(u[9])), dim=1)
+            offset = offset - _product(linear, shift[..., None])[..., 0]
+        (xx, xy), (yx, yy) = (row.unbind(1) for row in linear.unbind(1))
+        x, y = offset.unbind(1)
+        # pixels = normalised * side / 2
+        rows = torch.stack((xx, xy * (height / width), x * (2 / width), yx * (width / height), yy, y * (2 / height)), dim=1)
+        return rows.view(-1, 2, 3)
+
+    def apply(self, x: Tensor, parameters: AugmentationParameters) -> Tensor:
+        """T(x): (B, C, H, W) -> the same shape and dtype, computed in float32 or better.
+
+        Differentiable twice with respect to x; no host sync, so it compiles as one graph.
+        """
+        affine, colour, cutout = parameters
+        dtype = x.dtype
+        # A bf16 coordinate is off by a quarter of a pixel at 64 x 64.
+        x = x.to(torch.promote_types(torch.promote_types(dtype, affine.dtype), torch.float32))
+        affine, colour, cutout = affine.to(x.dtype), colour.to(x.dtype), cutout.to(x.dtype)
+        if "b" in self.letters or "g" in self.letters:
+            x = F.grid_sample(x, _grid(affine, x), mode="bilinear", padding_mode="reflection", align_corners=False)
+        if "c" in self.letters:
+            brightness, saturation, contrast = (value.view(-1, 1, 1, 1) for value in colour.unbind(1))
+            # Brightness, saturation and contrast commute: each scales its own part of x = mean + grey + colour.
+            grey = x.mean(dim=1, keepdim=True)
+            mean = grey.mean(dim=(2, 3), keepdim=True)
+            x = (x - grey) * (saturation * contrast) + (grey - mean) * contrast + mean + brightness
+        if "o" in self.letters:
+            in_x = (_centres(x.shape[3], x) - cutout[:, :1]).abs() < 0.25  # (B, W): half a side in all
+            in_y = (_centres(x.shape[2], x) - cutout[:, 1:]).abs() < 0.25  # (B, H)
+            x = torch.where((in_y[:, :, None] & in_x[:, None, :])[:, None], 0.0, x)
+        return x.to(dtype)
+
+
+def _normal(u: Tensor) -> Tensor:
+    """N(0, 1) by the inverse distribution function; clamped, because u may be 0."""
+    return torch.special.ndtri(u.clamp(2**-24, 1 - 2**-24))
+
+
+def _matrix(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """Four (B,) -> (B, 2, 2), row by row."""
+    return torch.stack((a, b, c, d), dim=1).view(-1, 2, 2)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for (B, 2, 2) and (B, 2, n), without the matrix units, which would use TF32 or autocast's type."""
+    return (a[..., None] * b[:, None]).sum(dim=2)
+
+
+def _turn(angle: Tensor, exact: bool = False) -> Tensor:
+    """(B,) radians -> (B, 2, 2), output to input of a turn to the left (`torch.rot90` at pi / 2). `exact`: multiples of 90 degrees."""
+    cosine, sine = angle.cos(), angle.sin()
+    if exact:
+        cosine, sine = cosine.round(), sine.round()
+    return _matrix(cosine, -sine, sine, cosine)
+
+
+def _centres(size: int, like: Tensor) -> Tensor:
+    """Pixel centres of one side, in (0, 1): (size,)."""
+    return (torch.arange(size, device=like.device, dtype=like.dtype) + 0.5) / size
+
+
+def _grid(affine: Tensor, x: Tensor) -> Tensor:
+    """`affine_grid` for x (B, C, H, W), written out: its matrix product would follow autocast to bf16. (B, H, W, 2)."""
+    column = (2 * _centres(x.shape[3], x) - 1).view(1, 1, -1, 1)
+    row = (2 * _centres(x.shape[2], x) - 1).view(1, -1, 1, 1)
+    from_x, from_y, shift = affine[:, None, None].unbind(-1)  # each (B, 1, 1, 2)
+    return column * from_x + row * from_y + shift

@@ -1,0 +1,170 @@
+"""LatentLPIPS: l(F(x0), F(x1)) of Eq. 2 without the decoder, the calibrated distance of features.
+
+B, C, H, W: batch, latent channels, height and width of the latent. No augmentation here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual.checkpoint import load_weights, read_config, read_weights, save_folder
+from diffusion2gan.perceptual.latent_vgg import LatentVGG, LatentVGGConfig
+
+EPS = 1e-10
+
+
+def unit_normalized(features: Tensor) -> Tensor:
+    """f / (|f| + 1e-10) along the channels of (B, C, h, w), in float32 or better; zero where f is zero, with a zero gradient there."""
+    # The distance of two close inputs is a difference of nearly equal numbers: bf16 would leave nothing of it.
+    f = features.to(torch.promote_types(features.dtype, torch.float32))
+    square = f.square().sum(dim=1, keepdim=True)
+    some = square > 0
+    # The inner where keeps sqrt away from 0: its infinite slope times the outer where's zero would be NaN.
+    inverse = torch.where(some, 1 / (torch.where(some, square, 1.0).sqrt() + EPS), 0.0)
+    return f * inverse
+
+
+class Head(nn.Module):
+    """One linear head: a 1 x 1 convolution to one channel without bias, as a named weight (`model.1.weight`)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        # Index 0 is LPIPS' dropout. It belongs to calibration; in a loss it would make d(x, x) a matter of luck.
+        self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
+        nn.init.ones_(self.weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """(1, C, 1, 1), not negative."""
+        convolution = self.model[1]
+        assert isinstance(convolution, nn.Conv2d)
+        return convolution.weight
+
+
+class LatentLPIPS(nn.Module):
+    """d_LatentLPIPS of section 3.2: (x0, x1) -> (B,), never negative, 0 for equal inputs, symmetric.
+
+    Five feature maps are normalised to unit length along the channels; their squared difference is weighted per channel
+    by a non-negative head, averaged over locations and summed over maps. `l1_weight` adds mean |x0 - x1|, which is in
+    the released package and not in the paper: 0 by default. Heads of ones are the uncalibrated distance.
+
+    State-dict names are those of the released checkpoints (`net.slice1.0.weight`, `lin0.model.1.weight`).
+    """
+
+    def __init__(self, net: LatentVGG, l1_weight: float = 0.0, calibrated: bool = False):
+        super().__init__()
+        if not l1_weight >= 0:
+            raise UserError(f"l1_weight is {l1_weight}, expected 0 or more; 0 is Eq. 3")
+        self.net = net
+        self.l1_weight = l1_weight
+        self.calibrated = calibrated
+        for i, channels in enumerate(net.channels):
+            self.add_module(f"lin{i}", Head(channels).requires_grad_(False))
+
+    @property
+    def lins(self) -> list[Head]:
+        """The five heads in order."""
+        return [self.get_submodule(f"lin{i}") for i in range(len(self.net.channels))]  # type: ignore[misc]
+
+    def target_features(self, x1: Tensor) -> list[Tensor]:
+        """Unit-normalised features of a target (B, C, H, W), for `features=`: five maps (B, channels[i], h_i, w_i).
+
+        They carry no graph unless `x1` wants gradients (or the network is being trained): a target is data, and its half
+        of the pass then keeps nothing for the backward pass.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (x1.requires_grad or self.net.trainable)):
+            return self._features(x1)
+
+    def _features(self, x: Tensor) -> list[Tensor]:
+        return [unit_normalized(f) for f in self.net(x)]
+
+    def forward(self, x0: Tensor, x1: Tensor | None = None, *, features: Sequence[Tensor] | None = None, spatial: bool = False) -> Tensor:
+        """Distance of x0 from the target x1, both (B, C, H, W) scaled as the U-Net sees them -> (B,), or (B, H, W) if `spatial`.
+
+        `features` are `target_features(x1)` computed before; with them x1 is needed by the L1 term alone.
+        UserError if the shapes differ or neither x1 nor features are given.
+        """
+        distance = self.distance(x0, x1, features=features, spatial=spatial)
+        return distance + self.l1_weight * self.l1(x0, x1, spatial) if self.l1_weight else distance
+
+    def l1(self, x0: Tensor, x1: Tensor | None, spatial: bool = False) -> Tensor:
+        """mean |x0 - x1| over channels and locations, (B,), or over channels, (B, H, W)."""
+        if x1 is None:
+            raise UserError(f"no x1 was given, expected it beside its features as l1_weight is {self.l1_weight}; pass x1 or set that to 0")
+        _check_shapes(x0, x1)
+        work = torch.promote_types(x0.dtype, torch.float32)
+        return (x0.to(work) - x1.to(work)).abs().mean(dim=1 if spatial else (1, 2, 3))
+
+    def distance(self, x0: Tensor, x1: Tensor | None = None, *, features: Sequence[Tensor] | None = None, spatial: bool = False) -> Tensor:
+        """`forward` without the L1 term: the part of Eq. 3 that is inside the expectation."""
+        if features is None:
+            if x1 is None:
+                raise UserError("neither x1 nor features were given, expected one of them: the target of the distance")
+            _check_shapes(x0, x1)
+            features = self.target_features(x1)
+        total: Tensor | None = None
+        for f0, f1, head in zip(self._features(x0), features, self.lins, strict=True):
+            if f0.shape[1:] != f1.shape[1:]:
+                shapes = f"{tuple(f1.shape)}, expected {tuple(f0.shape)}"
+                raise UserError(f"cached features have shape {shapes}; compute them with target_features of this metric")
+            # Not a convolution: autocast would take the small differences down to bf16.
+            layer = ((f0 - f1).square() * head.weight.to(f0.dtype)).sum(dim=1)  # (B, h, w)
+            if spatial:
+                layer = F.interpolate(layer[:, None], size=x0.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+            else:
+                layer = layer.mean(dim=(1, 2))
+            total = layer if total is None else total + layer
+        assert total is not None
+        return total
+
+    def load_weights(self, state: Mapping[str, Tensor], source: str | Path, clamp: bool = False) -> None:
+        """Loads network and heads from a state dict, ours or a released one (whose heads are there twice, as `lin0.` and `lins.0.`).
+
+        UserError for tensors that are missing or do not fit and for negative heads, which would reward a difference;
+        `clamp` sets those to 0 instead and warns how many there were. `source` is the name used in messages.
+        """
+        kept = {name: value for name, value in state.items() if not name.startswith("lins.")}
+        negative = total = 0
+        for i in range(len(self.lins)):
+            name = f"lin{i}.model.1.weight"
+            if name in kept:
+                bad = ~(kept[name] >= 0)
+                if kept[name].isnan().any():
+                    raise UserError(f"{source}: {name} has NaN, expected numbers of 0 or more; calibrate the heads again")
+                negative, total = negative + int(bad.sum()), total + bad.numel()
+                kept[name] = kept[name].clamp(min=0)
+        if negative and not clamp:
+            raise UserError(f"{source}: {negative} of {total} head weights are negative, expected none; clamp=True sets them to 0")
+        load_weights(self, kept, source)
+        if negative:
+            warnings.warn(f"{source}: {negative} of {total} head weights were negative and are now 0", stacklevel=2)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes network, heads and config to one folder (convolutions as `dtype`, if given)."""
+        config = {"class": "LatentLPIPS", "l1_weight": self.l1_weight, "calibrated": self.calibrated, "net": asdict(self.net.config)}
+        save_folder(self, config, folder, dtype)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, clamp: bool = False) -> Self:
+        """The frozen float32 metric of a folder that `save_pretrained` wrote; see `load_weights` for `clamp` and the errors."""
+        config = read_config(folder, "LatentLPIPS")
+        net = config.pop("net", None)
+        if not isinstance(net, dict) or config.keys() != {"l1_weight", "calibrated"}:
+            raise UserError(f"{folder}: config.json lacks or adds a key, expected class, l1_weight, calibrated, net; save the metric again")
+        metric = cls(LatentVGG(LatentVGGConfig.from_dict(net, folder)), **config)
+        metric.load_weights(read_weights(folder), folder, clamp)
+        return metric
+
+
+def _check_shapes(x0: Tensor, x1: Tensor) -> None:
+    if x0.shape != x1.shape:
+        raise UserError(f"x0 has shape {tuple(x0.shape)} and x1 {tuple(x1.shape)}, expected equal shapes (B, C, H, W)")

@@ -1,0 +1,185 @@
+"""F of Eq. 2: the VGG16 with batch norm that reads latents.
+
+B, C, H, W: batch, latent channels, height and width of the latent.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual.checkpoint import load_weights, read_config, read_weights, save_folder
+
+# The five blocks of VGG16: (channels at width 1, convolutions).
+BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+
+
+@dataclass(frozen=True)
+class LatentVGGConfig:
+    """Shape of a LatentVGG. The paper's: 4 channels, width 1, the first 3 poolings removed, batch norm."""
+
+    in_channels: int = 4
+    width: float = 1.0
+    """Scales every block's channels; rounded to a multiple of 8."""
+    removed_poolings: int = 3
+    """How many poolings, from the first on, are left out. 0 with `in_channels=3` is the pixel network."""
+    norm: str = "batch"
+    """"batch" or "group"; group norm is for training with small batches and has no published weights."""
+
+    def __post_init__(self) -> None:
+        if self.in_channels < 1:
+            raise UserError(f"in_channels is {self.in_channels}, expected 1 or more: the number of latent channels")
+        if not self.width > 0:
+            raise UserError(f"width is {self.width}, expected a number above 0; 1.0 is VGG16's own")
+        if not 0 <= self.removed_poolings <= len(BLOCKS):
+            raise UserError(f"removed_poolings is {self.removed_poolings}, expected 0 to {len(BLOCKS)}; 3 is the paper's")
+        if self.norm not in ("batch", "group"):
+            raise UserError(f"norm is {self.norm!r}, expected 'batch' or 'group'")
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels of the five feature maps."""
+        return [max(8, 8 * round(c * self.width / 8)) for c, _ in BLOCKS]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, object], source: str | Path) -> LatentVGGConfig:
+        """The config in `values` (from the file `source`). UserError for an unknown key or a value that is not allowed."""
+        try:
+            return cls(**values)  # type: ignore[arg-type]
+        except TypeError:
+            allowed = ", ".join(cls.__dataclass_fields__)
+            raise UserError(f"{source}: keys are {', '.join(values)}, expected {allowed}; the file may be of a newer version") from None
+
+
+class Pooling(nn.Module):
+    """2 x 2 max pooling that leaves a side of 1 as it is.
+
+    At sides of 2 and more this is plain `MaxPool2d(2)`, so published weights give the published features. `ceil_mode`
+    would also survive a side of 1, but it changes every odd side.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, max(1, H // 2), max(1, W // 2))."""
+        return F.max_pool2d(x, (min(2, x.shape[2]), min(2, x.shape[3])))
+
+
+class LatentVGG(nn.Module):
+    """F of Eq. 2: (B, C, H, W) latents to five feature maps.
+
+    Names and shapes of the weights are those of the released checkpoints: `slice1` to `slice5`, whose members are
+    numbered as in torchvision's `vgg16_bn().features`.
+
+    The network is a fixed measure: its parameters want no gradients, `train()` leaves it in evaluation mode (batch norm
+    uses its stored statistics), and it says so itself instead of trusting every owner to remember. `for_training()` is
+    the way out, for the code that trains the classifier.
+    """
+
+    def __init__(self, config: LatentVGGConfig | None = None):
+        super().__init__()
+        self.config = config or LatentVGGConfig()
+        self.trainable = False
+        before, index = self.config.in_channels, 0
+        for number, (channels, (_, convolutions)) in enumerate(zip(self.config.channels, BLOCKS, strict=True)):
+            block = nn.Sequential()
+            for _ in range(convolutions):
+                for layer in (nn.Conv2d(before, channels, 3, padding=1), self._norm(channels), nn.ReLU(inplace=True)):
+                    block.add_module(str(index), layer)
+                    index += 1
+                before = channels
+            block.add_module(str(index), nn.Identity() if number < self.config.removed_poolings else Pooling())
+            index += 1
+            self.add_module(f"slice{number + 1}", block)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        self.freeze()
+
+    def _norm(self, channels: int) -> nn.Module:
+        # Channels are multiples of 8: two or more in each of at most 32 groups.
+        return nn.BatchNorm2d(channels) if self.config.norm == "batch" else nn.GroupNorm(math.gcd(32, channels // 2), channels)
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels of the five feature maps."""
+        return self.config.channels
+
+    @property
+    def slices(self) -> list[nn.Sequential]:
+        """The five blocks in order."""
+        return [self.get_submodule(f"slice{i + 1}") for i in range(len(BLOCKS))]  # type: ignore[misc]
+
+    def freeze(self) -> Self:
+        """Back to the fixed measure: evaluation mode, no gradients for the weights."""
+        self.trainable = False
+        self.requires_grad_(False)
+        return self.eval()
+
+    def for_training(self) -> Self:
+        """Makes this an ordinary trainable backbone: `train()` works and the weights want gradients."""
+        self.trainable = True
+        self.requires_grad_(True)
+        return self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Does nothing, unless `for_training()` was called."""
+        return super().train(mode and self.trainable)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Latents (B, C, H, W), scaled as the U-Net sees them, H and W of 1 or more -> five maps (B, channels[i], H_i, W_i).
+
+        The tap is the end of a block, after its pooling. UserError if C is not `in_channels`.
+        """
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels:
+            raise UserError(
+                f"the input of LatentVGG has shape {tuple(x.shape)}, expected (B, {self.config.in_channels}, H, W); "
+                "use the network of this latent space"
+            )
+        features = []
+        for block in self.slices:
+            x = block(x) if self.trainable or self.config.norm == "group" else _frozen_block(block, x)
+            features.append(x)
+        return features
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes `config.json` and `model.safetensors` (convolutions as `dtype`, if given) to `folder`."""
+        save_folder(self, {"class": "LatentVGG", **asdict(self.config)}, folder, dtype)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """The frozen float32 network of a folder that `save_pretrained` wrote. UserError if files are missing or do not fit."""
+        model = cls(LatentVGGConfig.from_dict(read_config(folder, "LatentVGG"), folder))
+        load_weights(model, read_weights(folder), folder)
+        return model
+
+
+def _frozen_block(block: nn.Sequential, x: Tensor) -> Tensor:
+    """`block(x)` with each batch norm folded into the convolution before it.
+
+    Stored statistics make batch norm an affine map per channel. Folded, its output is not kept for the backward pass
+    (half the memory) and not written at all (a third less traffic); folding itself costs one pass over the weights.
+    """
+    layers = list(block)
+    for i in range(0, len(layers) - 1, 3):
+        conv, norm = layers[i], layers[i + 1]
+        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        weight, bias = _folded(conv, norm)
+        x = F.relu(F.conv2d(x, weight, bias, padding=1), inplace=True)
+    return layers[-1](x)
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    assert conv.bias is not None and norm.running_mean is not None and norm.running_var is not None
+    # At least float32: 1 / sqrt(var + eps) in bf16 would put its own error on every channel.
+    work = torch.promote_types(conv.weight.dtype, torch.float32)
+    scale = norm.weight.to(work) * torch.rsqrt(norm.running_var.to(work) + norm.eps)
+    weight = conv.weight.to(work) * scale.view(-1, 1, 1, 1)
+    bias = (conv.bias.to(work) - norm.running_mean.to(work)) * scale + norm.bias.to(work)
+    return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)

@@ -1,0 +1,178 @@
+"""A recipe: one YAML file, one experiment. Sections are composed here; each section's fields live beside what they configure.
+
+    base: emoji            # another recipe, by name or path; this file holds only the lines that differ
+    loss: {distance: mse}
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError, model_validator
+
+from diffusion2gan.config import Section
+from diffusion2gan.errors import UserError
+from diffusion2gan.generator import GeneratorConfig
+from diffusion2gan.pairs.simulate import PairsConfig, settings_difference
+from diffusion2gan.teachers.protocol import TeacherConfig
+from diffusion2gan.training.distance import LossConfig
+from diffusion2gan.training.trainer import TrainingConfig
+
+
+class Recipe(Section):
+    """The resolved recipe: what `RUN/recipe.yaml` holds."""
+
+    name: str
+    description: str = ""
+    teacher: TeacherConfig = TeacherConfig()
+    pairs: PairsConfig
+    generator: GeneratorConfig = GeneratorConfig()
+    loss: LossConfig = LossConfig()
+    training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> Recipe:
+        if self.training.holdout >= self.pairs.count:
+            raise ValueError(f"training.holdout is {self.training.holdout}, expected fewer than pairs.count ({self.pairs.count})")
+        if self.teacher.dtype == "float64" and self.training.mixed_precision != "no":
+            raise ValueError("training.mixed_precision is bf16 with a float64 teacher, expected no")
+        return self
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name (`emoji`, `ablations/mse`)."""
+    root = Path(str(resources.files("diffusion2gan") / "recipes"))
+    return {str(p.relative_to(root).with_suffix("")): p for p in sorted(root.rglob("*.yaml"))}
+
+
+def _find(name: str, beside: Path | None = None) -> Path:
+    candidates = [Path(name)] if beside is None else [beside.parent / name, beside.parent / f"{name}.yaml", Path(name)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    builtin = builtin_recipes()
+    if name in builtin:
+        return builtin[name]
+    close = difflib.get_close_matches(name, builtin, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"the built-in ones are {', '.join(builtin)}"
+    raise UserError(f"recipe {name!r}: no such file or built-in recipe; {hint}")
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UserError(f"{path}: base recipes go round in a circle; remove one `base:` line")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())[:120]}); mend the file") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}; see the built-in recipes for examples")
+    base = values.pop("base", None)
+    return merge(_read(_find(base, path), (*seen, path.resolve())), values) if base else values
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, section by section."""
+    result = dict(base)
+    for key, value in changes.items():
+        result[key] = merge(result[key], value) if isinstance(value, dict) and isinstance(result.get(key), dict) else value
+    return result
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise UserError(f"--set {override}: expected section.key=value, for example --set training.steps=1000")
+    *sections, last = key.split(".")
+    target = values
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise UserError(f"--set {override}: {section} is not a section; name a key inside a section")
+    try:
+        target[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: {text!r} is not a YAML value; quote it") from None
+
+
+def _allowed_keys(location: Sequence[Any]) -> list[str]:
+    model: Any = Recipe
+    for part in location[:-1]:
+        annotation = model.model_fields.get(part)
+        model = annotation.annotation if annotation else None
+        if not (isinstance(model, type) and issubclass(model, Section)):
+            return []
+    return list(model.model_fields)
+
+
+def _one_line(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(p) for p in first["loc"]) or "recipe"
+    if first["type"] == "extra_forbidden":
+        allowed = _allowed_keys(first["loc"])
+        close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
+        return f"{source}: unknown key {key}; {'did you mean ' + close[0] + '? ' if close else ''}allowed here: {', '.join(allowed)}"
+    if first["type"] == "missing":
+        return f"{source}: {key} is missing; add it"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{source}: {key + ': ' if first['loc'] else ''}{message}"
+    return f"{source}: {key} is {first['input']!r}: {message[0].lower() + message[1:]}"
+
+
+def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
+    """Checks a mapping. Raises UserError: one line naming the key and what is allowed."""
+    try:
+        # Through JSON mode: YAML has lists where the sections have tuples.
+        return Recipe.model_validate_json(_json(values))
+    except ValidationError as error:
+        raise UserError(_one_line(error, source)) from None
+
+
+def _json(values: dict[str, Any]) -> str:
+    import json
+
+    try:
+        return json.dumps(values)
+    except TypeError as error:
+        raise UserError(f"recipe: a value that is neither text, number, list nor section ({error}); quote it") from None
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe by path or built-in name, with its bases and `section.key=value` overrides. Raises UserError."""
+    values = _read(_find(name))
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_recipe(values, name)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# What may differ when a run is continued: how far it goes and how often it reports. Everything else is another experiment.
+_FREE_TO_CHANGE = {"name", "description", "training.steps", "training.checkpoint_every", "training.keep_checkpoints", "training.log_every"}
+_FREE_TO_CHANGE |= {"training.validate_every", "training.sample_every", "training.sample_count"}
+
+
+def check_same_experiment(recipe: Recipe, saved: Recipe, folder: Path) -> None:
+    """Raises UserError naming the first setting in which a run folder's recipe differs from `recipe`."""
+    for key, ours, theirs in settings_difference(recipe.model_dump(mode="json"), saved.model_dump(mode="json")):
+        if key not in _FREE_TO_CHANGE:
+            raise UserError(f"{folder}: a run of another recipe: {key} is {theirs!r} there and {ours!r} now; choose a new --out, or mend the recipe")
+
+
+def check_pairs(recipe: Recipe, settings: dict[str, Any], manifest: dict[str, Any], store: Path) -> None:
+    """Raises UserError naming the first setting in which a pair store is not the one that `recipe` asks for."""
+    # Batch and shard sizes do not say what a pair is.
+    skip = ("batch_size", "shard_size", "noise_storage", "shards", "fingerprint")
+    ours = {k: v for k, v in settings.items() if k not in skip}
+    theirs = {k: v for k, v in manifest.items() if k not in skip}
+    for key, a, b in settings_difference(ours, theirs):
+        raise UserError(f"pairs.{key}: the store {store} has {b!r}, the recipe {a!r}; simulate pairs for this recipe, or mend the recipe")

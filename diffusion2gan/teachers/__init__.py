@@ -1,0 +1,1 @@
+"""Frozen multi-step teachers: one protocol, one adapter per family of diffusers classes, one ODE loop."""

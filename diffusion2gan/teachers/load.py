@@ -1,0 +1,15 @@
+"""The one door through which a recipe's teacher comes in."""
+
+from __future__ import annotations
+
+import torch
+
+from diffusion2gan.embedded.weights import embedded_folder
+from diffusion2gan.teachers.protocol import Teacher, TeacherConfig
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+
+
+def load_teacher(config: TeacherConfig, device: str | torch.device = "cpu") -> Teacher:
+    """Loads the teacher that a recipe names. Raises UserError when it cannot be found or is of another kind."""
+    folder = embedded_folder("teacher") if config.source == "embedded" else config.source
+    return StableDiffusionTeacher.from_pretrained(config, folder, device)

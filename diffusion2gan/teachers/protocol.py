@@ -1,0 +1,88 @@
+"""What a teacher says. Everything after `teachers/` uses this protocol and never asks for the family.
+
+Legend: B batch, C latent channels, H and W latent height and width, L tokens, D width of a text embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffusion2gan.config import Section
+
+PredictionType = Literal["epsilon", "v_prediction"]
+
+
+class TeacherConfig(Section):
+    """Which pretrained model is the teacher."""
+
+    family: Literal["stable_diffusion"] = "stable_diffusion"
+    source: str = "embedded"
+    """`embedded`, a diffusers folder, or a hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`."""
+    revision: str | None = None
+    variant: str | None = None
+    """Weight variant of the hub repository, e.g. `fp16`."""
+    dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
+    """Precision of the frozen networks. The state of the ODE stays in float32 or better."""
+
+
+@dataclass(frozen=True)
+class TextCondition:
+    """c: what the network reads of a batch of prompts. `embeddings` (B, L, D); `added` further (B, ...) tensors (SDXL's)."""
+
+    embeddings: Tensor
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def __getitem__(self, rows: slice | Tensor) -> TextCondition:
+        return TextCondition(self.embeddings[rows], {k: v[rows] for k, v in self.added.items()})
+
+    def expand(self, batch: int) -> TextCondition:
+        """Repeats a condition of one prompt `batch` times, without copying."""
+        return TextCondition(
+            self.embeddings.expand(batch, *self.embeddings.shape[1:]), {k: v.expand(batch, *v.shape[1:]) for k, v in self.added.items()}
+        )
+
+    @staticmethod
+    def cat(first: TextCondition, second: TextCondition) -> TextCondition:
+        return TextCondition(
+            torch.cat([first.embeddings, second.embeddings]), {k: torch.cat([v, second.added[k]]) for k, v in first.added.items()}
+        )
+
+
+class Teacher(Protocol):
+    """A frozen diffusion model in its own latent space."""
+
+    network: nn.Module
+    """The diffusion network itself; a student starts as a copy of it."""
+    latent_shape: tuple[int, int, int]
+    """(C, H, W) of a scaled latent: what the network reads and what pairs store."""
+    prediction_type: PredictionType
+    alphas_cumprod: Tensor
+    """The schedule's cumulative alpha-bar, (T,) float32 on the CPU."""
+    scheduler_config: Mapping[str, Any]
+    """The configuration from which any diffusers scheduler of this teacher is made."""
+    device: torch.device
+    dtype: torch.dtype
+
+    def identity(self) -> dict[str, Any]:
+        """Names the teacher in a manifest: family, digest of the weights, latent scaling. No paths."""
+        ...
+
+    def encode_prompts(self, prompts: Sequence[str]) -> TextCondition:
+        """Prompts -> c."""
+        ...
+
+    def evaluate(self, latent: Tensor, timestep: Tensor, condition: TextCondition, network: nn.Module | None = None) -> Tensor:
+        """One network evaluation: (B, C, H, W), timestep () or (B,), c -> prediction (B, C, H, W). `network` defaults to the teacher's."""
+        ...
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Scaled latents (B, C, H, W) -> pixels (B, 3, h, w), about [-1, 1], differentiable."""
+        ...

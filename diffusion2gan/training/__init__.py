@@ -1,0 +1,1 @@
+"""The training loop of the distillation, its state and its log."""

@@ -1,0 +1,75 @@
+"""Builds the distance d of Eq. 1 that a recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from diffusion2gan import losses
+from diffusion2gan.config import Section
+from diffusion2gan.embedded.weights import embedded_folder
+from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual import Augmentation, DecodedLPIPS, ELatentLPIPS, LatentLPIPS
+from diffusion2gan.teachers.protocol import Teacher
+
+DistanceName = Literal["mse", "l1", "pseudo_huber", "lpips", "latent_lpips", "e_latent_lpips"]
+
+
+class LossConfig(Section):
+    """The regression loss: a row of Table 1."""
+
+    distance: DistanceName = "e_latent_lpips"
+    perceptual: str = "embedded"
+    """Weights of the perceptual network: `embedded`, or a folder written by `LatentLPIPS.save_pretrained`."""
+    augment: str = Field("bgo", pattern="^[bgco]*$")
+    """Augmentation letters of E-LatentLPIPS: b blit, g geometry, c colour, o cutout. The paper's set is `go`."""
+    pseudo_huber_c: float | None = Field(None, gt=0)
+
+
+class Distance(nn.Module):
+    """d(x0, x1): (B, C, H, W) twice -> (B,). `n_uniform` random numbers a sample in [0, 1) decide its augmentation."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor | None], Tensor], n_uniform: int = 0, network: nn.Module | None = None):
+        super().__init__()
+        self._function = function
+        self.n_uniform = n_uniform
+        self.network = network
+
+    def forward(self, x0: Tensor, x1: Tensor, uniform: Tensor | None = None) -> Tensor:
+        return self._function(x0, x1, uniform)
+
+
+def _perceptual(source: str, embedded_name: str, channels: int) -> LatentLPIPS:
+    metric = LatentLPIPS.from_pretrained(embedded_folder(embedded_name) if source == "embedded" else Path(source))
+    expected = metric.net.config.in_channels
+    if expected != channels:
+        raise UserError(f"loss.perceptual: {source} reads {expected} channels, expected {channels}; name a network of this latent space")
+    return metric
+
+
+def build_distance(config: LossConfig, teacher: Teacher, device: torch.device | str = "cpu") -> Distance:
+    """The distance of `config`, on `device`. Raises UserError when its network is missing or of another latent space."""
+    name = config.distance
+    if name == "mse":
+        return Distance(lambda a, b, _: losses.mse(a, b))
+    if name == "l1":
+        return Distance(lambda a, b, _: losses.l1(a, b))
+    if name == "pseudo_huber":
+        return Distance(lambda a, b, _: losses.pseudo_huber(a, b, config.pseudo_huber_c))
+    if name == "lpips":
+        pixel = DecodedLPIPS(teacher.decode, _perceptual(config.perceptual, "pixel_vgg", 3).to(device))
+        return Distance(lambda a, b, _: pixel(a, b), network=pixel)
+    metric = _perceptual(config.perceptual, "latent_vgg", teacher.latent_shape[0]).to(device)
+    if name == "latent_lpips":
+        return Distance(lambda a, b, _: metric(a, b), network=metric)
+    ensembled = ELatentLPIPS(metric, config.augment)
+
+    def e_latent_lpips(a: Tensor, b: Tensor, uniform: Tensor | None) -> Tensor:
+        return ensembled(a, b, parameters=ensembled.draw(len(a), tuple(a.shape[1:]), uniform=uniform, device=a.device))
+
+    return Distance(e_latent_lpips, Augmentation.N_UNIFORM, ensembled)

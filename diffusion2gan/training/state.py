@@ -1,0 +1,82 @@
+"""Everything an exact resume needs, saved and loaded as one file."""
+
+from __future__ import annotations
+
+import pickle
+import platform
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.files import atomic_path
+
+FORMAT = "diffusion2gan-state-1"
+
+
+def environment(compiled: bool, world: int) -> dict[str, str]:
+    """What "identical" depends on beside the settings: threads, versions, memory format, compilation, processes."""
+    names = ("torch", "numpy", "diffusers", "transformers", "accelerate")
+    found = {name: version(name) for name in names}
+    return found | {
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "memory_format": "channels_last",
+        "compile": str(compiled),
+        "processes": str(world),
+    }
+
+
+@dataclass
+class TrainingState:
+    """`step` optimiser steps are done; `gradient_scale` is the running gradient norm that clipping is relative to."""
+
+    step: int
+    model: dict[str, torch.Tensor]
+    ema: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    gradient_scale: float
+    environment: dict[str, str]
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}.pt"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(folder.glob("step-*.pt"))
+
+
+def save_state(state: TrainingState, folder: Path, keep: int) -> Path:
+    """Writes a checkpoint atomically, then deletes all but the newest `keep`."""
+    path = checkpoint_path(folder, state.step)
+    with atomic_path(path) as temporary:
+        torch.save({"format": FORMAT, **state.__dict__}, temporary)
+    for old in checkpoints(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    return path
+
+
+def load_state(path: Path, here: dict[str, str] | None = None) -> TrainingState:
+    """Reads a checkpoint (no pickled code is run). Warns, naming each, of differences between its environment and `here`."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0][:80]}); delete it to go on from the one before") from None
+    except pickle.UnpicklingError as error:  # a file that would have run code
+        raise UserError(f"{path}: not a checkpoint of ours ({type(error).__name__}); delete it to go on from the one before") from None
+    if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of format {FORMAT}; delete it to go on from the one before")
+    state = TrainingState(**saved)
+    for key, value in (here or {}).items():
+        if state.environment.get(key) != value:
+            warnings.warn(f"resumed run: {key} was {state.environment.get(key)} and is {value} now; the result will not be bit-identical", stacklevel=2)
+    return state

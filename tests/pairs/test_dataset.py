@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.pairs import maintain
+from diffusion2gan.pairs.dataset import PairDataset
+from diffusion2gan.pairs.prompts import PromptsConfig, read_prompts
+from diffusion2gan.pairs.seeds import draw_noise, pair_seed
+from diffusion2gan.pairs.simulate import PairsConfig, Worker, simulate
+from diffusion2gan.teachers.ode import SolverConfig
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+
+
+def _config(prompts: Path, **changes: object) -> PairsConfig:
+    values = {"count": 20, "prompts": {"source": str(prompts)}, "ode": {"steps": 2, "guidance": 2.0}, "batch_size": 4, "shard_size": 8, "seed": 5}
+    return PairsConfig.model_validate(values | changes)
+
+
+@pytest.fixture
+def store(tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path) -> Path:
+    simulate(tiny_teacher, _config(prompts_file), tmp_path / "store", progress=False)
+    return tmp_path / "store"
+
+
+def test_pairs_are_what_the_teacher_made(store: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path) -> None:
+    from diffusion2gan.pairs.simulate import solve_batch
+
+    pairs = PairDataset(store)
+    assert len(pairs) == 20
+    prompts = read_prompts(PromptsConfig(source=str(prompts_file)), 20, 0)
+    negative = tiny_teacher.encode_prompts([""])
+    for rows in ([0, 1, 2, 3], [16, 17, 18, 19]):
+        batch = pairs.batch(rows)
+        assert batch.seeds.tolist() == [pair_seed(5, i) for i in rows]
+        assert batch.prompts == [prompts[i] for i in rows]
+        np.testing.assert_array_equal(batch.noise, draw_noise(batch.seeds.tolist(), (4, 8, 8)))
+        x = solve_batch(tiny_teacher, SolverConfig(steps=2, guidance=2.0), batch.noise, batch.prompts, negative)
+        np.testing.assert_array_equal(batch.latent, x.numpy().astype(np.float16))
+    assert pairs[3].prompt == prompts[3]
+    with pytest.raises(IndexError):
+        pairs[20]
+
+
+def test_stock_datasets_opens_it(store: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    ours, theirs = PairDataset(store), datasets.load_from_disk(str(store))
+    assert len(theirs) == len(ours)
+    row = theirs[13]
+    assert row["prompt"] == ours[13].prompt
+    assert row["seed"] == ours[13].seed
+    np.testing.assert_array_equal(np.frombuffer(row["latent"], "<f2").reshape(4, 8, 8), ours[13].latent)
+
+
+def test_stored_noise(tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path, store: Path) -> None:
+    """float16 noise is what the teacher saw; a store converted later holds the very bits that are drawn."""
+    simulate(tiny_teacher, _config(prompts_file, noise_storage="float16"), tmp_path / "half", progress=False)
+    half = PairDataset(tmp_path / "half")
+    drawn = draw_noise(half.seeds[:4].tolist(), (4, 8, 8))
+    np.testing.assert_array_equal(half.noises(range(4)), drawn.astype(np.float16).astype(np.float32))
+    maintain.store_noise(store, tmp_path / "full")
+    full, plain = PairDataset(tmp_path / "full"), PairDataset(store)
+    assert full.noise_dtype == np.float32
+    np.testing.assert_array_equal(full.noises(range(20)), plain.noises(range(20)))
+    np.testing.assert_array_equal(full.latents(range(20)), plain.latents(range(20)))
+    with pytest.raises(UserError, match="already stores"):
+        maintain.store_noise(tmp_path / "full", tmp_path / "again")
+
+
+def test_two_workers_equal_one(tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path, store: Path) -> None:
+    from tests.helpers import tree_digest
+
+    config = _config(prompts_file)
+    assert simulate(tiny_teacher, config, tmp_path / "two", Worker(1, 2), progress=False) is None
+    with pytest.raises(UserError, match="1 of 3 shards"):
+        PairDataset(tmp_path / "two")
+    assert simulate(tiny_teacher, config, tmp_path / "two", Worker(0, 2), progress=False) is not None
+    assert tree_digest(tmp_path / "two") == tree_digest(store)
+    assert "host" in (tmp_path / "two.log.jsonl").read_text()
+
+
+def test_other_batch_size_gives_the_same_pairs_but_is_refused_in_one_store(
+    tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path, store: Path
+) -> None:
+    with pytest.raises(UserError, match="batch_size is 4 there and 8 in the recipe"):
+        simulate(tiny_teacher, _config(prompts_file, batch_size=8), store, progress=False)
+    simulate(tiny_teacher, _config(prompts_file, batch_size=8), tmp_path / "eight", progress=False)
+    np.testing.assert_allclose(
+        PairDataset(tmp_path / "eight").latents(range(20)).astype(float), PairDataset(store).latents(range(20)).astype(float), atol=2e-2
+    )
+
+
+class TestDamage:
+    def _shard(self, store: Path) -> Path:
+        return sorted(store.glob("shard-*.arrow"))[1]
+
+    def test_missing(self, store: Path) -> None:
+        path = self._shard(store)
+        path.unlink()
+        with pytest.raises(UserError, match=f"{path.name}: missing shard"):
+            PairDataset(store)
+
+    def test_truncated(self, store: Path) -> None:
+        path = self._shard(store)
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(UserError, match="truncated shard"):
+            PairDataset(store)
+
+    def test_corrupt(self, store: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path) -> None:
+        path = self._shard(store)
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(bytes(data))
+        for act in (lambda: PairDataset(store), lambda: maintain.check(store), lambda: simulate(tiny_teacher, _config(prompts_file), store, progress=False)):
+            with pytest.raises(UserError, match="corrupt shard"):
+                act()
+        # What the message says to do mends it.
+        before = json.loads((store / "manifest.json").read_text())
+        path.unlink()
+        simulate(tiny_teacher, _config(prompts_file), store, progress=False)
+        assert json.loads((store / "manifest.json").read_text()) == before
+        assert maintain.check(store)["pairs"] == 20
+
+    def test_manifest_cannot_lead_outside(self, store: Path) -> None:
+        manifest = json.loads((store / "manifest.json").read_text())
+        manifest["shards"][0]["file"] = "../" + manifest["shards"][0]["file"]
+        (store / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match="not a plain file name"):
+            PairDataset(store)
+
+    def test_other_noise_recipe(self, store: Path) -> None:
+        manifest = json.loads((store / "manifest.json").read_text())
+        manifest["noise_recipe"]["fingerprint"] = "0" * 16
+        (store / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match="NumPy version"):
+            PairDataset(store)
+
+    def test_a_folder_that_is_no_store(self, tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path) -> None:
+        (tmp_path / "precious.txt").write_text("keep me")
+        with pytest.raises(UserError, match="not empty"):
+            simulate(tiny_teacher, _config(prompts_file), tmp_path, progress=False)
+        with pytest.raises(UserError, match="no pair store here"):
+            PairDataset(tmp_path)
+
+
+def test_other_teacher_or_guidance_is_refused(tmp_path: Path, store: Path, prompts_file: Path, tiny_teacher: StableDiffusionTeacher) -> None:
+    from tests.conftest import tiny_pipeline
+
+    with pytest.raises(UserError, match=r"ode.guidance is 2.0 there and 4.0 in the recipe"):
+        simulate(tiny_teacher, _config(prompts_file, ode={"steps": 2, "guidance": 4.0}), store, progress=False)
+    other = StableDiffusionTeacher.from_pipeline(tiny_pipeline(seed=1))
+    with pytest.raises(UserError, match="teacher.weights"):
+        simulate(other, _config(prompts_file), store, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", "a cat\n\na dog\n", "line 2: empty prompt"),
+        ("p.txt", "a cat\n" + "x" * 10_000 + "\n", "line 2: a prompt of 10,000 characters"),
+        ("p.txt", "", "no prompts"),
+        ("p.txt", b"\xff\xfe", "not UTF-8"),
+        ("p.csv", "a", "expected .txt, .jsonl or .parquet"),
+        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2: expected a JSON object with 'prompt'"),
+        ("p.jsonl", '{"prompt": 3}\n', "is a int, expected a string"),
+        ("p.parquet", "no parquet", "cannot read column"),
+    ],
+)
+def test_bad_prompt_files(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        read_prompts(PromptsConfig(source=str(path)), 4, 0)
+
+
+def test_prompts_from_parquet_and_jsonl(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"TEXT": ["a", "b"], "url": ["", ""]}), tmp_path / "p.parquet")
+    assert read_prompts(PromptsConfig(source=str(tmp_path / "p.parquet"), column="TEXT"), 3, 0) == ["a", "b", "a"]
+    with pytest.raises(UserError, match="prompt"):
+        read_prompts(PromptsConfig(source=str(tmp_path / "p.parquet")), 3, 0)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert read_prompts(PromptsConfig(source=str(tmp_path / "p.jsonl")), 2, 0) == ["a", "b"]

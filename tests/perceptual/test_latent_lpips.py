@@ -1,0 +1,292 @@
+"""LatentLPIPS, E-LatentLPIPS (Eq. 3) and LPIPS through a decoder (Eq. 2)."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual import ELatentLPIPS, LatentLPIPS, LatentVGG
+from diffusion2gan.perceptual.augmentations import Augmentation, AugmentationParameters
+from diffusion2gan.perceptual.latent_lpips import unit_normalized
+from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
+from diffusion2gan.perceptual.lpips import DecodedLPIPS
+
+torch.set_num_threads(1)
+LETTER_SETS = ["".join(c) for n in range(5) for c in itertools.combinations("bgco", n)]
+
+
+def metric_of(channels: int = 4, **options: float) -> LatentLPIPS:
+    torch.manual_seed(0)
+    metric = LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=channels, width=0.125)), **options)  # type: ignore[arg-type]
+    for head in metric.lins:
+        nn.init.uniform_(head.weight, 0, 2)
+    return metric
+
+
+def plain_distance(metric: LatentLPIPS, x0: Tensor, x1: Tensor) -> Tensor:
+    """LPIPS as published: normalise, square, weigh, average, add."""
+    total = torch.zeros(len(x0), dtype=x0.dtype)
+    for f0, f1, head in zip(metric.net(x0), metric.net(x1), metric.lins, strict=True):
+        n0, n1 = (f / (f.pow(2).sum(1, keepdim=True).sqrt() + 1e-10) for f in (f0, f1))
+        total += F.conv2d((n0 - n1) ** 2, head.weight).mean((1, 2, 3))
+    return total
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 16])
+def test_zero_at_equal_inputs(channels: int) -> None:
+    metric = metric_of(channels)
+    x = torch.randn(2, channels, 8, 12)
+    for letters in LETTER_SETS:
+        loss = ELatentLPIPS(metric, letters)
+        assert torch.equal(loss(x, x.clone()), torch.zeros(2)), letters
+        y = x.clone().requires_grad_()  # one pass with a graph, one without
+        assert torch.equal(loss(y, x), torch.zeros(2)), letters
+
+
+@pytest.mark.parametrize("letters", ["", "bgo", "bgco"])
+def test_positive_and_symmetric(letters: str) -> None:
+    loss = ELatentLPIPS(metric_of(), letters)
+    x0, x1 = torch.randn(2, 3, 4, 8, 8)
+    parameters = loss.draw(3, x0.shape[1:])
+    assert (loss(x0, x1, parameters) > 0).all()
+    assert torch.equal(loss(x0, x1, parameters), loss(x1, x0, parameters))
+
+
+def test_known_distance() -> None:
+    metric = metric_of().double()
+    x0, x1 = torch.randn(2, 3, 4, 8, 10, dtype=torch.float64)
+    expected = plain_distance(metric, x0, x1)
+    torch.testing.assert_close(metric(x0, x1), expected)
+    torch.testing.assert_close(ELatentLPIPS(metric, "")(x0, x1), expected)
+    torch.testing.assert_close(metric(x0, x1, features=metric.target_features(x1)), expected)
+    torch.testing.assert_close(metric(x0, features=metric.target_features(x1)), expected)
+    for head in metric.lins:
+        nn.init.ones_(head.weight)
+    assert not metric.calibrated
+    fresh = LatentLPIPS(metric.net).double()
+    torch.testing.assert_close(fresh(x0, x1), metric(x0, x1))
+    metric.l1_weight = 0.5
+    l1 = 0.5 * (x0 - x1).abs().mean((1, 2, 3))
+    torch.testing.assert_close(metric(x0, x1) - fresh(x0, x1), l1)
+    # Eq. 3's augmentation does not reach the L1 term.
+    loss = ELatentLPIPS(metric, "bgco")
+    parameters = loss.draw(3, x0.shape[1:])
+    torch.testing.assert_close(loss(x0, x1, parameters) - ELatentLPIPS(fresh, "bgco")(x0, x1, parameters), l1)
+
+
+def test_spatial() -> None:
+    metric = metric_of()
+    x0 = torch.randn(2, 4, 16, 16)
+    x1 = x0.clone()
+    x1[:, :, :4, :4] += 2
+    distance = metric(x0, x1, spatial=True)
+    assert distance.shape == (2, 16, 16) and (distance >= 0).all()
+    assert (distance[:, :6, :6].mean((1, 2)) > 3 * distance[:, 10:, 10:].mean((1, 2))).all()
+    torch.testing.assert_close(distance.mean((1, 2)), metric(x0, x1))  # sides of powers of 2: upsampling keeps the mean
+
+
+def test_both_inputs_get_the_same_draw() -> None:
+    metric = metric_of()
+    loss = ELatentLPIPS(metric, "bgco")
+    x0, x1 = torch.randn(2, 3, 4, 8, 8)
+    parameters = loss.draw(3, x0.shape[1:], torch.Generator().manual_seed(5))
+    augmentation = Augmentation("bgco")
+    by_hand = metric(augmentation.apply(x0, parameters), augmentation.apply(x1, parameters))
+    torch.testing.assert_close(loss(x0, x1, parameters), by_hand)
+    torch.testing.assert_close(loss(x0, x1, generator=torch.Generator().manual_seed(5)), by_hand)
+
+
+def test_ensemble_averages_draws() -> None:
+    metric = metric_of()
+    one, many = ELatentLPIPS(metric), ELatentLPIPS(metric, ensemble=3)
+    x0, x1 = torch.randn(2, 2, 4, 8, 8)
+    parameters = many.draw(2, x0.shape[1:])
+    separate = [one(x0, x1, AugmentationParameters(*(t[k::3] for t in parameters))) for k in range(3)]
+    torch.testing.assert_close(many(x0, x1, parameters), torch.stack(separate).mean(0))
+    with pytest.raises(UserError, match="expected 2 x 3"):
+        many(x0, x1, one.draw(2, x0.shape[1:]))
+
+
+def test_rows_are_independent() -> None:
+    loss = ELatentLPIPS(metric_of(), "bgco")
+    x0, x1 = torch.randn(2, 4, 4, 8, 8)
+    parameters = loss.draw(4, x0.shape[1:])
+    alone = loss(x0[2:3], x1[2:3], AugmentationParameters(*(t[2:3] for t in parameters)))
+    torch.testing.assert_close(loss(x0, x1, parameters)[2:3], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("letters", ["", "bgco"])
+def test_gradient_is_the_finite_difference(letters: str) -> None:
+    loss = ELatentLPIPS(metric_of().double(), letters)
+    x0, x1 = torch.randn(2, 2, 4, 6, 8, dtype=torch.float64)
+    parameters = loss.draw(2, x0.shape[1:], torch.Generator().manual_seed(0))
+    x0.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(x0, x1, parameters).sum(), x0)
+    assert gradient.isfinite().all() and gradient.abs().sum() > 0
+    for seed in range(3):
+        direction = torch.randn(x0.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        h = 1e-7
+        with torch.no_grad():
+            numeric = (loss(x0 + h * direction, x1, parameters) - loss(x0 - h * direction, x1, parameters)).sum() / (2 * h)
+        torch.testing.assert_close((gradient * direction).sum(), numeric, rtol=1e-4, atol=1e-6)
+
+
+def test_double_backward() -> None:
+    loss = ELatentLPIPS(metric_of(), "bgco")
+    x0, x1 = torch.randn(2, 2, 4, 8, 8)
+    x0.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(x0, x1).sum(), x0, create_graph=True)
+    gradient.square().sum().backward()
+    assert x0.grad is not None and x0.grad.isfinite().all() and x0.grad.abs().sum() > 0
+
+
+def test_zero_features_have_finite_gradients() -> None:
+    f = torch.zeros(1, 4, 2, 2, requires_grad=True)
+    y = unit_normalized(f)
+    assert torch.equal(y, torch.zeros_like(y))
+    (gradient,) = torch.autograd.grad((y - 1).square().sum(), f, create_graph=True)
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+    # A constant latent under dead filters: the whole first map is zero.
+    metric = metric_of()
+    bias = metric.net.get_parameter("slice1.4.bias")
+    nn.init.constant_(bias, -1e6)
+    x = torch.randn(1, 4, 8, 8, requires_grad=True)
+    metric(x, torch.randn(1, 4, 8, 8)).sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
+def test_target_leaves_no_graph() -> None:
+    metric = metric_of()
+    x = torch.randn(1, 4, 8, 8)
+    assert all(f.grad_fn is None and not f.requires_grad for f in metric.target_features(x))
+    assert all(f.requires_grad for f in metric.target_features(x.clone().requires_grad_()))
+    assert metric(x, x).grad_fn is None
+    leaf = x.clone().requires_grad_()
+    metric(torch.randn(1, 4, 8, 8), leaf).sum().backward()
+    assert leaf.grad is not None and leaf.grad.abs().sum() > 0
+    assert not any(p.requires_grad for p in metric.parameters())
+
+
+def test_train_changes_nothing() -> None:
+    loss = ELatentLPIPS(metric_of())
+    x0, x1 = torch.randn(2, 2, 4, 8, 8)
+    parameters = loss.draw(2, x0.shape[1:])
+    before = loss(x0, x1, parameters)
+    assert torch.equal(loss.train()(x0, x1, parameters), before)
+    assert not any(module.training for module in loss.metric.net.modules())
+
+
+def test_4x4_and_bf16() -> None:
+    loss = ELatentLPIPS(metric_of(), "bgco")
+    assert loss(*torch.randn(2, 1, 4, 4, 4)).isfinite().all()
+    x0, x1 = torch.randn(2, 2, 4, 8, 8)
+    x0.requires_grad_()
+    parameters = loss.draw(2, x0.shape[1:])
+    with torch.autocast("cpu", torch.bfloat16):
+        low = loss(x0, x1, parameters)
+        assert torch.equal(loss(x1, x1.clone(), parameters), torch.zeros(2))
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, loss(x0, x1, parameters), rtol=0.05, atol=0.01)
+    low.sum().backward()
+    assert x0.grad is not None and x0.grad.isfinite().all()
+    whole = ELatentLPIPS(metric_of(), "bgco").to(torch.bfloat16)
+    torch.testing.assert_close(whole(x0.bfloat16(), x1.bfloat16(), parameters), low.detach(), rtol=0.1, atol=0.02)
+
+
+@pytest.mark.parametrize("ensemble", [1, 2])
+def test_compiles_as_one_graph(ensemble: int) -> None:
+    loss = ELatentLPIPS(metric_of(), "bgco", ensemble)
+    x0, x1 = torch.randn(2, 2, 4, 8, 8)
+    parameters = loss.draw(2, x0.shape[1:])
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    a, b = x0.clone().requires_grad_(), x0.clone().requires_grad_()
+    fast, slow = compiled(a, x1, parameters), loss(b, x1, parameters)
+    torch.testing.assert_close(fast, slow)
+    fast.sum().backward()
+    slow.sum().backward()
+    torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    metric = metric_of(l1_weight=0.25, calibrated=True)
+    metric.save_pretrained(tmp_path)
+    again = LatentLPIPS.from_pretrained(tmp_path)
+    assert (again.l1_weight, again.calibrated, again.net.config) == (0.25, True, metric.net.config)
+    assert metric.state_dict().keys() == again.state_dict().keys()
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in metric.state_dict().items())
+    x0, x1 = torch.randn(2, 1, 4, 8, 8)
+    loss = ELatentLPIPS.from_pretrained(tmp_path, "b", ensemble=2)
+    assert torch.equal(again(x0, x1), metric(x0, x1)) and loss.augmentation.letters == "b" and loss.ensemble == 2
+    with pytest.raises(UserError, match="class is"):
+        LatentVGG.from_pretrained(tmp_path)
+
+
+def test_released_names(tmp_path: Path) -> None:
+    metric = metric_of()
+    state = metric.state_dict()
+    assert {n for n in state if n.startswith("lin")} == {f"lin{i}.model.1.weight" for i in range(5)}
+    assert state["lin2.model.1.weight"].shape == (1, metric.net.channels[2], 1, 1) and "net.slice4.24.weight" in state
+    twice = {**state, **{f"lins.{i}.model.1.weight": state[f"lin{i}.model.1.weight"] for i in range(5)}}
+    other = LatentLPIPS(LatentVGG(metric.net.config))
+    other.load_weights(twice, "released")
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in state.items())
+
+
+def test_negative_heads(tmp_path: Path) -> None:
+    metric = metric_of()
+    with torch.no_grad():
+        metric.lins[1].weight[0, :3] = -0.5
+    metric.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="3 of .* negative.*clamp=True"):
+        LatentLPIPS.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="3 of .* negative"):
+        clamped = LatentLPIPS.from_pretrained(tmp_path, clamp=True)
+    assert torch.equal(clamped.lins[1].weight, metric.lins[1].weight.clamp(min=0))
+    metric.lins[1].weight.data.abs_()
+    metric.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LatentLPIPS.from_pretrained(tmp_path, clamp=True)
+    metric.lins[1].weight.data[0, 0] = float("nan")
+    metric.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="NaN"):
+        LatentLPIPS.from_pretrained(tmp_path, clamp=True)
+
+
+def test_errors() -> None:
+    metric = metric_of()
+    x = torch.randn(1, 4, 8, 8)
+    with pytest.raises(UserError, match="equal shapes"):
+        metric(x, torch.randn(1, 4, 8, 10))
+    with pytest.raises(UserError, match="expected one of them"):
+        metric(x)
+    with pytest.raises(UserError, match="cached features"):
+        metric(x, features=metric.target_features(torch.randn(1, 4, 8, 10)))
+    metric.l1_weight = 1.0
+    with pytest.raises(UserError, match="no x1"):
+        metric(x, features=metric.target_features(x))
+    with pytest.raises(UserError, match="ensemble is 0"):
+        ELatentLPIPS(metric, ensemble=0)
+    with pytest.raises(UserError, match="l1_weight"):
+        LatentLPIPS(metric.net, l1_weight=-1.0)
+
+
+def test_lpips_through_a_decoder() -> None:
+    torch.manual_seed(0)
+    decoder = nn.ConvTranspose2d(4, 3, 4, stride=4)
+    pixel = LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=3, width=0.125, removed_poolings=0)))
+    loss = DecodedLPIPS(decoder, pixel)
+    x0, x1 = torch.randn(2, 2, 4, 8, 8)
+    torch.testing.assert_close(loss(x0, x1), pixel(decoder(x0), decoder(x1)))
+    assert torch.equal(loss(x0, x0), torch.zeros(2))
+    x0.requires_grad_()
+    loss(x0, x1).sum().backward()
+    assert x0.grad is not None and x0.grad.abs().sum() > 0
+    assert not any(name.startswith("_decode") for name in loss.state_dict())

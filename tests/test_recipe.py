@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.recipe import builtin_recipes, check_same_experiment, dump_recipe, load_recipe
+from tests.helpers import recipe_values, write_recipe
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path / "tiny.yaml", recipe_values(Path("teacher"), Path("prompts.txt")))
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_every_builtin_recipe_is_valid_and_survives_saving(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    (tmp_path / "resolved.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(str(tmp_path / "resolved.yaml")) == recipe
+
+
+def test_rows_of_table_1_differ_by_the_distance_alone() -> None:
+    rows = [load_recipe(n) for n in builtin_recipes() if n.startswith("ablations/")]
+    assert len(rows) == 6
+    plain = [r.model_dump() | {"name": "", "loss": ""} for r in rows]
+    assert all(p == plain[0] for p in plain)
+    assert len({r.loss.distance for r in rows}) == 6
+    assert len({(r.loss.perceptual, r.loss.augment) for r in rows}) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.stepz=5", r"unknown key training.stepz; did you mean steps\? allowed here: steps, batch_size"),
+        ("trainning.steps=5", "unknown key trainning; did you mean training"),
+        ("training.steps=ten", "training.steps is 'ten'"),
+        ("training.steps=0", "training.steps is 0: input should be greater than or equal to 1"),
+        ("training.mixed_precision=fp16", "training.mixed_precision is 'fp16': input should be 'no' or 'bf16'"),
+        ("loss.augment=xyz", "loss.augment is 'xyz'"),
+        ("loss.distance=l3", "loss.distance is 'l3'"),
+        ("pairs.shard_size=9", r"shard_size is 9, expected a multiple of batch_size \(4\)"),
+        ("training.holdout=24", "training.holdout is 24, expected fewer than pairs.count"),
+        ("training.steps", "expected section.key=value"),
+        ("name.x=1", "name is not a section"),
+        ("pairs.seed=4194304", "pairs.seed is 4194304"),
+    ],
+)
+def test_what_is_wrong_is_named(tiny: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe(str(tiny), [override])
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'emoji'"):
+        load_recipe("emojy")
+
+
+def test_base_is_merged_section_by_section(tiny: Path) -> None:
+    (tiny.parent / "other.yaml").write_text("base: tiny.yaml\nname: other\ntraining: {steps: 99}\n")
+    base, other = load_recipe(str(tiny)), load_recipe(str(tiny.parent / "other.yaml"))
+    assert other.training.steps == 99
+    assert other.training.batch_size == base.training.batch_size
+    assert other.pairs == base.pairs
+    (tiny.parent / "circle.yaml").write_text("base: circle.yaml\nname: c\n")
+    with pytest.raises(UserError, match="circle"):
+        load_recipe(str(tiny.parent / "circle.yaml"))
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", ""])
+def test_not_a_recipe(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match="r.yaml"):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_a_run_belongs_to_one_experiment(tiny: Path) -> None:
+    saved = load_recipe(str(tiny))
+    check_same_experiment(load_recipe(str(tiny), ["training.steps=99"]), saved, tiny.parent)
+    with pytest.raises(UserError, match="training.learning_rate is 0.001 there and 0.5 now"):
+        check_same_experiment(load_recipe(str(tiny), ["training.learning_rate=0.5"]), saved, tiny.parent)

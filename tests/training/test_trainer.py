@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
+from diffusion2gan.pairs.dataset import PairDataset
+from diffusion2gan.pairs.simulate import PairsConfig, simulate
+from diffusion2gan.perceptual import LatentLPIPS, LatentVGG
+from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+from diffusion2gan.training.distance import Distance, LossConfig, build_distance
+from diffusion2gan.training.order import SampleOrder, augmentation_uniforms
+from diffusion2gan.training.state import checkpoints, environment, load_state
+from diffusion2gan.training.trainer import Trainer, TrainingConfig
+from tests.conftest import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, prompts_file: Path) -> Path:
+    folder = tmp_path_factory.mktemp("pairs") / "store"
+    config = {"count": 24, "prompts": {"source": str(prompts_file)}, "ode": {"steps": 4, "guidance": 2.0}, "batch_size": 8, "shard_size": 8}
+    simulate(StableDiffusionTeacher.from_pipeline(tiny_pipeline()), PairsConfig.model_validate(config), folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def perceptual_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vgg")
+    LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=4, width=0.125))).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pixel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("pixel_vgg")
+    LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=3, width=0.125, removed_poolings=0))).save_pretrained(folder)
+    return folder
+
+
+def _trainer(store: Path, folder: Path, loss: LossConfig | None = None, generator: GeneratorConfig | None = None, **changes: object) -> Trainer:
+    teacher = StableDiffusionTeacher.from_pipeline(tiny_pipeline())
+    values = {"steps": 6, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 2, "holdout": 8, "checkpoint_every": 3, "sample_every": 100, "sample_count": 2, "log_every": 1}
+    config = TrainingConfig.model_validate(values | changes)
+    distance = build_distance(loss or LossConfig(distance="mse"), teacher)
+    return Trainer(teacher, PairDataset(store), OneStepGenerator.from_teacher(teacher, generator), distance, config, folder)
+
+
+def _weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.bare_generator.parameters()])
+
+
+@pytest.mark.parametrize("distance", ["mse", "l1", "pseudo_huber", "lpips", "latent_lpips", "e_latent_lpips"])
+def test_every_loss_of_table_1_lowers_itself_on_held_out_pairs(
+    distance: str, store: Path, tmp_path: Path, perceptual_folder: Path, pixel_folder: Path
+) -> None:
+    source = pixel_folder if distance == "lpips" else perceptual_folder
+    loss = LossConfig.model_validate({"distance": distance, "perceptual": str(source)})
+    trainer = _trainer(store, tmp_path, loss, steps=30, batch_size=8, ema_decay=0.5)
+    before = trainer.validate()["validation_loss"]
+    trainer.run(progress=False)
+    after = trainer.validate()["validation_loss"]
+    assert after < 0.95 * before
+    assert (tmp_path / "samples" / "held-out-00000030.png").exists()
+
+
+def test_resume_equals_an_unbroken_run(store: Path, tmp_path: Path, perceptual_folder: Path) -> None:
+    """Augmented loss included: its draws are a function of the step, not of a generator's state."""
+    loss = LossConfig(distance="e_latent_lpips", perceptual=str(perceptual_folder))
+    unbroken = _trainer(store, tmp_path / "a", loss)
+    unbroken.run(progress=False)
+    _trainer(store, tmp_path / "b", loss, steps=3).run(progress=False)
+    resumed = _trainer(store, tmp_path / "b", loss)
+    assert resumed.step == 3
+    resumed.run(progress=False)
+    assert torch.equal(_weights(unbroken), _weights(resumed))
+    a, b = (load_state(checkpoints(tmp_path / x / "checkpoints")[-1]) for x in "ab")
+    assert all(torch.equal(v, b.ema[k]) for k, v in a.ema.items())
+    assert a.ema["network.conv_in.weight"].stride() == b.ema["network.conv_in.weight"].stride()
+    assert a.gradient_scale == b.gradient_scale
+
+
+def test_accumulated_micro_batches_equal_the_whole_batch(store: Path, tmp_path: Path) -> None:
+    whole = _trainer(store, tmp_path / "a", batch_size=8)
+    whole.run(progress=False)
+    parts = _trainer(store, tmp_path / "b", batch_size=8, micro_batch_size=2)
+    assert parts.accumulation == 4
+    parts.run(progress=False)
+    assert (_weights(whole) - _weights(parts)).abs().max().item() < 2e-4
+    assert (_weights(whole) - _weights(_trainer(store, tmp_path / "c", batch_size=8))).abs().max().item() > 1e-3
+
+
+def test_gradient_checkpointing_changes_nothing(store: Path, tmp_path: Path) -> None:
+    plain = _trainer(store, tmp_path / "a")
+    plain.run(progress=False)
+    checkpointed = _trainer(store, tmp_path / "b", generator=GeneratorConfig(gradient_checkpointing=True))
+    checkpointed.run(progress=False)
+    assert (_weights(plain) - _weights(checkpointed)).abs().max().item() < 1e-5
+
+
+def test_bf16_trains(store: Path, tmp_path: Path) -> None:
+    trainer = _trainer(store, tmp_path, mixed_precision="bf16")
+    trainer.run(progress=False)
+    assert all(p.dtype == torch.float32 for p in trainer.bare_generator.parameters())
+    assert math.isfinite(trainer.validate()["validation_loss"])
+
+
+def test_non_finite_loss_stops_before_the_update(store: Path, tmp_path: Path) -> None:
+    trainer = _trainer(store, tmp_path)
+    trainer.distance = Distance(lambda a, b, _: (a - b).flatten(1).mean(1) * float("nan"))
+    before, average = _weights(trainer), trainer.ema.state["network.conv_in.weight"].clone()
+    with pytest.raises(UserError, match="step 0: the regression loss is nan"):
+        trainer.run(progress=False)
+    assert torch.equal(before, _weights(trainer))
+    assert torch.equal(average, trainer.ema.state["network.conv_in.weight"])
+
+
+def test_ema_is_the_formula(store: Path, tmp_path: Path) -> None:
+    trainer = _trainer(store, tmp_path, ema_decay=0.15)
+    name = "network.conv_in.weight"
+    expected = trainer.bare_generator.state_dict()[name].clone()
+    for step in range(3):
+        trainer.train_step(trainer._load(step))
+        decay = min(0.15, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * trainer.bare_generator.state_dict()[name]
+    torch.testing.assert_close(trainer.ema.state[name], expected)
+
+
+def test_held_out_pairs_are_never_trained_on(store: Path, tmp_path: Path) -> None:
+    trainer = _trainer(store, tmp_path)
+    rows = np.concatenate([trainer.order.rows(s, 4) for s in range(40)])
+    assert rows.max() == 15
+    assert {tuple(b.prompts) for b in trainer._held_out(2)} == {tuple(PairDataset(store).prompt(i) for i in (16, 17))}
+
+
+def test_too_few_pairs_and_odd_batches_are_refused(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the store has 24 pairs"):
+        _trainer(store, tmp_path, holdout=24)
+
+
+def test_resume_warns_of_another_environment(store: Path, tmp_path: Path) -> None:
+    _trainer(store, tmp_path, steps=3).run(progress=False)
+    path = checkpoints(tmp_path / "checkpoints")[-1]
+    with pytest.warns(UserWarning, match=r"threads was 1 and is 7 now"):
+        load_state(path, environment(False, 1) | {"threads": "7"})
+
+
+def test_a_damaged_or_hostile_checkpoint_is_one_clear_line(store: Path, tmp_path: Path) -> None:
+    _trainer(store, tmp_path, steps=3).run(progress=False)
+    path = checkpoints(tmp_path / "checkpoints")[-1]
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        load_state(path)
+    torch.save({"format": print}, path)
+    with pytest.raises(UserError, match="not a checkpoint of ours"):
+        load_state(path)
+
+
+class TestOrder:
+    def test_every_pair_once_an_epoch(self) -> None:
+        order = SampleOrder(10, seed=3)
+        rows = np.concatenate([order.rows(s, 4) for s in range(5)])
+        assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
+        assert rows[:10].tolist() != rows[10:].tolist()
+
+    def test_a_function_of_the_step_alone(self) -> None:
+        fresh = SampleOrder(10, seed=3).rows(4, 4)
+        used = SampleOrder(10, seed=3)
+        for step in (0, 9, 4):
+            rows = used.rows(step, 4)
+        np.testing.assert_array_equal(fresh, rows)
+        assert augmentation_uniforms(1, 2, 3, 4).tolist() == augmentation_uniforms(1, 2, 3, 4).tolist()
+        assert augmentation_uniforms(1, 2, 3, 4).tolist() != augmentation_uniforms(1, 3, 3, 4).tolist()
