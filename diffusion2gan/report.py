@@ -1,0 +1,95 @@
+"""Results to one self-contained HTML page (it opens offline) and to Markdown tables. Loads no network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.images import png_bytes
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1d2430; background: #fff; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.8rem; margin-bottom: .2rem; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #d7dce3; padding-bottom: .2rem; }
+table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .35rem .8rem; border-bottom: 1px solid #e4e8ee; text-align: right; }
+th:first-child, td:first-child { text-align: left; } th { background: #f4f6f9; }
+img { max-width: 100%; height: auto; image-rendering: auto; } figure { margin: 1rem 0; overflow-x: auto; } figcaption { color: #5a6575; font-size: .9rem; }
+pre { background: #f4f6f9; padding: .8rem; overflow-x: auto; font-size: .85rem; }
+"""
+
+
+class Page:
+    """An HTML report, written part by part. All text is escaped; pictures are inside the file."""
+
+    def __init__(self, title: str, subtitle: str = ""):
+        self._title = title
+        self._parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(subtitle)}</p>"]
+
+    def heading(self, text: str) -> None:
+        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+
+    def text(self, text: str) -> None:
+        self._parts.append(f"<p>{html.escape(text)}</p>")
+
+    def code(self, text: str) -> None:
+        self._parts.append(f"<pre>{html.escape(text)}</pre>")
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell(v))}</td>" for v in row) + "</tr>" for row in rows)
+        self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+
+    def picture(self, picture: Image.Image, caption: str) -> None:
+        data = base64.b64encode(png_bytes(picture)).decode()
+        alt = html.escape(caption, quote=True)
+        self._parts.append(f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption></figure>')
+
+    def write(self, path: Path) -> None:
+        """Writes the page atomically."""
+        body = "\n".join(self._parts)
+        page = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(self._title)}</title>'
+        page += f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n'
+        write_bytes_atomic(path, page.encode())
+
+
+def cell(value: Any) -> str:
+    """A table cell: three significant digits for floats, a dash for what was not measured."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """The same table for a Markdown file."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(cell(v).replace("|", "\\|") for v in row) + " |" for row in rows]) + "\n"
+
+
+def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str, log_y: bool = False) -> Image.Image:
+    """A line plot: name -> (x, y)."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 3.4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for name, (x, y) in series.items():
+        axes.plot(x, y, label=name, marker="o" if len(x) < 20 else None, markersize=3, linewidth=1.4)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    if log_y:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
