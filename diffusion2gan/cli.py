@@ -18,10 +18,7 @@ def _simulate(a: argparse.Namespace) -> None:
     from diffusion2gan.run import simulate_recipe
 
     manifest = simulate_recipe(load_recipe(a.recipe, a.set), a.out)
-    if manifest is None:
-        print(f"{a.out}: this worker's shards are done; others are still at work")
-    else:
-        print(f"{a.out}: {manifest['count']} pairs in {len(manifest['shards'])} shards, fingerprint {manifest['fingerprint']}")
+    print(f"{a.out}: {manifest['count']} pairs in {len(manifest['shards'])} shards, fingerprint {manifest['fingerprint']}")
 
 
 def _pairs_check(a: argparse.Namespace) -> None:
@@ -98,7 +95,9 @@ def _compare(a: argparse.Namespace) -> None:
     teacher = load_teacher(TeacherConfig(source=a.teacher, dtype=a.dtype), default_device())
     picture, seconds = compare_pictures(teacher, student, a.prompt, a.seed, a.count, SolverConfig(steps=a.steps, guidance=a.guidance))
     write_bytes_atomic(a.output, png_bytes(picture))
-    print(f"wrote {a.output}: teacher {a.steps} steps {seconds[0]:.3f} s a picture, student 1 step {seconds[1]:.4f} s, ratio {seconds[0] / seconds[1]:.1f}")
+    print(
+        f"wrote {a.output}: teacher {a.steps} steps {seconds[0]:.3f} s a picture, student 1 step {seconds[1]:.4f} s, ratio {seconds[0] / seconds[1]:.1f}"
+    )
 
 
 def _recipes(_: argparse.Namespace) -> None:
@@ -106,7 +105,9 @@ def _recipes(_: argparse.Namespace) -> None:
 
     for name in builtin_recipes():
         recipe = load_recipe(name)
-        print(f"{name:32} {recipe.pairs.count:>9} pairs  {recipe.loss.distance:16} {recipe.training.steps:>7} steps of {recipe.training.batch_size}")
+        print(
+            f"{name:32} {recipe.pairs.count:>9} pairs  {recipe.loss.distance:16} {recipe.training.steps:>7} steps of {recipe.training.batch_size}"
+        )
 
 
 def _embedded(a: argparse.Namespace) -> None:
@@ -116,7 +117,9 @@ def _embedded(a: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="diffusion2gan", description="Distil a multi-step text-to-image diffusion model into a one-step generator.")
+    parser = argparse.ArgumentParser(
+        prog="diffusion2gan", description="Distil a multi-step text-to-image diffusion model into a one-step generator."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -129,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("recipe", help="a built-in recipe (see `diffusion2gan recipes`) or a YAML file")
         sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one setting of the recipe")
 
-    sub = add("simulate", _simulate, "Make the teacher's pairs of a recipe (runs under torchrun too; the same command goes on where it stopped)")
+    sub = add(
+        "simulate", _simulate, "Make the teacher's pairs of a recipe (runs under torchrun too; the same command goes on where it stopped)"
+    )
     recipe_arguments(sub)
     sub.add_argument("--out", type=Path, required=True, help="folder of the pair store")
 

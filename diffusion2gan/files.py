@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from diffusion2gan.errors import UserError
 
@@ -24,7 +25,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: the disk is full; free some space and run the same command again, it goes on where it stopped") from None
+            raise UserError(
+                f"{path}: the disk is full; free some space and run the same command again, it goes on where it stopped"
+            ) from None
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise UserError(f"{path}: cannot write here ({os.strerror(error.errno)}); choose a folder you may write to") from None
         raise
@@ -53,6 +56,22 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Writes `data` to `path`: afterwards the file has either its old content or all of the new one."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def torch_save_atomic(path: Path, value: Any) -> None:
+    """`torch.save` that leaves either the old file or all of the new one; a full disk is an OSError like everywhere else."""
+    import torch
+
+    with atomic_path(path) as temporary:
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(value, file)
+        except RuntimeError as error:
+            # torch's zip writer reports a failed write as a failure of its own; the cause is further down.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
 
 
 def fsync_dir(path: Path) -> None:

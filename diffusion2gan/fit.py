@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from diffusion2gan.ema import Ema
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import atomic_path
+from diffusion2gan.files import torch_save_atomic
 from diffusion2gan.interrupt import stop_requests
 
 
@@ -64,7 +64,9 @@ def fit(
 
     SIGTERM and Ctrl-C finish the step, save and raise KeyboardInterrupt. Scalars go to `folder/metrics.jsonl`.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
     ema = Ema(model, config.ema_decay)
     path = folder / "checkpoint.pt"
     start = 0
@@ -76,8 +78,7 @@ def fit(
         start = saved["step"]
 
     def save(step: int) -> None:
-        with atomic_path(path) as temporary:
-            torch.save({"model": model.state_dict(), "ema": ema.state, "optimizer": optimizer.state_dict(), "step": step}, temporary)
+        torch_save_atomic(path, {"model": model.state_dict(), "ema": ema.state, "optimizer": optimizer.state_dict(), "step": step})
 
     folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=config.steps, initial=start, desc=folder.name, mininterval=5)

@@ -16,7 +16,9 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
     return scaled.byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None, row_labels: Sequence[str] | None = None, scale: int = 1) -> Image.Image:
+def grid(
+    images: np.ndarray, columns: int, captions: Sequence[str] | None = None, row_labels: Sequence[str] | None = None, scale: int = 1
+) -> Image.Image:
     """One picture of (N, H, W, 3) uint8 images in rows of `columns`, with captions under them and labels left of the rows."""
     n, height, width = images.shape[:3]
     cell_h, cell_w = height * scale, width * scale

@@ -27,4 +27,6 @@ def pseudo_huber(x0: Tensor, x1: Tensor, c: float | None = None) -> Tensor:
     difference = (x0 - x1).flatten(1)
     dimension = difference.shape[1]
     c = 0.00054 * math.sqrt(dimension) if c is None else c
-    return (torch.sqrt(difference.square().sum(1) + c * c) - c) / math.sqrt(dimension)
+    square = difference.square().sum(1)
+    # sqrt(s + c^2) - c, written so that small differences do not cancel.
+    return square / (torch.sqrt(square + c * c) + c) / math.sqrt(dimension)

@@ -35,12 +35,23 @@ FORMAT = "diffusion2gan-student-1"
 
 def student_scheduler(teacher_config: dict[str, Any]) -> DDIMScheduler:
     """The scheduler with which one stock step from the last timestep returns x itself."""
-    options = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False, "thresholding": False, "rescale_betas_zero_snr": False}
+    options = {
+        "timestep_spacing": "trailing",
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+        "thresholding": False,
+        "rescale_betas_zero_snr": False,
+    }
     return DDIMScheduler.from_config({k: v for k, v in teacher_config.items() if not k.startswith("_")} | options)
 
 
 def export_student(
-    pipeline: StableDiffusionPipeline, generator_weights: dict[str, Tensor], timestep: int, folder: Path, facts: dict[str, Any], dtype: torch.dtype
+    pipeline: StableDiffusionPipeline,
+    generator_weights: dict[str, Tensor],
+    timestep: int,
+    folder: Path,
+    facts: dict[str, Any],
+    dtype: torch.dtype,
 ) -> None:
     """Writes a student folder: the teacher's pipeline with G's weights, a one-step scheduler, a card and `diffusion2gan.json`.
 
@@ -49,7 +60,9 @@ def export_student(
     """
     steps = pipeline.scheduler.config.num_train_timesteps
     if timestep != steps - 1:
-        raise UserError(f"generator.timestep is {timestep}: a stock one-step scheduler starts at {steps - 1}; train with that timestep to export")
+        raise UserError(
+            f"generator.timestep is {timestep}: a stock one-step scheduler starts at {steps - 1}; train with that timestep to export"
+        )
     if folder.exists() and not (folder / STUDENT_FILE).exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: not empty and no student; choose a new folder")
     # float32 first: the weights are rounded once, to the dtype they are stored in.

@@ -1,7 +1,7 @@
 """A recipe: one YAML file, one experiment. Sections are composed here; each section's fields live beside what they configure.
 
-    base: emoji            # another recipe, by name or path; this file holds only the lines that differ
-    loss: {distance: mse}
+base: emoji            # another recipe, by name or path; this file holds only the lines that differ
+loss: {distance: mse}
 """
 
 from __future__ import annotations
@@ -165,7 +165,9 @@ def check_same_experiment(recipe: Recipe, saved: Recipe, folder: Path) -> None:
     """Raises UserError naming the first setting in which a run folder's recipe differs from `recipe`."""
     for key, ours, theirs in settings_difference(recipe.model_dump(mode="json"), saved.model_dump(mode="json")):
         if key not in _FREE_TO_CHANGE:
-            raise UserError(f"{folder}: a run of another recipe: {key} is {theirs!r} there and {ours!r} now; choose a new --out, or mend the recipe")
+            raise UserError(
+                f"{folder}: a run of another recipe: {key} is {theirs!r} there and {ours!r} now; choose a new --out, or mend the recipe"
+            )
 
 
 def check_pairs(recipe: Recipe, settings: dict[str, Any], manifest: dict[str, Any], store: Path) -> None:

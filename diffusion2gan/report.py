@@ -48,7 +48,9 @@ class Page:
     def picture(self, picture: Image.Image, caption: str) -> None:
         data = base64.b64encode(png_bytes(picture)).decode()
         alt = html.escape(caption, quote=True)
-        self._parts.append(f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption></figure>')
+        self._parts.append(
+            f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+        )
 
     def write(self, path: Path) -> None:
         """Writes the page atomically."""

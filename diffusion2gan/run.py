@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionPipeline
 
-from diffusion2gan.embedded.weights import embedded_folder
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import disk_errors, write_bytes_atomic
 from diffusion2gan.generator import OneStepGenerator
@@ -20,7 +18,8 @@ from diffusion2gan.pairs.prompts import read_prompts
 from diffusion2gan.pairs.simulate import Worker, simulate, store_settings
 from diffusion2gan.pipeline import export_student
 from diffusion2gan.recipe import Recipe, check_pairs, check_same_experiment, dump_recipe, load_recipe
-from diffusion2gan.teachers.load import load_teacher
+from diffusion2gan.teachers.load import load_teacher, teacher_folder
+from diffusion2gan.teachers.stable_diffusion import load_pipeline
 from diffusion2gan.training.distance import build_distance
 from diffusion2gan.training.state import checkpoints, load_state
 from diffusion2gan.training.trainer import Trainer
@@ -30,7 +29,7 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def simulate_recipe(recipe: Recipe, store: Path, progress: bool = True) -> dict[str, Any] | None:
+def simulate_recipe(recipe: Recipe, store: Path, progress: bool = True) -> dict[str, Any]:
     """Fills a pair store for `recipe`, with as many workers as torchrun started."""
     worker = Worker.from_environment()
     device = f"cuda:{worker.rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
@@ -42,8 +41,10 @@ def open_run(recipe: Recipe, folder: Path) -> None:
     path = folder / "recipe.yaml"
     if path.exists():
         check_same_experiment(recipe, load_recipe(str(path)), folder)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise UserError(f"{folder}: not empty and no run (no recipe.yaml); choose a new --out")
+    for leftover in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
+        leftover.unlink(missing_ok=True)
     write_bytes_atomic(path, dump_recipe(recipe).encode())
 
 
@@ -75,14 +76,11 @@ def export_run(folder: Path, out: Path, dtype: str = "float16", use_ema: bool = 
     if not found:
         raise UserError(f"{folder}: no checkpoint yet; run `diffusion2gan train` with this --out first")
     state = load_state(found[-1])
-    source = embedded_folder("teacher") if recipe.teacher.source == "embedded" else recipe.teacher.source
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        source, revision=recipe.teacher.revision, variant=recipe.teacher.variant, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
+    pipeline = load_pipeline(recipe.teacher, teacher_folder(recipe.teacher), torch.float32)
     pairs = json.loads((folder / "pairs.json").read_text())
     facts = {
         "recipe": recipe.name,
-        "teacher": recipe.teacher.source if recipe.teacher.source == "embedded" or "/" in recipe.teacher.source and not Path(recipe.teacher.source).exists() else "local folder",
+        "teacher": "local folder" if Path(recipe.teacher.source).exists() else recipe.teacher.source,
         "teacher_weights": pairs["teacher"]["weights"],
         "pairs": pairs["count"],
         "pairs_fingerprint": pairs["fingerprint"],

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +43,50 @@ def write_recipe(path: Path, values: dict[str, Any]) -> Path:
     return path
 
 
-def run_command(*arguments: Any, program: tuple[str, ...] = ("-m", "diffusion2gan"), env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs the command line in a process of its own, with one thread."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {})
-    return subprocess.run(
-        [sys.executable, *program, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300, check=False
-    )
+class Command:
+    """One run of the command line in a process of its own, with one thread."""
+
+    _server: subprocess.Popen[str] | None = None
+
+    def __init__(self, *arguments: Any, kill_at: tuple[str, int] | None = None, slow: float | None = None):
+        server = self._start_server()
+        self._folder = tempfile.mkdtemp(prefix="command-")
+        self._out, self._err = Path(self._folder) / "out", Path(self._folder) / "err"
+        order = {"argv": [str(a) for a in arguments], "kill_at": kill_at, "slow": slow, "out": str(self._out), "err": str(self._err)}
+        assert server.stdin is not None
+        server.stdin.write(json.dumps(order) + "\n")
+        server.stdin.flush()
+        self.pid: int = self._answer()["pid"]
+
+    @classmethod
+    def _start_server(cls) -> subprocess.Popen[str]:
+        if cls._server is None or cls._server.poll() is not None:
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            cls._server = subprocess.Popen(
+                [sys.executable, "-m", "tests.zygote"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+            )
+        return cls._server
+
+    @classmethod
+    def _answer(cls) -> dict[str, int]:
+        assert cls._server is not None
+        assert cls._server.stdout is not None
+        return json.loads(cls._server.stdout.readline())
+
+    @property
+    def stderr(self) -> str:
+        return self._err.read_text() if self._err.exists() else ""
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        code = self._answer()["code"]
+        done = subprocess.CompletedProcess([], code, self._out.read_text() if self._out.exists() else "", self.stderr)
+        shutil.rmtree(self._folder)
+        return done
+
+
+def run_command(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    """Runs the command line to its end."""
+    return Command(*arguments).wait()
 
 
 def tree_digest(folder: Path) -> dict[str, str]:

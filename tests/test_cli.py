@@ -43,7 +43,9 @@ def test_generate_and_compare(world: Path, tiny_teacher_folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "seeds 7 to 10" in done.stdout
     assert Image.open(world / "out.png").size[0] > 4 * 16
-    done = run_command("compare", world / "student", "cat", "sun", "--teacher", tiny_teacher_folder, "--steps", 2, "-n", 2, "-o", world / "c.png")
+    done = run_command(
+        "compare", world / "student", "cat", "sun", "--teacher", tiny_teacher_folder, "--steps", 2, "-n", 2, "-o", world / "c.png"
+    )
     assert done.returncode == 0, done.stderr
     assert "ratio" in done.stdout
 
@@ -77,17 +79,27 @@ def test_bad_input_is_one_line_and_exit_code_2(world: Path, tmp_path: Path) -> N
     recipe, store = world / "recipe.yaml", world / "store"
     before = tree_digest(world)
     _assert_one_line(run_command("simulate", "no-such-recipe", "--out", tmp_path / "s"), "no such file or built-in recipe")
-    _assert_one_line(run_command("simulate", recipe, "--out", tmp_path / "s", "--set", "pairs.cuont=3"), "unknown key pairs.cuont", "did you mean count")
-    _assert_one_line(run_command("simulate", recipe, "--out", store, "--set", "pairs.ode.guidance=5.0"), "ode.guidance is 2.0 there and 5.0 in the recipe")
+    _assert_one_line(
+        run_command("simulate", recipe, "--out", tmp_path / "s", "--set", "pairs.cuont=3"), "unknown key pairs.cuont", "did you mean count"
+    )
+    _assert_one_line(
+        run_command("simulate", recipe, "--out", store, "--set", "pairs.ode.guidance=5.0"),
+        "ode.guidance is 2.0 there and 5.0 in the recipe",
+    )
     _assert_one_line(
         run_command("train", recipe, "--pairs", store, "--out", tmp_path / "r", "--set", "pairs.ode.guidance=5.0"),
         "pairs.ode.guidance: the store", "has 2.0, the recipe 5.0",
     )  # fmt: skip
     _assert_one_line(run_command("train", recipe, "--pairs", tmp_path, "--out", tmp_path / "r"), "no pair store here")
-    _assert_one_line(run_command("train", recipe, "--pairs", store, "--out", world / "run", "--set", "training.seed=9"), "training.seed is 0 there and 9 now")
+    _assert_one_line(
+        run_command("train", recipe, "--pairs", store, "--out", world / "run", "--set", "training.seed=9"),
+        "training.seed is 0 there and 9 now",
+    )
     _assert_one_line(run_command("export", tmp_path, tmp_path / "x"), "no run here")
     _assert_one_line(run_command("generate", tmp_path, "cat"), "no student here")
-    _assert_one_line(run_command("simulate", recipe, "--out", tmp_path / "s", "--set", f"teacher.source={tmp_path}"), "is not a Stable Diffusion folder")
+    _assert_one_line(
+        run_command("simulate", recipe, "--out", tmp_path / "s", "--set", f"teacher.source={tmp_path}"), "is not a Stable Diffusion folder"
+    )
     assert tree_digest(world) == before
     assert not (tmp_path / "r").exists()
 

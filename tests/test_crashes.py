@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import ROOT, metrics, recipe_values, run_command, tree_digest, write_recipe
+from tests.helpers import ROOT, Command, metrics, recipe_values, run_command, tree_digest, write_recipe
 
 KILLED = -signal.SIGKILL
 
@@ -23,15 +24,26 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_folder: Path, p
     """A recipe, its unbroken store and its unbroken run."""
     folder = tmp_path_factory.mktemp("unbroken")
     recipe = write_recipe(folder / "recipe.yaml", recipe_values(tiny_teacher_folder, prompts_file))
-    for arguments in (("simulate", recipe, "--out", folder / "store"), ("train", recipe, "--pairs", folder / "store", "--out", folder / "run")):
+    for arguments in (
+        ("simulate", recipe, "--out", folder / "store"),
+        ("train", recipe, "--pairs", folder / "store", "--out", folder / "run"),
+    ):
         done = run_command(*arguments)
         assert done.returncode == 0, done.stderr
     return {"recipe": recipe, "store": folder / "store", "run": folder / "run"}
 
 
 def _kill_at(point: str, number: int, *arguments: object) -> None:
-    killed = run_command(point, number, "--", *arguments, program=(str(ROOT / "tests" / "kill_at.py"),))
+    killed = Command(*arguments, kill_at=(point, number)).wait()
     assert killed.returncode == KILLED, f"{point} {number} was never reached: {killed.stderr}"
+
+
+def _start_slowly(*arguments: object) -> Command:
+    """Starts a slowed command and returns when its work has begun."""
+    command = Command(*arguments, slow=0.15)
+    while "slow: started" not in command.stderr:
+        time.sleep(0.01)
+    return command
 
 
 def _final_weights(run: Path) -> dict[str, torch.Tensor]:
@@ -67,7 +79,17 @@ def test_simulate_killed_at(point: str, number: int, tmp_path: Path, world: dict
 # Renames of a training: recipe, pairs.json, then pictures and checkpoints.
 @pytest.mark.parametrize(
     ("point", "number"),
-    [("step", 1), ("step", 5), ("step", 11), ("mid-write", 1), ("mid-write", 3), ("before-rename", 1), ("after-rename", 2), ("before-rename", 5), ("after-rename", 5)],
+    [
+        ("step", 1),
+        ("step", 5),
+        ("step", 11),
+        ("mid-write", 1),
+        ("mid-write", 3),
+        ("before-rename", 1),
+        ("after-rename", 2),
+        ("before-rename", 5),
+        ("after-rename", 5),
+    ],
 )
 def test_train_killed_at(point: str, number: int, tmp_path: Path, world: dict[str, Path]) -> None:
     command = ("train", world["recipe"], "--pairs", world["store"], "--out", tmp_path / "run")
@@ -82,24 +104,19 @@ def test_train_killed_at(point: str, number: int, tmp_path: Path, world: dict[st
 def test_killed_at_random_times(stage: str, tmp_path: Path, world: dict[str, Path]) -> None:
     """Five kills of one run, each after a random stretch of real work; every one must land before the end."""
     out = tmp_path / "out"
-    command = ["simulate", world["recipe"], "--out", out] if stage == "simulate" else ["train", world["recipe"], "--pairs", world["store"], "--out", out]
-    # Slowed down, so that there is a middle to be killed in on any machine.
-    program = [sys.executable, str(ROOT / "tests" / "slow.py"), "0.15", *map(str, command)]
-    watched = out.with_name("out.log.jsonl") if stage == "simulate" else out / "metrics.jsonl"
+    command = (
+        ["simulate", world["recipe"], "--out", out]
+        if stage == "simulate"
+        else ["train", world["recipe"], "--pairs", world["store"], "--out", out]
+    )
     chance = random.Random(7)
     for _ in range(5):
-        process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-        assert process.stderr is not None
-        for line in process.stderr:  # the slowed program says when its work begins
-            if b"slow: started" in line:
-                break
+        running = _start_slowly(*command)
         time.sleep(chance.uniform(0.02, 0.5))
-        process.kill()
-        assert process.wait() == KILLED, "the run had already ended"
-        process.stderr.close()
+        os.kill(running.pid, signal.SIGKILL)
+        assert running.wait().returncode == KILLED, "the run had already ended"
     again = run_command(*command)
     assert again.returncode == 0, again.stderr
-    assert watched.exists()
     if stage == "simulate":
         assert tree_digest(out) == tree_digest(world["store"])
     else:
@@ -107,30 +124,32 @@ def test_killed_at_random_times(stage: str, tmp_path: Path, world: dict[str, Pat
 
 
 def test_two_torchrun_workers_make_the_same_store(tmp_path: Path, world: dict[str, Path]) -> None:
-    program = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "diffusion2gan")
-    done = run_command("simulate", world["recipe"], "--out", tmp_path / "store", program=program)
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "diffusion2gan"]
+    # Enough work that neither worker is done before the other has begun.
+    settings = ("--set", "pairs.count=64", "--set", "pairs.ode.steps=60")
+    command = [*program, "simulate", str(world["recipe"]), "--out", str(tmp_path / "two"), *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert tree_digest(tmp_path / "store") == tree_digest(world["store"])
+    assert run_command("simulate", world["recipe"], "--out", tmp_path / "one", *settings).returncode == 0
+    assert tree_digest(tmp_path / "two") == tree_digest(tmp_path / "one")
+    ranks = {json.loads(line)["rank"] for line in (tmp_path / "two.log.jsonl").read_text().splitlines()}
+    assert ranks == {0, 1}
 
 
 def test_terminate_saves_before_it_stops(tmp_path: Path, world: dict[str, Path]) -> None:
     run = tmp_path / "run"
     command = ["train", world["recipe"], "--pairs", world["store"], "--out", run]
-    program = [sys.executable, str(ROOT / "tests" / "slow.py"), "0.15", *map(str, command)]
-    process = subprocess.Popen(program, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    assert process.stderr is not None
-    for line in process.stderr:
-        if b"slow: started" in line:
-            break
+    running = _start_slowly(*command)
     time.sleep(0.4)
-    process.terminate()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert b"go on where it stopped" in errors
+    os.kill(running.pid, signal.SIGTERM)
+    done = running.wait()
+    assert done.returncode == 130, done.stderr
+    assert "go on where it stopped" in done.stderr
     steps = metrics(run)[-1]["step"]
     assert 0 < steps < 12
     assert (run / "checkpoints" / f"step-{steps:08d}.pt").exists()
     assert run_command(*command).returncode == 0
-    _, unbroken = _final_weights(run), world["run"]
-    for name, value in _final_weights(unbroken).items():
-        assert torch.equal(value, _final_weights(run)[name]), name
+    ours = _final_weights(run)
+    for name, value in _final_weights(world["run"]).items():
+        assert torch.equal(value, ours[name]), name

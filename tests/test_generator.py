@@ -74,7 +74,7 @@ def student_folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float64", 1e-9), ("float32", 1e-4)])
 def test_stock_pipeline_gives_the_same_latents(student_folder: Path, dtype: str, limit: float) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(student_folder, torch_dtype=getattr(torch, dtype))
+    pipeline = StableDiffusionPipeline.from_pretrained(student_folder, dtype=getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
     noise = draw_noise([7, 8], (4, 8, 8))
     stock = pipeline(

@@ -26,7 +26,11 @@ from diffusion2gan.files import write_bytes_atomic
 def build_autoencoder(work: Path, steps: int | None = None, decay_steps: int | None = None) -> Path:
     """Trains the autoencoder, folds the latent statistics in, writes `work/vae`. Returns that folder."""
     dataset = emoji.load()
-    config = replace(autoencoder.CONFIG, steps=steps or autoencoder.CONFIG.steps, decay_steps=autoencoder.CONFIG.decay_steps if decay_steps is None else decay_steps)
+    config = replace(
+        autoencoder.CONFIG,
+        steps=steps or autoencoder.CONFIG.steps,
+        decay_steps=autoencoder.CONFIG.decay_steps if decay_steps is None else decay_steps,
+    )
     vae = autoencoder.train(dataset, work / "ae_f4", "f4", config)
     autoencoder.fold_latent_statistics(vae, dataset.images[emoji.reference_indices(dataset.records)])
     vae.save_pretrained(work / "vae")
@@ -75,7 +79,9 @@ def pack(work: Path, root: Path) -> list[str]:
     write_bytes_atomic(root.parent / "data" / "records.jsonl.gz", gzip.compress(records.encode(), mtime=0))
     sizes = [p.stat().st_size for folder in (root, root.parent / "data") for p in folder.rglob("*") if p.is_file()]
     if sum(sizes) > MAX_TOTAL or max(sizes) > MAX_FILE:
-        raise UserError(f"{root}: {sum(sizes):,} bytes, largest file {max(sizes):,}, expected at most {MAX_TOTAL:,} and {MAX_FILE:,}; pack less")
+        raise UserError(
+            f"{root}: {sum(sizes):,} bytes, largest file {max(sizes):,}, expected at most {MAX_TOTAL:,} and {MAX_FILE:,}; pack less"
+        )
     return [*lines, f"total {sum(sizes):,} bytes"]
 
 

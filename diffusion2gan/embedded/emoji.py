@@ -147,7 +147,9 @@ def _fetch(package: str, sha256: str, folder: Path) -> Path:
             except FileNotFoundError:
                 raise UserError("npm is not installed, expected on the PATH: the emoji come as npm packages; install Node.js") from None
             except subprocess.CalledProcessError as error:
-                raise UserError(f"`{' '.join(command[:3])}` failed: {error.stderr.strip().splitlines()[-1:]}; check the network and try again") from None
+                raise UserError(
+                    f"`{' '.join(command[:3])}` failed: {error.stderr.strip().splitlines()[-1:]}; check the network and try again"
+                ) from None
             os.replace(Path(scratch) / path.name, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != sha256:

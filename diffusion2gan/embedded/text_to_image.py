@@ -19,13 +19,22 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusion2gan.embedded.autoencoder import to_tensor
 from diffusion2gan.embedded.emoji import EmojiDataset, EmojiRecord, all_captions, draw_caption
-from diffusion2gan.fit import FitConfig, fit
 from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.fit import FitConfig, fit
 
 VOCABULARY = 2048
 MAX_TOKENS = 24
 HIDDEN = 128
-CONFIG = FitConfig(steps=60_000, batch_size=128, learning_rate=6e-4, warmup_steps=500, decay_steps=10_000, ema_decay=0.9995, checkpoint_every=250, log_every=50)
+CONFIG = FitConfig(
+    steps=60_000,
+    batch_size=128,
+    learning_rate=6e-4,
+    warmup_steps=500,
+    decay_steps=10_000,
+    ema_decay=0.9995,
+    checkpoint_every=250,
+    log_every=50,
+)
 EMPTY_CAPTIONS = 0.1
 SNR_CLIP = 5.0
 

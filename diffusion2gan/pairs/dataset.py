@@ -114,7 +114,9 @@ def verify_shard(path: Path) -> str:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     expected = path.stem.rsplit("-", 1)[1]
     if digest[:_NAME_DIGITS] != expected:
-        raise UserError(f"{path}: corrupt shard (sha256 {digest[:_NAME_DIGITS]}, expected {expected}); delete it and run `simulate` again to make it anew")
+        raise UserError(
+            f"{path}: corrupt shard (sha256 {digest[:_NAME_DIGITS]}, expected {expected}); delete it and run `simulate` again to make it anew"
+        )
     return digest
 
 
@@ -123,7 +125,12 @@ def write_final_files(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     total = shard_count(settings["count"], settings["shard_size"])
     shards = existing_shards(folder, total)
     rows = [
-        {"file": path.name, "bytes": path.stat().st_size, "sha256": verify_shard(path), "rows": len(shard_rows(i, settings["count"], settings["shard_size"]))}
+        {
+            "file": path.name,
+            "bytes": path.stat().st_size,
+            "sha256": verify_shard(path),
+            "rows": len(shard_rows(i, settings["count"], settings["shard_size"])),
+        }
         for i, path in sorted(shards.items())
     ]
     fingerprint = hashlib.sha256("".join(r["sha256"] for r in rows).encode()).hexdigest()[:16]
@@ -141,7 +148,10 @@ def write_final_files(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         "_split": None,
     }
     manifest = settings | {"shards": rows, "fingerprint": fingerprint}
-    write_bytes_atomic(folder / "dataset_info.json", canonical_json({"features": features, "citation": "", "description": "", "homepage": "", "license": ""}))
+    write_bytes_atomic(
+        folder / "dataset_info.json",
+        canonical_json({"features": features, "citation": "", "description": "", "homepage": "", "license": ""}),
+    )
     write_bytes_atomic(folder / "state.json", canonical_json(state))
     write_bytes_atomic(folder / "manifest.json", canonical_json(manifest))
     return manifest
@@ -165,7 +175,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path}: format {manifest.get('format')!r}, expected {FORMAT!r}; simulate the pairs again with this version")
     if manifest["noise_recipe"] != {"name": NOISE_RECIPE, "fingerprint": noise_fingerprint()}:
-        raise UserError(f"{path}: noise {manifest['noise_recipe']}, but this installation draws {NOISE_RECIPE} {noise_fingerprint()}; use the NumPy version that made the store, or store the noise")
+        raise UserError(
+            f"{path}: noise {manifest['noise_recipe']}, but this installation draws {NOISE_RECIPE} {noise_fingerprint()}; use the NumPy version that made the store, or store the noise"
+        )
     return manifest
 
 
@@ -207,7 +219,9 @@ class PairDataset:
             raise UserError(f"{path}: missing shard; run the same `simulate` command again to make it anew")
         size = path.stat().st_size
         if size != shard["bytes"]:
-            raise UserError(f"{path}: truncated shard ({size} bytes, expected {shard['bytes']}); delete it and run `simulate` again to make it anew")
+            raise UserError(
+                f"{path}: truncated shard ({size} bytes, expected {shard['bytes']}); delete it and run `simulate` again to make it anew"
+            )
         if verify:
             verify_shard(path)
         source = pa.memory_map(str(path))

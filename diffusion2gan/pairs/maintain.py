@@ -13,7 +13,16 @@ from tqdm import tqdm
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import write_bytes_atomic
 from diffusion2gan.images import grid, to_uint8
-from diffusion2gan.pairs.dataset import PairDataset, canonical_json, encode_shard, shard_count, shard_name, shard_rows, verify_shard, write_final_files
+from diffusion2gan.pairs.dataset import (
+    PairDataset,
+    canonical_json,
+    encode_shard,
+    shard_count,
+    shard_name,
+    shard_rows,
+    verify_shard,
+    write_final_files,
+)
 from diffusion2gan.teachers.protocol import Teacher
 
 

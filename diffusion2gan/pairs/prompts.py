@@ -38,9 +38,13 @@ def read_prompts(config: PromptsConfig, count: int, seed: int) -> list[str]:
         raise UserError(f"{path}: no prompts in it; write one a line")
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
-            raise UserError(f"{path}, line {number}: empty prompt; delete the line (an unconditional sample must be asked for by its own recipe)")
+            raise UserError(
+                f"{path}, line {number}: empty prompt; delete the line (an unconditional sample must be asked for by its own recipe)"
+            )
         if len(prompt) > MAX_CHARACTERS:
-            raise UserError(f"{path}, line {number}: a prompt of {len(prompt):,} characters, expected at most {MAX_CHARACTERS:,}; shorten it (the text encoder reads far fewer)")
+            raise UserError(
+                f"{path}, line {number}: a prompt of {len(prompt):,} characters, expected at most {MAX_CHARACTERS:,}; shorten it (the text encoder reads far fewer)"
+            )
     return [prompts[i % len(prompts)] for i in range(count)]
 
 
@@ -65,7 +69,9 @@ def _jsonl(path: Path, column: str) -> list[str]:
         try:
             value = json.loads(line)[column]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number}: expected a JSON object with {column!r}; mend the line or set pairs.prompts.column") from None
+            raise UserError(
+                f"{path}, line {number}: expected a JSON object with {column!r}; mend the line or set pairs.prompts.column"
+            ) from None
         if not isinstance(value, str):
             raise UserError(f"{path}, line {number}: {column!r} is a {type(value).__name__}, expected a string")
         prompts.append(value.strip())

@@ -1,8 +1,8 @@
 """Runs the teacher's ODE over prompts, a shard at a time, on any number of workers.
 
-A shard is a unit of work whose bytes depend on nothing but the settings, so there are no locks: a worker takes every
-n-th missing shard; a shard made twice is the same file; a dead worker costs one shard; the same command again fills
-what is missing. Times and host names go to `STORE.log.jsonl` beside the store, never into it.
+A shard is a unit of work whose bytes depend on nothing but the settings, so there are no locks: a worker makes every
+n-th shard, then helps the others from their far ends; a shard made twice is the same file; a dead worker costs one
+shard; the same command again, with any number of workers, fills what is missing. Times and host names go to `STORE.log.jsonl` beside the store, never into it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +42,7 @@ from diffusion2gan.pairs.dataset import (
 from diffusion2gan.pairs.prompts import PromptsConfig, prompts_digest, read_prompts
 from diffusion2gan.pairs.seeds import MAX_STORE_SEED, NOISE_RECIPE, draw_noise, noise_fingerprint, pair_seed
 from diffusion2gan.teachers.ode import SolverConfig, solve_ode
-from diffusion2gan.teachers.protocol import Teacher
+from diffusion2gan.teachers.protocol import Teacher, TextCondition
 
 
 class PairsConfig(Section):
@@ -123,11 +125,15 @@ def _agree_on_settings(folder: Path, settings: dict[str, Any]) -> None:
     except ValueError:
         raise UserError(f"{path}: not valid JSON; restore it, or choose a new folder") from None
     for key, ours, other in settings_difference(settings, theirs):
-        raise UserError(f"{folder}: a store of other settings: {key} is {other!r} there and {ours!r} in the recipe; choose a new folder, or mend the recipe")
+        raise UserError(
+            f"{folder}: a store of other settings: {key} is {other!r} there and {ours!r} in the recipe; choose a new folder, or mend the recipe"
+        )
 
 
-def simulate(teacher: Teacher, config: PairsConfig, folder: str | Path, worker: Worker | None = None, progress: bool = True) -> dict[str, Any] | None:
-    """Fills the store in `folder`. Returns its manifest, or None while other workers still have shards to make.
+def simulate(
+    teacher: Teacher, config: PairsConfig, folder: str | Path, worker: Worker | None = None, progress: bool = True
+) -> dict[str, Any]:
+    """Fills the store in `folder`; returns its manifest when all shards are there, whoever made them.
 
     Raises UserError for a folder of other settings, a corrupt shard, a full disk, or a solution that is not finite.
     """
@@ -139,31 +145,59 @@ def simulate(teacher: Teacher, config: PairsConfig, folder: str | Path, worker: 
     present = existing_shards(folder, total)
     for path in present.values():
         verify_shard(path)
-    missing = [i for i in range(total) if i not in present][worker.rank :: worker.world]
     teacher.network.to(memory_format=torch.channels_last)
     negative = teacher.encode_prompts([config.negative_prompt])
-    remaining = sum(len(shard_rows(i, config.count, config.shard_size)) for i in missing)
-    with tqdm(total=remaining, unit="pair", desc="simulate", disable=not progress or worker.rank != 0, mininterval=1) as bar:
-        for index in missing:
+    done = sum(len(shard_rows(i, config.count, config.shard_size)) for i in present)
+    with tqdm(
+        total=config.count, initial=done, unit="pair", desc="simulate", disable=not progress or worker.rank != 0, mininterval=1
+    ) as bar:
+        while (index := _next_shard(set(existing_shards(folder, total)), total, worker)) is not None:
             started = time.time()
             rows = shard_rows(index, config.count, config.shard_size)
-            data = _make_shard(teacher, config, rows, prompts, negative, bar)
-            digest = hashlib.sha256(data).hexdigest()
-            if index not in existing_shards(folder, total):
-                write_bytes_atomic(folder / shard_name(index, total, digest), data)
-            _log(folder, {"shard": index, "pairs": len(rows), "seconds": round(time.time() - started, 3), "rank": worker.rank})
-    if len(existing_shards(folder, total)) < total:
-        return None
+            data = _make_shard(teacher, config, rows, prompts, negative, partial(_has_shard, folder, index, total))
+            if data is not None:
+                _put(folder, index, total, data)
+                _log(folder, {"shard": index, "pairs": len(rows), "seconds": round(time.time() - started, 3), "rank": worker.rank})
+            bar.update(sum(len(shard_rows(i, config.count, config.shard_size)) for i in existing_shards(folder, total)) - bar.n)
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
     return write_final_files(folder, settings)
 
 
-def _make_shard(teacher: Teacher, config: PairsConfig, rows: range, prompts: list[str], negative: Any, bar: tqdm) -> bytes:
+def _has_shard(folder: Path, index: int, total: int) -> bool:
+    return index in existing_shards(folder, total)
+
+
+def _next_shard(present: set[int], total: int, worker: Worker) -> int | None:
+    """The first missing shard of the worker's own share, else one of the others' from the far end, else None."""
+    missing = [i for i in range(total) if i not in present]
+    own = [i for i in missing if i % worker.world == worker.rank]
+    if own:
+        return own[0]
+    # From the far end: an idle worker then meets a slow one only at its very last shard.
+    return missing[-1 - worker.rank % len(missing)] if missing else None
+
+
+def _put(folder: Path, index: int, total: int, data: bytes) -> None:
+    if _has_shard(folder, index, total):
+        return
+    try:
+        write_bytes_atomic(folder / shard_name(index, total, hashlib.sha256(data).hexdigest()), data)
+    except FileNotFoundError:
+        # Another worker wrote the same shard, finished the store and swept our temporary file away.
+        if not _has_shard(folder, index, total):
+            raise
+
+
+def _make_shard(
+    teacher: Teacher, config: PairsConfig, rows: range, prompts: list[str], negative: TextCondition, superfluous: Callable[[], bool]
+) -> bytes | None:
     stored = None if config.noise_storage == "none" else np.dtype(config.noise_storage)
     seeds = [pair_seed(config.seed, i) for i in rows]
     latents, noises = [], []
     for start in range(0, len(rows), config.batch_size):
+        if superfluous():
+            return None
         part = rows[start : start + config.batch_size]
         noise = draw_noise(seeds[start : start + config.batch_size], teacher.latent_shape)
         if stored is not None:
@@ -172,13 +206,14 @@ def _make_shard(teacher: Teacher, config: PairsConfig, rows: range, prompts: lis
         x = solve_batch(teacher, config.ode, noise.astype(np.float32), [prompts[i] for i in part], negative)
         if not torch.isfinite(x).all():
             bad = part[int((~torch.isfinite(x).flatten(1).all(1)).nonzero()[0])]
-            raise UserError(f"pair {bad} ({prompts[bad]!r}): the teacher's solution is not finite in {teacher.dtype}; try teacher.dtype: bfloat16 or float32")
+            raise UserError(
+                f"pair {bad} ({prompts[bad]!r}): the teacher's solution is not finite in {teacher.dtype}; try teacher.dtype: bfloat16 or float32"
+            )
         latents.append(x.cpu().numpy().astype(LATENT_DTYPE))
-        bar.update(len(part))
     return encode_shard(seeds, [prompts[i] for i in rows], np.concatenate(latents), np.concatenate(noises) if noises else None)
 
 
-def solve_batch(teacher: Teacher, ode: SolverConfig, noise: np.ndarray, prompts: list[str], negative: Any) -> Tensor:
+def solve_batch(teacher: Teacher, ode: SolverConfig, noise: np.ndarray, prompts: list[str], negative: TextCondition) -> Tensor:
     """x for host noise (B, C, H, W) and prompts, on the teacher's device; the state is float64 for a float64 teacher, else float32."""
     state = torch.float64 if teacher.dtype == torch.float64 else torch.float32
     z = torch.from_numpy(noise).to(teacher.device, state).contiguous(memory_format=torch.channels_last)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from diffusion2gan.embedded.weights import embedded_folder
@@ -9,7 +11,11 @@ from diffusion2gan.teachers.protocol import Teacher, TeacherConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 
 
+def teacher_folder(config: TeacherConfig) -> str | Path:
+    """The diffusers folder or hub id behind a recipe's `teacher.source`."""
+    return embedded_folder("teacher") if config.source == "embedded" else config.source
+
+
 def load_teacher(config: TeacherConfig, device: str | torch.device = "cpu") -> Teacher:
     """Loads the teacher that a recipe names. Raises UserError when it cannot be found or is of another kind."""
-    folder = embedded_folder("teacher") if config.source == "embedded" else config.source
-    return StableDiffusionTeacher.from_pretrained(config, folder, device)
+    return StableDiffusionTeacher.from_pretrained(config, teacher_folder(config), device)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -22,8 +25,45 @@ def weights_digest(*modules: nn.Module) -> str:
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            # Flattened in logical order: channels-last weights give the same digest.
+            digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    """diffusers and transformers draw a bar for every part they load; they are switched off here and on again."""
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    active = [logger.is_progress_bar_enabled() for logger in loggers]
+    for logger in loggers:
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, was_active in zip(loggers, active, strict=True):
+            if was_active:
+                logger.enable_progress_bar()
+
+
+def load_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dtype) -> StableDiffusionPipeline:
+    """A stock pipeline from a folder or hub id, safetensors only, without safety checker. Raises UserError when it isn't one."""
+    try:
+        with _no_loading_bars():
+            return StableDiffusionPipeline.from_pretrained(
+                folder,
+                revision=config.revision,
+                variant=config.variant,
+                dtype=dtype,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+                use_safetensors=True,
+            )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"teacher.source: {folder} is not a Stable Diffusion folder or hub id ({reason}); name one that has model_index.json"
+        ) from None
 
 
 class StableDiffusionTeacher:
@@ -42,7 +82,9 @@ class StableDiffusionTeacher:
             module.requires_grad_(False).eval()
         schedule = DDIMScheduler.from_config(scheduler_config)
         if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
-            raise UserError(f"the teacher predicts {schedule.config.prediction_type!r}, expected epsilon or v_prediction; choose another teacher")
+            raise UserError(
+                f"the teacher predicts {schedule.config.prediction_type!r}, expected epsilon or v_prediction; choose another teacher"
+            )
         self.scheduler_config = dict(schedule.config)
         self.alphas_cumprod = schedule.alphas_cumprod
         self.prediction_type: PredictionType = schedule.config.prediction_type
@@ -51,22 +93,7 @@ class StableDiffusionTeacher:
     @classmethod
     def from_pretrained(cls, config: TeacherConfig, folder: str | Path, device: str | torch.device = "cpu") -> StableDiffusionTeacher:
         """Loads a diffusers folder or hub repository (safetensors only). Raises UserError when it isn't one."""
-        dtype = getattr(torch, config.dtype)
-        try:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                folder,
-                revision=config.revision,
-                variant=config.variant,
-                torch_dtype=dtype,
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
-                use_safetensors=True,
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"teacher.source: {folder} is not a Stable Diffusion folder or hub id ({reason}); name one that has model_index.json") from None
-        return cls.from_pipeline(pipeline.to(device))
+        return cls.from_pipeline(load_pipeline(config, folder, getattr(torch, config.dtype)).to(device))
 
     @classmethod
     def from_pipeline(cls, pipeline: StableDiffusionPipeline) -> StableDiffusionTeacher:

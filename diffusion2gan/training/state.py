@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import atomic_path
+from diffusion2gan.files import torch_save_atomic
 
 FORMAT = "diffusion2gan-state-1"
 
@@ -56,8 +56,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def save_state(state: TrainingState, folder: Path, keep: int) -> Path:
     """Writes a checkpoint atomically, then deletes all but the newest `keep`."""
     path = checkpoint_path(folder, state.step)
-    with atomic_path(path) as temporary:
-        torch.save({"format": FORMAT, **state.__dict__}, temporary)
+    torch_save_atomic(path, {"format": FORMAT, **state.__dict__})
     for old in checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     for leftover in folder.glob(".*.tmp"):
@@ -70,7 +69,9 @@ def load_state(path: Path, here: dict[str, str] | None = None) -> TrainingState:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0][:80]}); delete it to go on from the one before") from None
+        raise UserError(
+            f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0][:80]}); delete it to go on from the one before"
+        ) from None
     except pickle.UnpicklingError as error:  # a file that would have run code
         raise UserError(f"{path}: not a checkpoint of ours ({type(error).__name__}); delete it to go on from the one before") from None
     if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT:
@@ -78,5 +79,8 @@ def load_state(path: Path, here: dict[str, str] | None = None) -> TrainingState:
     state = TrainingState(**saved)
     for key, value in (here or {}).items():
         if state.environment.get(key) != value:
-            warnings.warn(f"resumed run: {key} was {state.environment.get(key)} and is {value} now; the result will not be bit-identical", stacklevel=2)
+            warnings.warn(
+                f"resumed run: {key} was {state.environment.get(key)} and is {value} now; the result will not be bit-identical",
+                stacklevel=2,
+            )
     return state

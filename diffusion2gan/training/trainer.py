@@ -1,8 +1,8 @@
 """The main loop. Phase 1 is ODE distillation (Eq. 1 and 4): the regression loss alone.
 
-    run            steps from the last checkpoint to the end, with logs, pictures and checkpoints between
-    train_step     one optimiser step over the global batch
-    generator_step forward and backward of one micro-batch
+run            steps from the last checkpoint to the end, with logs, pictures and checkpoints between
+train_step     one optimiser step over the global batch
+generator_step forward and backward of one micro-batch
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ class Trainer:
         world = self.accelerator.num_processes
         self.micro = config.micro_batch_size or config.batch_size // world
         if config.batch_size % (world * self.micro):
-            raise UserError(f"training.batch_size is {config.batch_size}, expected a multiple of processes x micro_batch_size ({world} x {self.micro})")
+            raise UserError(
+                f"training.batch_size is {config.batch_size}, expected a multiple of processes x micro_batch_size ({world} x {self.micro})"
+            )
         self.accumulation = config.batch_size // (world * self.micro)
         self.order = SampleOrder(len(pairs) - config.holdout, config.seed)
         generator.to(self.device, memory_format=torch.channels_last)
@@ -188,7 +190,10 @@ class Trainer:
         uniform = augmentation_uniforms(self.config.seed, step, len(rows), self.distance.n_uniform) if self.distance.n_uniform else None
         share = self.accumulation * self.micro
         first = self.accelerator.process_index * share
-        return [self._batch(rows[i : i + self.micro], None if uniform is None else uniform[i : i + self.micro]) for i in range(first, first + share, self.micro)]
+        return [
+            self._batch(rows[i : i + self.micro], None if uniform is None else uniform[i : i + self.micro])
+            for i in range(first, first + share, self.micro)
+        ]
 
     def _batch(self, rows: np.ndarray, uniform: np.ndarray | None) -> OdePairBatch:
         arrays = self.pairs.batch(rows)
@@ -207,7 +212,14 @@ class Trainer:
         `deadline` may end the run early (the demo's time budget); everything is saved as at the end.
         """
         config = self.config
-        bar = tqdm(total=config.steps, initial=self.step, desc="train", unit="step", disable=not progress or not self.accelerator.is_main_process, mininterval=1)
+        bar = tqdm(
+            total=config.steps,
+            initial=self.step,
+            desc="train",
+            unit="step",
+            disable=not progress or not self.accelerator.is_main_process,
+            mininterval=1,
+        )
         if self.step == 0:
             self._sample()
         with stop_requests() as stop, ThreadPoolExecutor(1) as loader, bar:
@@ -239,7 +251,10 @@ class Trainer:
         first = len(self.pairs) - self.config.holdout
         rows = np.arange(first, first + min(count, self.config.holdout))
         uniform = augmentation_uniforms(self.config.seed, 1 << 40, len(rows), self.distance.n_uniform) if self.distance.n_uniform else None
-        return [self._batch(rows[i : i + self.micro], None if uniform is None else uniform[i : i + self.micro]) for i in range(0, len(rows), self.micro)]
+        return [
+            self._batch(rows[i : i + self.micro], None if uniform is None else uniform[i : i + self.micro])
+            for i in range(0, len(rows), self.micro)
+        ]
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -261,7 +276,9 @@ class Trainer:
         targets, fakes, prompts = [], [], []
         with self.ema.applied_to(self.bare_generator):
             for pairs in self._held_out(self.config.sample_count):
-                fakes.append(self.teacher.decode(self.bare_generator(pairs.noise, self.teacher.encode_prompts(pairs.prompts)).to(self.teacher.dtype)))
+                fakes.append(
+                    self.teacher.decode(self.bare_generator(pairs.noise, self.teacher.encode_prompts(pairs.prompts)).to(self.teacher.dtype))
+                )
                 targets.append(self.teacher.decode(pairs.latent.to(self.teacher.dtype)))
                 prompts += pairs.prompts
         images = np.concatenate([to_uint8(torch.cat(targets)), to_uint8(torch.cat(fakes))])
@@ -286,4 +303,3 @@ class Trainer:
             self.optimizer.load_state_dict(state.optimizer)
             self.step, self.gradient_scale = state.step, state.gradient_scale
         self.log.rewind(self.step)
-

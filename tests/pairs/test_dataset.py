@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,22 @@ from diffusion2gan.pairs import maintain
 from diffusion2gan.pairs.dataset import PairDataset
 from diffusion2gan.pairs.prompts import PromptsConfig, read_prompts
 from diffusion2gan.pairs.seeds import draw_noise, pair_seed
-from diffusion2gan.pairs.simulate import PairsConfig, Worker, simulate
+from diffusion2gan.pairs.simulate import PairsConfig, Worker, _next_shard, simulate, solve_batch
 from diffusion2gan.teachers.ode import SolverConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+from tests.conftest import tiny_pipeline
+from tests.helpers import tree_digest
 
 
 def _config(prompts: Path, **changes: object) -> PairsConfig:
-    values = {"count": 20, "prompts": {"source": str(prompts)}, "ode": {"steps": 2, "guidance": 2.0}, "batch_size": 4, "shard_size": 8, "seed": 5}
+    values = {
+        "count": 20,
+        "prompts": {"source": str(prompts)},
+        "ode": {"steps": 2, "guidance": 2.0},
+        "batch_size": 4,
+        "shard_size": 8,
+        "seed": 5,
+    }
     return PairsConfig.model_validate(values | changes)
 
 
@@ -28,8 +38,6 @@ def store(tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Pa
 
 
 def test_pairs_are_what_the_teacher_made(store: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path) -> None:
-    from diffusion2gan.pairs.simulate import solve_batch
-
     pairs = PairDataset(store)
     assert len(pairs) == 20
     prompts = read_prompts(PromptsConfig(source=str(prompts_file)), 20, 0)
@@ -71,16 +79,33 @@ def test_stored_noise(tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prom
         maintain.store_noise(tmp_path / "full", tmp_path / "again")
 
 
-def test_two_workers_equal_one(tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path, store: Path) -> None:
-    from tests.helpers import tree_digest
+def test_shards_go_round_and_idle_workers_help() -> None:
+    """Each worker makes its own share first, then the others' from the far end; nothing is left when some are gone."""
+    assert [_next_shard(set(), 7, Worker(r, 3)) for r in range(3)] == [0, 1, 2]
+    assert _next_shard({1, 4}, 7, Worker(1, 3)) in (5, 6)
+    assert _next_shard(set(range(7)), 7, Worker(0, 3)) is None
+    for world in (1, 2, 5):
+        present: set[int] = set()
+        for _ in range(7):
+            index = _next_shard(present, 7, Worker(world - 1, world))
+            assert index is not None
+            present.add(index)
+        assert present == set(range(7))
 
-    config = _config(prompts_file)
-    assert simulate(tiny_teacher, config, tmp_path / "two", Worker(1, 2), progress=False) is None
-    with pytest.raises(UserError, match="1 of 3 shards"):
-        PairDataset(tmp_path / "two")
-    assert simulate(tiny_teacher, config, tmp_path / "two", Worker(0, 2), progress=False) is not None
-    assert tree_digest(tmp_path / "two") == tree_digest(store)
-    assert "host" in (tmp_path / "two.log.jsonl").read_text()
+
+def test_another_worker_finishes_what_one_left(
+    tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path, store: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    sorted(copy.glob("shard-*"))[2].unlink()
+    for name in ("manifest.json", "state.json", "dataset_info.json"):
+        (copy / name).unlink()
+    with pytest.raises(UserError, match="2 of 3 shards"):
+        PairDataset(copy)
+    simulate(tiny_teacher, _config(prompts_file), copy, Worker(1, 2), progress=False)
+    assert tree_digest(copy) == tree_digest(store)
+    assert "host" in (tmp_path / "copy.log.jsonl").read_text()
 
 
 def test_other_batch_size_gives_the_same_pairs_but_is_refused_in_one_store(
@@ -115,7 +140,11 @@ class TestDamage:
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(bytes(data))
-        for act in (lambda: PairDataset(store), lambda: maintain.check(store), lambda: simulate(tiny_teacher, _config(prompts_file), store, progress=False)):
+        for act in (
+            lambda: PairDataset(store),
+            lambda: maintain.check(store),
+            lambda: simulate(tiny_teacher, _config(prompts_file), store, progress=False),
+        ):
             with pytest.raises(UserError, match="corrupt shard"):
                 act()
         # What the message says to do mends it.
@@ -147,9 +176,9 @@ class TestDamage:
             PairDataset(tmp_path)
 
 
-def test_other_teacher_or_guidance_is_refused(tmp_path: Path, store: Path, prompts_file: Path, tiny_teacher: StableDiffusionTeacher) -> None:
-    from tests.conftest import tiny_pipeline
-
+def test_other_teacher_or_guidance_is_refused(
+    tmp_path: Path, store: Path, prompts_file: Path, tiny_teacher: StableDiffusionTeacher
+) -> None:
     with pytest.raises(UserError, match=r"ode.guidance is 2.0 there and 4.0 in the recipe"):
         simulate(tiny_teacher, _config(prompts_file, ode={"steps": 2, "guidance": 4.0}), store, progress=False)
     other = StableDiffusionTeacher.from_pipeline(tiny_pipeline(seed=1))

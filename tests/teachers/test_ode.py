@@ -35,7 +35,9 @@ class GaussianTeacher:
     """The exact noise predictor of data N(mean, deviation^2): the ODE has a closed-form solution."""
 
     def __init__(self, mean: float, deviation: float) -> None:
-        scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+        scheduler = DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        )
         self.mean, self.deviation = mean, deviation
         self.scheduler_config = dict(scheduler.config)
         self.alphas_cumprod = scheduler.alphas_cumprod

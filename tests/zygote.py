@@ -1,0 +1,44 @@
+"""Runs command lines in forked processes: the imports, most of a short command's time, are done once.
+
+Reads one JSON object a line: {"argv": [...], "kill_at": [point, number] or null, "slow": seconds or null, "out": path,
+"err": path}; answers with {"pid": n} when the child runs and {"code": n} when it has ended. It runs no work itself, so
+the children start without threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+
+def _child(order: dict[str, Any]) -> None:
+    for path, stream in ((order["out"], 1), (order["err"], 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    from diffusion2gan.cli import main
+    from tests import sabotage
+
+    if order.get("kill_at"):
+        sabotage.kill_at(*order["kill_at"])
+    if order.get("slow"):
+        sabotage.slow_down(order["slow"])
+    sys.exit(main(order["argv"]))
+
+
+if __name__ == "__main__":
+    from diffusers import StableDiffusionPipeline  # noqa: F401
+
+    import diffusion2gan.run  # noqa: F401
+
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _child(json.loads(line))
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+        print(json.dumps({"pid": pid}), flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(json.dumps({"code": os.waitstatus_to_exitcode(status)}), flush=True)
