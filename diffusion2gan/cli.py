@@ -100,6 +100,22 @@ def _compare(a: argparse.Namespace) -> None:
     )
 
 
+def _evaluate(a: argparse.Namespace) -> None:
+    from diffusion2gan.benchmark import evaluate_student, result_table
+    from diffusion2gan.embedded.weights import embedded_student
+
+    student = embedded_student() if a.student == "embedded" else Path(a.student)
+    result = evaluate_student(student, a.out, a.shared or a.out, a.list, a.count, a.preservation_count)
+    print(result_table(result))
+    print(f"wrote {a.out / 'emoji10k-v1.json'}")
+
+
+def _demo(a: argparse.Namespace) -> None:
+    from diffusion2gan.demo import run_demo
+
+    run_demo(a.out, a.minutes)
+
+
 def _recipes(_: argparse.Namespace) -> None:
     from diffusion2gan.recipe import builtin_recipes, load_recipe
 
@@ -179,6 +195,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-n", "--count", type=_positive, default=4, help="noises a prompt")
     sub.add_argument("-o", "--output", type=Path, default=Path("compare.png"))
     sub.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"), default="float32")
+
+    sub = add("evaluate", _evaluate, "Score a student of the embedded teacher by protocol emoji10k-v1 (goes on where it stopped)")
+    sub.add_argument("student", help="`embedded` or a folder written by export")
+    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--shared", type=Path, default=None, help="where features of teacher and reference are kept for all students")
+    sub.add_argument("--list", choices=("test", "validation"), default="test")
+    sub.add_argument("--count", type=_positive, default=None, help="only the first so many prompts; marks the result partial")
+    sub.add_argument("--preservation-count", type=_positive, default=None)
 
     add("recipes", _recipes, "List the built-in recipes")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -55,15 +56,15 @@ class Float32GroupNorm(nn.GroupNorm):
 
 
 def _last_layers_in_float32(network: nn.Module) -> None:
-    norm, convolution = network.conv_norm_out, network.conv_out
+    norm: Any = network.conv_norm_out
+    convolution: Any = network.conv_out
     if type(norm) is nn.GroupNorm:
         replacement: nn.Module = Float32GroupNorm(norm.num_groups, norm.num_channels, norm.eps)
         replacement.weight, replacement.bias = norm.weight, norm.bias
         network.conv_norm_out = replacement
     if type(convolution) is nn.Conv2d:
-        replacement = Float32Conv2d(
-            convolution.in_channels, convolution.out_channels, convolution.kernel_size, convolution.stride, convolution.padding
-        )
+        size, stride, padding = convolution.kernel_size, convolution.stride, convolution.padding
+        replacement = Float32Conv2d(convolution.in_channels, convolution.out_channels, size, stride, padding)  # type: ignore[arg-type]
         replacement.weight, replacement.bias = convolution.weight, convolution.bias
         network.conv_out = replacement
 

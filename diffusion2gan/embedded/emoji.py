@@ -124,7 +124,7 @@ def _style_sources(index: list[dict], members: dict[str, set[str]]) -> Iterator[
 def _read_picture(archive: tarfile.TarFile, member: str) -> np.ndarray:
     file = archive.extractfile(member)
     if file is None:
-        raise UserError(f"{member}: not a plain file in {archive.name}; delete the archive and build again")
+        raise UserError(f"{member}: not a plain file in {archive.name!r}; delete the archive and build again")
     picture = Image.open(io.BytesIO(file.read())).convert("RGBA")
     # Composite before resizing: resizing straight alpha would bleed the colour of transparent pixels in.
     canvas = Image.new("RGBA", picture.size, "white")

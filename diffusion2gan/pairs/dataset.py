@@ -124,7 +124,7 @@ def write_final_files(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Writes state.json, dataset_info.json and the manifest of a store whose shards are all there. Returns the manifest."""
     total = shard_count(settings["count"], settings["shard_size"])
     shards = existing_shards(folder, total)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "file": path.name,
             "bytes": path.stat().st_size,
@@ -138,7 +138,7 @@ def write_final_files(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     schema = shard_schema(settings["latent_shape"], noise_dtype)
     kinds = {"int64": "int64", "string": "string"}
     features = {f.name: {"dtype": kinds.get(str(f.type), str(f.type)), "_type": "Value"} for f in schema}
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": r["file"]} for r in rows],
         "_fingerprint": fingerprint,
         "_format_columns": None,

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffusion2gan.config import Section
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
 
-SOLVERS: dict[str, tuple[type, dict[str, Any]]] = {
+SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False}),
     "dpmpp": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"}),
     "unipc": (UniPCMultistepScheduler, {"final_sigmas_type": "zero"}),

@@ -59,17 +59,21 @@ class TextCondition:
 class Teacher(Protocol):
     """A frozen diffusion model in its own latent space."""
 
-    network: nn.Module
-    """The diffusion network itself; a student starts as a copy of it."""
+    network: Any
+    """The diffusion network itself, an `nn.Module`; a student starts as a copy of it."""
     latent_shape: tuple[int, int, int]
     """(C, H, W) of a scaled latent: what the network reads and what pairs store."""
     prediction_type: PredictionType
     alphas_cumprod: Tensor
     """The schedule's cumulative alpha-bar, (T,) float32 on the CPU."""
-    scheduler_config: Mapping[str, Any]
+    scheduler_config: dict[str, Any]
     """The configuration from which any diffusers scheduler of this teacher is made."""
-    device: torch.device
-    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def identity(self) -> dict[str, Any]:
         """Names the teacher in a manifest: family, digest of the weights, latent scaling. No paths."""

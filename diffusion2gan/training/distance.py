@@ -70,6 +70,6 @@ def build_distance(config: LossConfig, teacher: Teacher, device: torch.device | 
     ensembled = ELatentLPIPS(metric, config.augment)
 
     def e_latent_lpips(a: Tensor, b: Tensor, uniform: Tensor | None) -> Tensor:
-        return ensembled(a, b, parameters=ensembled.draw(len(a), tuple(a.shape[1:]), uniform=uniform, device=a.device))
+        return ensembled(a, b, parameters=ensembled.draw(len(a), a.shape[1:], uniform=uniform, device=a.device))
 
     return Distance(e_latent_lpips, Augmentation.N_UNIFORM, ensembled)

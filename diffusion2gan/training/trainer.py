@@ -120,7 +120,7 @@ class Trainer:
             )
         self.accumulation = config.batch_size // (world * self.micro)
         self.order = SampleOrder(len(pairs) - config.holdout, config.seed)
-        generator.to(self.device, memory_format=torch.channels_last)
+        generator.to(self.device).to(memory_format=torch.channels_last)
         self.ema = Ema(generator, config.ema_decay)
         self.bare_generator = generator
         optimizer = torch.optim.AdamW(
@@ -168,7 +168,7 @@ class Trainer:
     def _clip(self, loss: Tensor) -> float:
         """Cuts the gradient to `gradient_clip` times its running norm. Raises UserError before anything non-finite is applied."""
         parameters = [p for p in self.bare_generator.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         value, scale = norm.item(), self.gradient_scale
         if not math.isfinite(loss.item()) or not math.isfinite(value):
             last = checkpoints(self.folder / "checkpoints")

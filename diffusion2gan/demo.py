@@ -1,0 +1,241 @@
+"""`diffusion2gan demo`: the whole method, live and small, beside the student that ships with the package.
+
+Simulates pairs of the embedded teacher on a handful of prompts, distils them for a few minutes, measures, and writes
+one HTML page. The amounts follow from the machine's measured speed, so that the whole takes about the time asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffusion2gan.compare import teacher_pictures
+from diffusion2gan.embedded.weights import embedded_student, weights_root
+from diffusion2gan.errors import UserError
+from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
+from diffusion2gan.images import grid
+from diffusion2gan.pairs.dataset import PairDataset, canonical_json
+from diffusion2gan.pairs.seeds import draw_noise, evaluation_seed
+from diffusion2gan.pipeline import STUDENT_FILE, Student
+from diffusion2gan.recipe import Recipe, dump_recipe, load_recipe
+from diffusion2gan.report import Page, curves
+from diffusion2gan.run import default_device, export_run, simulate_recipe, train_recipe
+from diffusion2gan.teachers.load import load_teacher
+from diffusion2gan.teachers.ode import SolverConfig, evaluations_per_pair
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+from diffusion2gan.training.run_log import read_scalars
+
+# Each has many right answers, so the noise decides which picture it is.
+PROMPTS = ("noto face smiling", "fluent face affection", "twemoji heart", "noto animal mammal", "fluent food fruit", "twemoji country flag")
+NOISES = 16
+SHOWN = 6
+# Start-up, export and the report; the rest of the time is shared out below.
+_OVERHEAD_SECONDS = 60
+_SIMULATE_SHARE = 0.35
+_FEWEST_PAIRS, _MOST_PAIRS = 128, 8192
+_FEWEST_STEPS, _MOST_STEPS = 20, 4000
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of this machine: network evaluations and training samples a second."""
+
+    evaluations: float
+    training_samples: float
+
+
+def measure_speed(teacher: StableDiffusionTeacher, batch: int = 32) -> Speed:
+    """Times the embedded network, forward alone and forward with backward, after a warm-up."""
+    student = OneStepGenerator.from_teacher(teacher)
+    student.to(memory_format=torch.channels_last)
+    condition = teacher.encode_prompts([PROMPTS[0]] * batch)
+    noise = torch.from_numpy(draw_noise(range(batch), teacher.latent_shape)).to(teacher.device)
+
+    def forward() -> None:
+        with torch.no_grad():
+            student(noise, condition)
+
+    def train() -> None:
+        student(noise, condition).square().mean().backward()
+
+    rates = []
+    for act in (forward, train):
+        act()
+        started, count = time.perf_counter(), 0
+        while count < 2 or time.perf_counter() - started < 3:
+            act()
+            count += 1
+        rates.append(batch * count / (time.perf_counter() - started))
+    return Speed(*rates)
+
+
+def plan(recipe: Recipe, speed: Speed, minutes: float, judged: SolverConfig) -> dict[str, int]:
+    """How many pairs and steps fit into `minutes`, evaluation and report included."""
+    evaluation = len(PROMPTS) * NOISES * (evaluations_per_pair(judged) + 4) / speed.evaluations
+    seconds = max(20.0, minutes * 60 - _OVERHEAD_SECONDS - evaluation)
+    pairs = int(_SIMULATE_SHARE * seconds * speed.evaluations / evaluations_per_pair(recipe.pairs.ode))
+    # The perceptual loss and the optimiser come on top of the network's own forward and backward.
+    steps = int((1 - _SIMULATE_SHARE) * seconds * speed.training_samples * 0.6 / recipe.training.batch_size)
+    shard = recipe.pairs.shard_size
+    return {
+        "pairs": max(_FEWEST_PAIRS, min(_MOST_PAIRS, pairs // shard * shard)),
+        "steps": max(_FEWEST_STEPS, min(_MOST_STEPS, steps)),
+    }
+
+
+def demo_recipe(out: Path, teacher: StableDiffusionTeacher, minutes: float, judged: SolverConfig) -> Recipe:
+    """The recipe of this demo folder: made once, then read again, so that an interrupted demo goes on as it began."""
+    path = out / "recipe.yaml"
+    if path.exists():
+        return load_recipe(str(path))
+    prompts = out / "prompts.txt"
+    write_bytes_atomic(prompts, ("\n".join(PROMPTS) + "\n").encode())
+    overrides = [f"pairs.prompts.source={prompts}"]
+    if not (weights_root() / "latent_vgg").is_dir():
+        overrides.append("loss.distance=mse")
+    recipe = load_recipe("demo", overrides)
+    amounts = plan(recipe, measure_speed(teacher), minutes, judged)
+    decay = amounts["steps"] // 4
+    overrides += [f"pairs.count={amounts['pairs']}", f"training.steps={amounts['steps']}", f"training.decay_steps={decay}"]
+    recipe = load_recipe("demo", overrides)
+    write_bytes_atomic(path, dump_recipe(recipe).encode())
+    return recipe
+
+
+def run_demo(out: Path, minutes: float) -> Path:
+    """Runs everything; returns the report's path. The same command goes on where an interrupted one stopped."""
+    if not 1 <= minutes <= 24 * 60:
+        raise UserError(f"--minutes is {minutes:g}, expected 1 to 1440")
+    if out.exists() and any(out.iterdir()) and not (out / "recipe.yaml").exists() and not (out / "prompts.txt").exists():
+        raise UserError(f"{out}: not empty and no demo; choose a new --out")
+    started = time.perf_counter()
+    emoji = load_recipe("emoji")
+    teacher = load_teacher(emoji.teacher, default_device())
+    assert isinstance(teacher, StableDiffusionTeacher)
+    judged = emoji.pairs.ode
+    recipe = demo_recipe(out, teacher, minutes, judged)
+    seconds = {}
+    for name, stage in (
+        ("simulate", lambda: simulate_recipe(recipe, out / "pairs")),
+        ("train", lambda: train_recipe(recipe, out / "pairs", out / "run")),
+        ("export", lambda: export_run(out / "run", out / "student")),
+    ):
+        print(f"demo: {name}", flush=True)
+        begun = time.perf_counter()
+        stage()
+        seconds[name] = time.perf_counter() - begun
+    print("demo: measure", flush=True)
+    results = measure(out, teacher, judged)
+    write_bytes_atomic(out / "results.json", canonical_json(results["numbers"]))
+    report = write_report(out, recipe, judged, results, seconds | {"all": time.perf_counter() - started})
+    print(f"demo: {time.perf_counter() - started:.0f} s in all; open {report}")
+    return report
+
+
+def measure(out: Path, teacher: StableDiffusionTeacher, judged: SolverConfig) -> dict[str, Any]:
+    """Pictures of teacher and students for NOISES noises of each prompt, never used in training, and their scores."""
+    prompts = [p for p in PROMPTS for _ in range(NOISES)]
+    seeds = [evaluation_seed((1 << 52) + i) for i in range(len(prompts))]
+    teacher.network.to(memory_format=torch.channels_last)
+    untrained = OneStepGenerator.from_teacher(teacher, GeneratorConfig()).requires_grad_(False).eval()
+    students = {"one step of the teacher, untrained": Student(teacher, untrained.to(memory_format=torch.channels_last))}
+    students["student of this run"] = Student.from_pretrained(out / "student")
+    if (weights_root() / "student").is_dir():
+        students["shipped student"] = Student.from_pretrained(embedded_student())
+    pictures, timing = {}, {}
+    for name, sample in [("teacher", lambda p, s: teacher_pictures(teacher, p, s, judged))] + [
+        (n, s.generate) for n, s in students.items()
+    ]:
+        begun = time.perf_counter()
+        pictures[name] = sample(prompts, seeds)
+        timing[name] = (time.perf_counter() - begun) / len(prompts)
+    return {"pictures": pictures, "numbers": {name: {"seconds_per_image": timing[name]} | s for name, s in _scores(pictures).items()}}
+
+
+def _scores(pictures: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Each student against the teacher's pictures of the same noises, in the features of the scoring network (used in no loss)."""
+    from diffusion2gan.evaluation.metrics import retrieval, within_prompt_diversity
+    from diffusion2gan.evaluation.scoring import ScoringNetwork
+
+    network = ScoringNetwork()
+    features = {name: network.features(images).reshape(len(PROMPTS), NOISES, -1) for name, images in pictures.items()}
+    diversity = within_prompt_diversity(features["teacher"]).mean()
+    scores = {}
+    for name, own in features.items():
+        kept = retrieval(own, features["teacher"])
+        scores[name] = {
+            "retrieval": kept.rate,
+            "paired_to_control": kept.ratio,
+            "diversity": float(within_prompt_diversity(own).mean() / diversity),
+        }
+    return scores
+
+
+def write_report(out: Path, recipe: Recipe, judged: SolverConfig, results: dict[str, Any], seconds: dict[str, float]) -> Path:
+    """The page: pictures first, then numbers, then how they were made."""
+    page = Page("diffusion2gan demo", "A multi-step text-to-image diffusion model, distilled into one network evaluation, on this machine.")
+    pictures, numbers = results["pictures"], results["numbers"]
+    page.heading("The same noise, the same prompt")
+    shipped = "shipped student" in pictures
+    page.text(
+        f"Teacher: the embedded emoji model, {judged.steps} steps of {judged.solver} with guidance {judged.guidance:g}. "
+        + ("Shipped student: one step, distilled beforehand by the full `emoji` recipe and part of the package. " if shipped else "")
+        + f"Student of this run: one step, distilled just now from {recipe.pairs.count} pairs of these {len(PROMPTS)} prompts. "
+        + "Untrained: the teacher's own network asked for the picture in one step. None of these noises was used in training."
+        + ("" if shipped else " This installation has no shipped student.")
+    )
+    order = [n for n in ("teacher", "shipped student", "student of this run", "one step of the teacher, untrained") if n in pictures]
+    for index, prompt in enumerate(PROMPTS):
+        rows = [pictures[name][index * NOISES : index * NOISES + SHOWN] for name in order]
+        labels = [name.removeprefix("one step of the teacher, ") for name in order]
+        page.picture(grid(np.concatenate(rows), SHOWN, row_labels=labels, scale=2), prompt)
+    page.heading("Measured")
+    page.table(
+        ["", "seconds per image", "finds its own teacher picture", "distance to it / to another noise", "diversity / teacher's"],
+        [
+            [n, numbers[n]["seconds_per_image"], numbers[n]["retrieval"], numbers[n]["paired_to_control"], numbers[n]["diversity"]]
+            for n in order
+        ],
+    )
+    page.text(
+        f"{len(PROMPTS)} prompts x {NOISES} noises. Second column of scores: how often a student's picture is, among the teacher's {NOISES} pictures of "
+        f"the prompt, nearest to the one of its own noise (chance {1 / NOISES:.1%}). Features: EfficientNet-Lite0, ImageNet weights, used in no loss. "
+        "These are small samples; the package's benchmark is protocol emoji10k-v1."
+    )
+    rows = read_scalars(out / "run" / "metrics.jsonl")
+    page.heading("The run")
+    loss = [(r["step"], r["loss"]) for r in rows if "loss" in r]
+    held_out = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
+    series = {
+        name: ([float(x) for x, _ in points], [y for _, y in points])
+        for name, points in (("training", loss), ("held out (EMA)", held_out))
+        if points
+    }
+    page.picture(curves(series, "step", recipe.loss.distance), "The regression loss of this run")
+    pairs = PairDataset(out / "pairs")
+    page.table(
+        ["stage", "amount", "seconds"],
+        [
+            ["simulate", f"{len(pairs)} pairs, {recipe.pairs.ode.steps} steps of {recipe.pairs.ode.solver}", round(seconds["simulate"], 1)],
+            ["train", f"{recipe.training.steps} steps of {recipe.training.batch_size}, {recipe.loss.distance}", round(seconds["train"], 1)],
+            ["everything", "with measuring and this page", round(seconds["all"], 1)],
+        ],
+    )
+    page.heading("Which recipe made what")
+    page.text("Student of this run: recipe `demo`, resolved below. " + (f"Shipped student: {_shipped_facts()}." if shipped else ""))
+    page.code(dump_recipe(recipe))
+    path = out / "report.html"
+    page.write(path)
+    return path
+
+
+def _shipped_facts() -> str:
+    facts = json.loads((embedded_student() / STUDENT_FILE).read_text())
+    return f"recipe `{facts['recipe']}`, {facts['pairs']} pairs, {facts['steps']} steps of {facts['batch_size']}, {facts['distance']}"
