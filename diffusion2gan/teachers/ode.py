@@ -1,11 +1,12 @@
 """Solves the teacher's probability-flow ODE from z to x (paper section 3.1): DDIM with classifier-free guidance.
 
-The solver's arithmetic is diffusers'; the loop is ours: both guidance branches in one batch, text encoded once,
-timesteps kept on the host so that no step waits for the device.
+The solver's arithmetic is diffusers'; the loop is ours: both guidance branches in one batch, what they share computed
+once, text projected once, timesteps kept on the host so that no step waits for the device.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from diffusion2gan.config import Section
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
+from diffusion2gan.teachers.reuse import remembered_text, shared_prefix
 
 SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False}),
@@ -42,17 +44,25 @@ def new_solver(teacher: Teacher, config: SolverConfig) -> Any:
     return scheduler
 
 
-@torch.no_grad()
 def solve_ode(teacher: Teacher, noise: Tensor, condition: TextCondition, negative: TextCondition, config: SolverConfig) -> Tensor:
     """Integrates from z to x.
 
     noise: (B, C, H, W), unit variance. condition: c, B rows. negative: the empty prompt's condition, 1 or B rows.
     Returns x (B, C, H, W), scaled latents in noise's dtype (float32 or float64).
     """
-    scheduler = new_solver(teacher, config)
     guided = config.guidance > 1
-    if guided:
-        condition = TextCondition.cat(negative.expand(len(noise)) if len(negative) == 1 else negative, condition)
+    with torch.inference_mode(), ExitStack() as stack:
+        if guided:
+            condition = TextCondition.cat(negative.expand(len(noise)) if len(negative) == 1 else negative, condition)
+            stack.enter_context(shared_prefix(teacher.network, 2 * len(noise)))
+        stack.enter_context(remembered_text(teacher.network))
+        x = _integrate(teacher, noise, condition, config, guided)
+    # A plain tensor again: one made in inference mode could not be used in training.
+    return x.clone()
+
+
+def _integrate(teacher: Teacher, noise: Tensor, condition: TextCondition, config: SolverConfig, guided: bool) -> Tensor:
+    scheduler = new_solver(teacher, config)
     latent = noise * scheduler.init_noise_sigma
     host_steps = scheduler.timesteps.tolist()
     device_steps = scheduler.timesteps.to(noise.device)

@@ -42,6 +42,7 @@ class GaussianTeacher:
         self.scheduler_config = dict(scheduler.config)
         self.alphas_cumprod = scheduler.alphas_cumprod
         self.dtype = torch.float64
+        self.network = torch.nn.Module()
 
     def evaluate(self, latent: torch.Tensor, timestep: torch.Tensor, condition: TextCondition, network: None = None) -> torch.Tensor:
         a = self.alphas_cumprod[int(timestep)].double()

@@ -1,0 +1,70 @@
+"""Pairs a second of `simulate`'s loop against the stock pipeline's, same batch, precision, layout and solver, in one run.
+
+    python benchmarks/simulate.py --batch 16 --steps 20
+
+The two take turns, and the ratio is taken pair by pair, so that a drifting machine cancels out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from diffusion2gan.embedded.weights import embedded_folder
+from diffusion2gan.pairs.seeds import draw_noise
+from diffusion2gan.teachers.ode import SolverConfig, solve_ode
+from diffusion2gan.teachers.protocol import TeacherConfig
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher, load_pipeline
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--teacher", type=Path, default=None)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--out", type=Path, default=None)
+    a = parser.parse_args()
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    pipeline = load_pipeline(TeacherConfig(), a.teacher or embedded_folder("teacher"), torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet.to(memory_format=torch.channels_last)
+    prompts = ["red heart"] * a.batch
+    config = SolverConfig(steps=a.steps, guidance=3.0)
+    teacher = StableDiffusionTeacher.from_pipeline(pipeline)
+    noise = torch.from_numpy(draw_noise(range(a.batch), teacher.latent_shape)).contiguous(memory_format=torch.channels_last)
+
+    def stock() -> torch.Tensor:
+        return pipeline(prompts, num_inference_steps=a.steps, guidance_scale=3.0, latents=noise.clone(), output_type="latent").images
+
+    def ours() -> torch.Tensor:
+        return solve_ode(teacher, noise, teacher.encode_prompts(prompts), teacher.encode_prompts([""]), config)
+
+    difference = (stock() - ours()).abs().mean().item()
+    times: dict[str, list[float]] = {"stock": [], "ours": []}
+    for _ in range(a.repeats):
+        for name, act in (("stock", stock), ("ours", ours)):
+            started = time.perf_counter()
+            act()
+            times[name].append(time.perf_counter() - started)
+    ratios = [s / o for s, o in zip(times["stock"], times["ours"], strict=True)]
+    result = {
+        "batch": a.batch, "steps": a.steps, "threads": torch.get_num_threads(), "mean_difference": difference,
+        "stock_pairs_per_second": a.batch / statistics.median(times["stock"]), "ours_pairs_per_second": a.batch / statistics.median(times["ours"]),
+        "ratio_median": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
+    }  # fmt: skip
+    text = json.dumps(result, indent=1)
+    print(text)
+    if a.out:
+        a.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

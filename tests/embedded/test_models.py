@@ -1,0 +1,117 @@
+"""The embedded models' builders, on a few synthetic pictures: a step of each, and what must hold whatever the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+from diffusion2gan.embedded import autoencoder, emoji, perceptual, text_to_image
+from diffusion2gan.embedded.emoji import EmojiDataset, EmojiRecord
+from diffusion2gan.fit import FitConfig, fit
+from diffusion2gan.perceptual import LatentLPIPS
+
+
+@pytest.fixture(scope="module")
+def dataset() -> EmojiDataset:
+    """Real records with synthetic pictures: one colour for each concept."""
+    chosen = [r for r in emoji.packaged_records() if r.subcategory in ("heart", "face smiling")][:60]
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (len(chosen), 1, 1, 3)).astype(np.uint8).repeat(64, 1).repeat(64, 2)
+    records = [dataclasses.replace(r, split="cell" if i % 6 == 0 else "train") for i, r in enumerate(chosen)]
+    return EmojiDataset(images, records)
+
+
+def test_latent_statistics_are_folded_without_changing_the_pictures(dataset: EmojiDataset) -> None:
+    torch.manual_seed(0)
+    model = autoencoder.new_autoencoder().eval()
+    images = np.random.default_rng(1).integers(0, 255, (8, 64, 64, 3)).astype(np.uint8)
+    x = autoencoder.to_tensor(images)
+    with torch.no_grad():
+        before, posterior = model(x).sample, model.encode(x).latent_dist
+        autoencoder.fold_latent_statistics(model, images)
+        after, folded = model(x).sample, model.encode(x).latent_dist
+    torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(folded.mean.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(folded.mean.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
+    # The posterior's own deviation is scaled alike: samples decode to the same pictures too.
+    torch.testing.assert_close(folded.std / posterior.std, (folded.mean.std(dim=(0, 2, 3)) / posterior.mean.std(dim=(0, 2, 3))).view(1, 4, 1, 1).expand_as(folded.std), rtol=1e-2, atol=0)  # fmt: skip
+    assert tuple(folded.mean.shape[1:]) == (4, 16, 16)
+
+
+def test_pixels_map_to_minus_one_and_one() -> None:
+    x = autoencoder.to_tensor(np.array([[[[0, 255, 128]]]], np.uint8))
+    assert x.flatten().tolist() == pytest.approx([-1, 1, 1 / 255], abs=1e-6)
+
+
+def test_tokenizer_knows_every_caption_and_survives_saving(tmp_path: Path) -> None:
+    records = emoji.packaged_records()
+    tokenizer = text_to_image.train_tokenizer(records, tmp_path)
+    captions = sorted({c for r in records for c in emoji.all_captions(r)})
+    ids = tokenizer(captions).input_ids
+    assert max(map(len, ids)) <= text_to_image.MAX_TOKENS
+    assert CLIPTokenizer.from_pretrained(tmp_path)(captions).input_ids == ids
+    assert len({tuple(i) for i in ids}) == len(captions)
+    assert tokenizer("").input_ids == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+
+
+def test_the_saved_pipeline_is_an_ordinary_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = text_to_image.train_tokenizer(emoji.packaged_records()[:200], tmp_path / "tokenizer")
+    model = text_to_image.TextToImage(tokenizer)
+    assert sum(p.numel() for p in model.text_encoder.parameters()) < 1_000_000
+    text_to_image.save_pipeline(model, tokenizer, autoencoder.new_autoencoder(), tmp_path / "teacher")
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "teacher", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("red heart", num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (64, 64, 3)
+    assert max(p.stat().st_size for p in (tmp_path / "teacher").rglob("*") if p.is_file()) < 12 << 20
+
+
+def test_distortion_keeps_white_white_and_is_reproducible(dataset: EmojiDataset) -> None:
+    x = autoencoder.to_tensor(dataset.images[:8])
+    a, b = (perceptual.distort(x, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert a.shape == x.shape
+    assert a.abs().max() <= 1
+    plain = perceptual.distort(torch.ones(64, 3, 64, 64), torch.Generator().manual_seed(0))
+    assert plain.min() > 0.65  # tint and contrast alone: nothing dark comes in from outside
+    assert (a - x).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("space", ["latent", "pixel"])
+def test_perceptual_networks_train_and_load(space: str, dataset: EmojiDataset, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = autoencoder.new_autoencoder().eval() if space == "latent" else None
+    config = FitConfig(steps=3, batch_size=4, learning_rate=1e-3, checkpoint_every=2, log_every=1)
+    metric, accuracy = perceptual.train(dataset, vae, tmp_path / "run", config)
+    assert set(accuracy) == {"concept", "subcategory", "style", "tone"}
+    metric.save_pretrained(tmp_path / "saved", torch.float16)
+    again = LatentLPIPS.from_pretrained(tmp_path / "saved")
+    shape = (2, 4, 16, 16) if space == "latent" else (2, 3, 64, 64)
+    a, b = torch.randn(2, *shape)
+    assert (again(a, b) > 0).all()
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_fit_resumes_exactly(tmp_path: Path) -> None:
+    def run(folder: Path, *stops: int) -> torch.Tensor:
+        for steps in stops:
+            torch.manual_seed(0)
+            model = torch.nn.Linear(3, 1)
+
+            def loss(
+                _rng: np.random.Generator, generator: torch.Generator, model: torch.nn.Linear = model
+            ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+                x = torch.randn(8, 3, generator=generator)
+                return (model(x) - x.sum(1, keepdim=True)).square().mean(), {}
+
+            state = fit(model, loss, FitConfig(steps, 8, 0.05, warmup_steps=2), folder)
+        return state["weight"]
+
+    assert torch.equal(run(tmp_path / "a", 9), run(tmp_path / "b", 4, 9))
