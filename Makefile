@@ -19,13 +19,16 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The stamp is made last: after a failed install the next call starts over with a clean folder.
+# `installed` is made last. A first install that fails leaves nothing; a later one that fails (offline after a change of
+# pyproject.toml, say) leaves the environment that worked.
 $(VENV)/installed: pyproject.toml constraints.txt
-	@rm -f $@
-	@test -x $(BIN)/python || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); } || { rm -rf $(VENV); exit 1; }
-	@echo "installing into $(VENV) (once; about 3 minutes)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' || { rm -rf $(VENV); exit 1; }
-	@touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1), expected Python 3.11 to 3.13; run make PYTHON=python3.12, say"; exit 2; }
+	@test -e $(VENV)/complete || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
+	@echo "installing into $(VENV) (about 3 minutes the first time)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' || \
+	  { test -e $(VENV)/complete || rm -rf $(VENV); exit 1; }
+	@touch $(VENV)/complete $@
 
 clean:
 	rm -rf $(VENV) runs

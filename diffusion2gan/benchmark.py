@@ -12,6 +12,7 @@ import torch
 
 from diffusion2gan.compare import teacher_pictures
 from diffusion2gan.embedded.autoencoder import to_tensor
+from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.emoji10k import Subject, evaluate_emoji10k
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.images import to_uint8
@@ -39,12 +40,17 @@ def evaluate_student(
     folder: Path, out: Path, shared: Path, list_name: str = "test", count: int | None = None, preservation_count: int | None = None
 ) -> dict[str, Any]:
     """Protocol `emoji10k-v1` of a student of the embedded teacher, with the solver its pairs were made with."""
-    facts = json.loads((folder / STUDENT_FILE).read_text())
-    ode = SolverConfig.model_validate(facts["ode"])
     config = TeacherConfig(source="embedded")
     device = default_device()
     student = Student.from_pretrained(folder, "float32", device)
+    facts = json.loads((folder / STUDENT_FILE).read_text())
+    ode = SolverConfig.model_validate(facts["ode"])
     teacher = StableDiffusionTeacher.from_pretrained(config, teacher_folder(config), device)
+    if facts["teacher_weights"] != teacher.identity()["weights"]:
+        raise UserError(
+            f"{folder}: a student of teacher {facts['teacher_weights'][:16]}..., but the embedded teacher is {teacher.identity()['weights'][:16]}...; "
+            "the protocol compares a student with its own teacher"
+        )
     teacher.network.to(memory_format=torch.channels_last)
     generator = OneStepGenerator.from_teacher(teacher, GeneratorConfig(timestep=facts["timestep"])).requires_grad_(False).eval()
     untrained = Student(teacher, generator.to(memory_format=torch.channels_last))

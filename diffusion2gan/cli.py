@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from diffusion2gan import __version__
 from diffusion2gan.errors import UserError
 
@@ -148,6 +150,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("recipe", help="a built-in recipe (see `diffusion2gan recipes`) or a YAML file")
         sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one setting of the recipe")
 
+    sub = add("demo", _demo, "Distil the embedded teacher live, beside the shipped student, and write one HTML report")
+    sub.add_argument("--out", type=Path, default=Path("runs/demo"))
+    sub.add_argument("--minutes", type=float, default=10, help="about how long the whole may take (default 10)")
+
     sub = add(
         "simulate", _simulate, "Make the teacher's pairs of a recipe (runs under torchrun too; the same command goes on where it stopped)"
     )
@@ -234,6 +240,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.function(arguments)
     except UserError as error:
         print(f"diffusion2gan: {error}", file=sys.stderr)
+        return 2
+    except ValidationError as error:
+        first = error.errors()[0]
+        print(f"diffusion2gan: {'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ndiffusion2gan: interrupted; run the same command again to go on where it stopped", file=sys.stderr)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from diffusion2gan.compare import teacher_pictures
 from diffusion2gan.embedded.weights import embedded_student, weights_root
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.files import disk_errors, write_bytes_atomic
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.images import grid
 from diffusion2gan.pairs.dataset import PairDataset, canonical_json
@@ -27,10 +27,10 @@ from diffusion2gan.pipeline import STUDENT_FILE, Student
 from diffusion2gan.recipe import Recipe, dump_recipe, load_recipe
 from diffusion2gan.report import Page, curves
 from diffusion2gan.run import default_device, export_run, simulate_recipe, train_recipe
+from diffusion2gan.run_log import read_scalars
 from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.teachers.ode import SolverConfig, evaluations_per_pair
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
-from diffusion2gan.training.run_log import read_scalars
 
 # Each has many right answers, so the noise decides which picture it is.
 PROMPTS = ("noto face smiling", "fluent face affection", "twemoji heart", "noto animal mammal", "fluent food fruit", "twemoji country flag")
@@ -40,6 +40,18 @@ SHOWN = 6
 _OVERHEAD_SECONDS = 60
 _SIMULATE_SHARE = 0.35
 _FEWEST_PAIRS, _MOST_PAIRS = 128, 8192
+_OWN = {
+    "recipe.yaml",
+    "prompts.txt",
+    "speed.json",
+    "seconds.json",
+    "pairs",
+    "pairs.log.jsonl",
+    "run",
+    "student",
+    "results.json",
+    "report.html",
+}
 _FEWEST_STEPS, _MOST_STEPS = 20, 4000
 
 
@@ -68,12 +80,19 @@ def measure_speed(teacher: StableDiffusionTeacher, batch: int = 32) -> Speed:
     rates = []
     for act in (forward, train):
         act()
+        _wait(teacher)
         started, count = time.perf_counter(), 0
         while count < 2 or time.perf_counter() - started < 3:
             act()
             count += 1
+        _wait(teacher)
         rates.append(batch * count / (time.perf_counter() - started))
     return Speed(*rates)
+
+
+def _wait(teacher: StableDiffusionTeacher) -> None:
+    if teacher.device.type == "cuda":
+        torch.cuda.synchronize(teacher.device)
 
 
 def plan(recipe: Recipe, speed: Speed, minutes: float, judged: SolverConfig) -> dict[str, int]:
@@ -90,6 +109,11 @@ def plan(recipe: Recipe, speed: Speed, minutes: float, judged: SolverConfig) -> 
     }
 
 
+def speed_of(out: Path) -> float:
+    """Network evaluations a second, as measured when the demo began."""
+    return float(json.loads((out / "speed.json").read_text())["evaluations"])
+
+
 def demo_recipe(out: Path, teacher: StableDiffusionTeacher, minutes: float, judged: SolverConfig) -> Recipe:
     """The recipe of this demo folder: made once, then read again, so that an interrupted demo goes on as it began."""
     path = out / "recipe.yaml"
@@ -101,7 +125,9 @@ def demo_recipe(out: Path, teacher: StableDiffusionTeacher, minutes: float, judg
     if not (weights_root() / "latent_vgg").is_dir():
         overrides.append("loss.distance=mse")
     recipe = load_recipe("demo", overrides)
-    amounts = plan(recipe, measure_speed(teacher), minutes, judged)
+    speed = measure_speed(teacher)
+    write_bytes_atomic(out / "speed.json", canonical_json(asdict(speed)))
+    amounts = plan(recipe, speed, minutes, judged)
     decay = amounts["steps"] // 4
     overrides += [f"pairs.count={amounts['pairs']}", f"training.steps={amounts['steps']}", f"training.decay_steps={decay}"]
     recipe = load_recipe("demo", overrides)
@@ -111,26 +137,36 @@ def demo_recipe(out: Path, teacher: StableDiffusionTeacher, minutes: float, judg
 
 def run_demo(out: Path, minutes: float) -> Path:
     """Runs everything; returns the report's path. The same command goes on where an interrupted one stopped."""
-    if not 1 <= minutes <= 24 * 60:
-        raise UserError(f"--minutes is {minutes:g}, expected 1 to 1440")
-    if out.exists() and any(out.iterdir()) and not (out / "recipe.yaml").exists() and not (out / "prompts.txt").exists():
-        raise UserError(f"{out}: not empty and no demo; choose a new --out")
+    if not 3 <= minutes <= 24 * 60:
+        raise UserError(f"--minutes is {minutes:g}, expected 3 to 1440: measuring alone takes about two")
+    out = out.resolve()
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        foreign = [p.name for p in out.iterdir() if not p.name.startswith(".") and p.name not in _OWN]
+    if foreign:
+        raise UserError(f"{out}: holds {foreign[0]}, which is not of a demo; choose a new --out")
     started = time.perf_counter()
+    finish = started + 60 * minutes
     emoji = load_recipe("emoji")
     teacher = load_teacher(emoji.teacher, default_device())
     assert isinstance(teacher, StableDiffusionTeacher)
     judged = emoji.pairs.ode
     recipe = demo_recipe(out, teacher, minutes, judged)
-    seconds = {}
+    clock = out / "seconds.json"
+    seconds: dict[str, float] = json.loads(clock.read_text()) if clock.exists() else {}
+    # What comes after training: export, measuring, the page.
+    reserve = _OVERHEAD_SECONDS / 2 + len(PROMPTS) * NOISES * (evaluations_per_pair(judged) + 4) / speed_of(out)
     for name, stage in (
         ("simulate", lambda: simulate_recipe(recipe, out / "pairs")),
-        ("train", lambda: train_recipe(recipe, out / "pairs", out / "run")),
+        ("train", lambda: train_recipe(recipe, out / "pairs", out / "run", deadline=lambda: time.perf_counter() > finish - reserve)),
         ("export", lambda: export_run(out / "run", out / "student")),
     ):
         print(f"demo: {name}", flush=True)
         begun = time.perf_counter()
         stage()
-        seconds[name] = time.perf_counter() - begun
+        # A stage that was interrupted is counted with all its parts.
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begun
+        write_bytes_atomic(clock, canonical_json(seconds))
     print("demo: measure", flush=True)
     results = measure(out, teacher, judged)
     write_bytes_atomic(out / "results.json", canonical_json(results["numbers"]))
@@ -146,13 +182,14 @@ def measure(out: Path, teacher: StableDiffusionTeacher, judged: SolverConfig) ->
     teacher.network.to(memory_format=torch.channels_last)
     untrained = OneStepGenerator.from_teacher(teacher, GeneratorConfig()).requires_grad_(False).eval()
     students = {"one step of the teacher, untrained": Student(teacher, untrained.to(memory_format=torch.channels_last))}
-    students["student of this run"] = Student.from_pretrained(out / "student")
+    students["student of this run"] = Student.from_pretrained(out / "student", device=default_device())
     if (weights_root() / "student").is_dir():
-        students["shipped student"] = Student.from_pretrained(embedded_student())
+        students["shipped student"] = Student.from_pretrained(embedded_student(), device=default_device())
     pictures, timing = {}, {}
     for name, sample in [("teacher", lambda p, s: teacher_pictures(teacher, p, s, judged))] + [
         (n, s.generate) for n, s in students.items()
     ]:
+        sample(prompts[:1], seeds[:1])  # the first call of anything is slow
         begun = time.perf_counter()
         pictures[name] = sample(prompts, seeds)
         timing[name] = (time.perf_counter() - begun) / len(prompts)

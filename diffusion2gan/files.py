@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import platform
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from diffusion2gan.errors import UserError
 
@@ -23,11 +28,17 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turns a full disk or a read-only folder into one clear line that names the path."""
     try:
         yield
+    except SafetensorError as error:
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise UserError(f"{path}: the disk is full; free some space and run the same command again") from None
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"{path}: the disk is full; free some space and run the same command again, it goes on where it stopped"
             ) from None
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            raise UserError(f"{path}: a file is in the way, expected a folder; choose another path") from None
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise UserError(f"{path}: cannot write here ({os.strerror(error.errno)}); choose a folder you may write to") from None
         raise
@@ -38,7 +49,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is flushed to disk and renamed over `path`, otherwise removed."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=f".{_host()}-{os.getpid()}.tmp")
         os.close(fd)
         temporary = Path(name)
         try:
@@ -50,6 +61,37 @@ def atomic_path(path: Path) -> Iterator[Path]:
             fsync_dir(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Removes what killed processes left half-written below `folder`; a live process' files, and other hosts' of the last day, stay."""
+    for path in folder.rglob(".*.tmp"):
+        host, _, pid = path.name.removesuffix(".tmp").rpartition(".")[2].rpartition("-")
+        try:
+            if host == _host() and pid.isdigit():
+                if _is_alive(int(pid)):
+                    continue
+            elif time.time() - path.stat().st_mtime < 86400:
+                continue
+            path.unlink(missing_ok=True)
+        except FileNotFoundError:
+            continue
+
+
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:

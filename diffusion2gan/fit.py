@@ -6,10 +6,9 @@ Every draw of step s comes from `step_generators(seed, s)`, so a run that was ki
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +18,14 @@ from tqdm import tqdm
 
 from diffusion2gan.ema import Ema
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import torch_save_atomic
+from diffusion2gan.files import disk_errors, torch_save_atomic
 from diffusion2gan.interrupt import stop_requests
+from diffusion2gan.run_log import RunLog
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """`steps` may be raised later: the learning rate is constant after warm-up and falls to 0 over the last `decay_steps`."""
+    """`steps` may be raised until the decay begins: the learning rate is constant after warm-up and falls to 0 over the last `decay_steps`."""
 
     steps: int
     batch_size: int
@@ -76,13 +76,21 @@ def fit(
         optimizer.load_state_dict(saved["optimizer"])
         ema.load(saved["ema"])
         start = saved["step"]
+        for key, value in saved.get("config", {}).items():
+            if key not in ("steps", "decay_steps", "checkpoint_every", "log_every") and value != asdict(config)[key]:
+                raise UserError(f"{path}: trained with {key} {value}, now it is {asdict(config)[key]}; choose another folder")
 
     def save(step: int) -> None:
-        torch_save_atomic(path, {"model": model.state_dict(), "ema": ema.state, "optimizer": optimizer.state_dict(), "step": step})
+        torch_save_atomic(
+            path,
+            {"model": model.state_dict(), "ema": ema.state, "optimizer": optimizer.state_dict(), "step": step, "config": asdict(config)},
+        )
 
     folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=config.steps, initial=start, desc=folder.name, mininterval=5)
-    with stop_requests() as stop, open(folder / "metrics.jsonl", "a") as log, bar:
+    log = RunLog(folder)
+    log.rewind(start)
+    with disk_errors(folder), stop_requests() as stop, bar:
         for step in range(start, config.steps):
             for group in optimizer.param_groups:
                 group["lr"] = config.rate(step)
@@ -91,19 +99,22 @@ def fit(
                 raise UserError(f"{folder.name}: the loss is {loss.item()} at step {step}; the last good weights are in {path}")
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+            if not torch.isfinite(norm):
+                raise UserError(
+                    f"{folder.name}: the gradient's norm is {norm.item()} at step {step}; nothing was updated, the last weights are in {path}"
+                )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             ema.update(model, step)
             bar.update()
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
-                row = {"step": done, "time": time.time(), "loss": loss.item(), "gradient_norm": norm.item()}
+                row = {"time": time.time(), "loss": loss.item(), "gradient_norm": norm.item()}
                 row |= {k: float(v) for k, v in scalars.items()}
                 if validate and validate_every and done % validate_every == 0:
                     row |= validate(ema.state)
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "time")})
+                log.scalars(done, row)
+                bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "time"})
             stopping = stop()
             if done % config.checkpoint_every == 0 or done == config.steps or stopping:
                 save(done)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from diffusion2gan.config import Section
 from diffusion2gan.errors import UserError
+from diffusion2gan.precision import no_tf32
 from diffusion2gan.teachers.protocol import PredictionType, Teacher, TextCondition
 
 # How a teacher's family calls its network: (latent, timestep, condition, network) -> prediction.
@@ -41,7 +43,7 @@ class Float32Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         dtype = torch.promote_types(input.dtype, torch.float32)
-        with torch.autocast(input.device.type, enabled=False):
+        with torch.autocast(input.device.type, enabled=False), no_tf32() if input.is_cuda else nullcontext():
             bias = None if self.bias is None else self.bias.to(dtype)
             return F.conv2d(input.to(dtype), self.weight.to(dtype), bias, self.stride, self.padding, self.dilation, self.groups)
 
@@ -91,17 +93,31 @@ class OneStepGenerator(nn.Module):
     def from_teacher(cls, teacher: Teacher, config: GeneratorConfig | None = None) -> OneStepGenerator:
         """A student that starts as a copy of the teacher's network, trainable."""
         config = config or GeneratorConfig()
-        steps = len(teacher.alphas_cumprod)
-        if config.timestep >= steps:
-            raise UserError(f"generator.timestep is {config.timestep}, expected 0 to {steps - 1}, the teacher's schedule")
         network = copy.deepcopy(teacher.network).requires_grad_(True).train()
+        if teacher.dtype in (torch.float16, torch.bfloat16):
+            # Trained weights are float32: steps of 1e-5 and an average's 1e-3 would round away in half precision.
+            network = network.float()
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        return cls(network, teacher.evaluate, teacher.prediction_type, teacher.alphas_cumprod[config.timestep], config.timestep)
+        return cls.around(network, teacher, config.timestep)
+
+    @classmethod
+    def around(cls, network: nn.Module, teacher: Teacher, timestep: int) -> OneStepGenerator:
+        """G of `network` itself, not of a copy, with `teacher`'s schedule and way of calling it."""
+        steps = len(teacher.alphas_cumprod)
+        if timestep >= steps:
+            raise UserError(f"generator.timestep is {timestep}, expected 0 to {steps - 1}, the teacher's schedule")
+        alpha = teacher.alphas_cumprod[timestep]
+        if teacher.prediction_type == "epsilon" and alpha < 1e-6:
+            raise UserError(
+                f"generator.timestep is {timestep}: abar is {float(alpha):g} there, noise alone says nothing of x; choose an earlier one"
+            )
+        return cls(network, teacher.evaluate, teacher.prediction_type, alpha, timestep)
 
     def forward(self, noise: Tensor, condition: TextCondition) -> Tensor:
+        dtype = next(self.network.parameters()).dtype
         timestep = torch.full((), self.timestep, device=noise.device)
-        return self.to_x(noise, self._evaluate(noise, timestep, condition, self.network))
+        return self.to_x(noise, self._evaluate(noise.to(dtype), timestep, condition.to(dtype), self.network))
 
     def to_x(self, noise: Tensor, prediction: Tensor) -> Tensor:
         """The conversion above, in float32 or better."""

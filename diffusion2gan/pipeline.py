@@ -8,7 +8,6 @@ conversion from prediction to x.
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import disk_errors, write_bytes_atomic
-from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
+from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import to_uint8
 from diffusion2gan.pairs.dataset import canonical_json
 from diffusion2gan.pairs.seeds import draw_noise
@@ -40,7 +39,6 @@ def student_scheduler(teacher_config: dict[str, Any]) -> DDIMScheduler:
         "set_alpha_to_one": True,
         "clip_sample": False,
         "thresholding": False,
-        "rescale_betas_zero_snr": False,
     }
     return DDIMScheduler.from_config({k: v for k, v in teacher_config.items() if not k.startswith("_")} | options)
 
@@ -77,7 +75,8 @@ def export_student(
             write_bytes_atomic(target / STUDENT_FILE, canonical_json({"format": FORMAT, "timestep": timestep} | facts))
             write_bytes_atomic(target / "README.md", _card(facts, dtype).encode())
             if folder.exists():
-                shutil.rmtree(folder)
+                # Aside first: whenever this is interrupted, the old student or the new one is there whole.
+                folder.rename(Path(scratch) / "old")
             target.rename(folder)
 
 
@@ -123,13 +122,15 @@ class Student:
             raise UserError(f"{path}: format {facts.get('format')!r}, expected {FORMAT!r}; export the student again with this version")
         config = TeacherConfig.model_validate({"source": str(folder), "dtype": dtype})
         teacher = StableDiffusionTeacher.from_pretrained(config, folder, device)
-        generator = OneStepGenerator.from_teacher(teacher, GeneratorConfig(timestep=facts["timestep"]))
-        return cls(teacher, generator.requires_grad_(False).eval().to(memory_format=torch.channels_last))
+        # The folder's network is the student's own; "teacher" here lends it text encoder, decoder and schedule.
+        generator = OneStepGenerator.around(teacher.network, teacher, facts["timestep"])
+        return cls(teacher, generator.to(memory_format=torch.channels_last))
 
     @torch.inference_mode()
     def latents(self, prompts: Sequence[str], noise: np.ndarray) -> Tensor:
         """x = G(z, c): noise (B, C, H, W) float32 on the host -> (B, C, H, W)."""
-        z = torch.from_numpy(noise).to(self.teacher.device, self.teacher.dtype).contiguous(memory_format=torch.channels_last)
+        state = torch.promote_types(self.teacher.dtype, torch.float32)
+        z = torch.from_numpy(noise).to(self.teacher.device, state).contiguous(memory_format=torch.channels_last)
         return self.generator(z, self.teacher.encode_prompts(prompts))
 
     @torch.inference_mode()

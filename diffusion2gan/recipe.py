@@ -73,6 +73,8 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}; see the built-in recipes for examples")
     base = values.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"{path}: base is {base!r}, expected the name or path of a recipe")
     return merge(_read(_find(base, path), (*seen, path.resolve())), values) if base else values
 
 
@@ -156,9 +158,17 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-# What may differ when a run is continued: how far it goes and how often it reports. Everything else is another experiment.
+# What may differ when a run is continued: how far it goes, how often it reports, how it fits into memory. Everything else is
+# another experiment.
 _FREE_TO_CHANGE = {"name", "description", "training.steps", "training.checkpoint_every", "training.keep_checkpoints", "training.log_every"}
-_FREE_TO_CHANGE |= {"training.validate_every", "training.sample_every", "training.sample_count"}
+_FREE_TO_CHANGE |= {
+    "training.micro_batch_size",
+    "training.compile",
+    "generator.gradient_checkpointing",
+    "training.validate_every",
+    "training.sample_every",
+    "training.sample_count",
+}
 
 
 def check_same_experiment(recipe: Recipe, saved: Recipe, folder: Path) -> None:
@@ -172,8 +182,8 @@ def check_same_experiment(recipe: Recipe, saved: Recipe, folder: Path) -> None:
 
 def check_pairs(recipe: Recipe, settings: dict[str, Any], manifest: dict[str, Any], store: Path) -> None:
     """Raises UserError naming the first setting in which a pair store is not the one that `recipe` asks for."""
-    # Batch and shard sizes do not say what a pair is.
-    skip = ("batch_size", "shard_size", "noise_storage", "shards", "fingerprint")
+    # These say how a store was made and kept, not which pairs it holds; a student is trained in float32 whatever the precision.
+    skip = ("batch_size", "shard_size", "noise_storage", "precision", "noise_recipe", "shards", "fingerprint")
     ours = {k: v for k, v in settings.items() if k not in skip}
     theirs = {k: v for k, v in manifest.items() if k not in skip}
     for key, a, b in settings_difference(ours, theirs):

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from diffusion2gan.training.state import checkpoint_step, checkpoints
 from tests.helpers import ROOT, Command, metrics, recipe_values, run_command, tree_digest, write_recipe
 
 KILLED = -signal.SIGKILL
@@ -40,8 +42,10 @@ def _kill_at(point: str, number: int, *arguments: object) -> None:
 
 def _start_slowly(*arguments: object) -> Command:
     """Starts a slowed command and returns when its work has begun."""
-    command = Command(*arguments, slow=0.15)
+    command = Command(*arguments, slow=0.1)
+    started = time.monotonic()
     while "slow: started" not in command.stderr:
+        assert time.monotonic() - started < 60, command.stderr
         time.sleep(0.01)
     return command
 
@@ -76,20 +80,12 @@ def test_simulate_killed_at(point: str, number: int, tmp_path: Path, world: dict
     assert tree_digest(tmp_path / "store") == tree_digest(world["store"])
 
 
-# Renames of a training: recipe, pairs.json, then pictures and checkpoints.
+# Renames of a training: recipe (1), inputs.json (2), picture (3), checkpoint of step 3 (4), picture (5), checkpoints of steps 6
+# and 9 (6, 7), picture (8), checkpoint of step 12 (9).
 @pytest.mark.parametrize(
     ("point", "number"),
-    [
-        ("step", 1),
-        ("step", 5),
-        ("step", 11),
-        ("mid-write", 1),
-        ("mid-write", 3),
-        ("before-rename", 1),
-        ("after-rename", 2),
-        ("before-rename", 5),
-        ("after-rename", 5),
-    ],
+    [("step", 1), ("step", 5), ("step", 11), ("mid-write", 1), ("mid-write", 3)]
+    + [(p, n) for p in ("before-rename", "after-rename") for n in (1, 2, 3, 4, 6, 9)],
 )
 def test_train_killed_at(point: str, number: int, tmp_path: Path, world: dict[str, Path]) -> None:
     command = ("train", world["recipe"], "--pairs", world["store"], "--out", tmp_path / "run")
@@ -100,27 +96,36 @@ def test_train_killed_at(point: str, number: int, tmp_path: Path, world: dict[st
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("stage", ["simulate", "train"])
-def test_killed_at_random_times(stage: str, tmp_path: Path, world: dict[str, Path]) -> None:
-    """Five kills of one run, each after a random stretch of real work; every one must land before the end."""
-    out = tmp_path / "out"
-    command = (
-        ["simulate", world["recipe"], "--out", out]
-        if stage == "simulate"
-        else ["train", world["recipe"], "--pairs", world["store"], "--out", out]
-    )
+def _kill_five_times(command: tuple[object, ...], finished_parts: Callable[[], int]) -> None:
+    """Five SIGKILLs of one piece of work, each a random while after another part was finished; every one lands before the end."""
     chance = random.Random(7)
-    for _ in range(5):
+    for done in range(5):
         running = _start_slowly(*command)
-        time.sleep(chance.uniform(0.02, 0.5))
+        started = time.monotonic()
+        while finished_parts() < done:
+            assert time.monotonic() - started < 60, running.stderr
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0.0, 0.2))
         os.kill(running.pid, signal.SIGKILL)
         assert running.wait().returncode == KILLED, "the run had already ended"
     again = run_command(*command)
     assert again.returncode == 0, again.stderr
-    if stage == "simulate":
-        assert tree_digest(out) == tree_digest(world["store"])
-    else:
-        _assert_same_run(out, world["run"])
+
+
+def test_simulate_killed_at_random_times(tmp_path: Path, world: dict[str, Path]) -> None:
+    more = ("--set", "pairs.count=96")
+    assert run_command("simulate", world["recipe"], "--out", tmp_path / "unbroken", *more).returncode == 0
+    store = tmp_path / "store"
+    _kill_five_times(("simulate", world["recipe"], "--out", store, *more), lambda: len(list(store.glob("shard-*"))))
+    assert tree_digest(store) == tree_digest(tmp_path / "unbroken")
+
+
+def test_train_killed_at_random_times(tmp_path: Path, world: dict[str, Path]) -> None:
+    run = tmp_path / "run"
+    often = ("--set", "training.checkpoint_every=1")
+    command = ("train", world["recipe"], "--pairs", world["store"], "--out", run, *often)
+    _kill_five_times(command, lambda: max((checkpoint_step(c) for c in checkpoints(run / "checkpoints")), default=0))
+    _assert_same_run(run, world["run"])
 
 
 def test_two_torchrun_workers_make_the_same_store(tmp_path: Path, world: dict[str, Path]) -> None:
@@ -135,6 +140,23 @@ def test_two_torchrun_workers_make_the_same_store(tmp_path: Path, world: dict[st
     assert tree_digest(tmp_path / "two") == tree_digest(tmp_path / "one")
     ranks = {json.loads(line)["rank"] for line in (tmp_path / "two.log.jsonl").read_text().splitlines()}
     assert ranks == {0, 1}
+
+
+def test_two_processes_train_as_one(tmp_path: Path, world: dict[str, Path]) -> None:
+    """DDP over gloo: the same losses and weights as one process with the whole batch, and the same again after a resume."""
+    run = tmp_path / "run"
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "diffusion2gan"]
+    command = [*program, "train", str(world["recipe"]), "--pairs", str(world["store"]), "--out", str(run)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for steps in (("--set", "training.steps=6"), ()):
+        done = subprocess.run([*command, *steps], capture_output=True, text=True, env=environment, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+    one = {r["step"]: r["loss"] for r in metrics(world["run"]) if "loss" in r}
+    two = {r["step"]: r["loss"] for r in metrics(run) if "loss" in r}
+    assert two == pytest.approx(one, rel=1e-3)
+    ours = _final_weights(run)
+    for name, value in _final_weights(world["run"]).items():
+        torch.testing.assert_close(ours[name], value, atol=3e-4, rtol=1e-3)
 
 
 def test_terminate_saves_before_it_stops(tmp_path: Path, world: dict[str, Path]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
 from diffusion2gan.embedded import autoencoder, emoji, perceptual, text_to_image
-from diffusion2gan.embedded.weights import weights_root
+from diffusion2gan.embedded.weights import package_root
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import write_bytes_atomic
 
@@ -63,25 +64,33 @@ MAX_TOTAL, MAX_FILE = 28 << 20, 12 << 20
 
 
 def pack(work: Path, root: Path) -> list[str]:
-    """Copies what `work` has into the package, in fp16; refuses to ship more than 28 MB, or a file over 12 MB."""
+    """Copies what `work` has into the package folder `root`, in fp16. Refuses, before anything is replaced, to ship more than
+    28 MB in all or a file over 12 MB."""
+    if work.resolve() == root.resolve():
+        raise UserError(f"{work}: is the package's own folder; name the work folder of the training")
     parts = [name for name in ("teacher", "latent_vgg", "pixel_vgg") if (work / name).is_dir()]
     if (work / "student" / "unet").is_dir():
         parts.append("student")
     lines = []
-    for name in parts:
-        target = root / name
-        shutil.rmtree(target, ignore_errors=True)
-        # A student shares everything but its network and its scheduler with the teacher.
-        ignore = shutil.ignore_patterns("vae", "text_encoder", "tokenizer", ".*") if name == "student" else shutil.ignore_patterns(".*")
-        shutil.copytree(work / name, target, ignore=ignore)
-        lines.append(f"packed {name}: {sum(p.stat().st_size for p in target.rglob('*') if p.is_file()):,} bytes")
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix=".pack-") as scratch:
+        draft = Path(scratch) / "weights"
+        shutil.copytree(root, draft)
+        for name in parts:
+            shutil.rmtree(draft / name, ignore_errors=True)
+            # A student shares everything but its network and its scheduler with the teacher.
+            ignore = shutil.ignore_patterns("vae", "text_encoder", "tokenizer", ".*") if name == "student" else shutil.ignore_patterns(".*")
+            shutil.copytree(work / name, draft / name, ignore=ignore)
+            lines.append(f"packed {name}: {sum(p.stat().st_size for p in (draft / name).rglob('*') if p.is_file()):,} bytes")
+        sizes = [p.stat().st_size for p in draft.rglob("*") if p.is_file()]
+        if sum(sizes) > MAX_TOTAL or max(sizes, default=0) > MAX_FILE:
+            raise UserError(
+                f"{work}: {sum(sizes):,} bytes, largest file {max(sizes):,}, expected at most {MAX_TOTAL:,} and {MAX_FILE:,}; pack less"
+            )
+        root.rename(Path(scratch) / "old")
+        draft.rename(root)
     records = "".join(json.dumps(asdict(r), sort_keys=True) + "\n" for r in emoji.load().records)
     write_bytes_atomic(root.parent / "data" / "records.jsonl.gz", gzip.compress(records.encode(), mtime=0))
-    sizes = [p.stat().st_size for folder in (root, root.parent / "data") for p in folder.rglob("*") if p.is_file()]
-    if sum(sizes) > MAX_TOTAL or max(sizes) > MAX_FILE:
-        raise UserError(
-            f"{root}: {sum(sizes):,} bytes, largest file {max(sizes):,}, expected at most {MAX_TOTAL:,} and {MAX_FILE:,}; pack less"
-        )
     return [*lines, f"total {sum(sizes):,} bytes"]
 
 
@@ -98,5 +107,5 @@ def run_stage(stage: str, work: Path, steps: int | None = None) -> None:
         for name, top1 in build_perceptual(work, steps).items():
             print(f"wrote {work / name}; top-1 on held-out cells: " + ", ".join(f"{head} {value:.3f}" for head, value in top1.items()))
     elif stage == "pack":
-        for line in pack(work, weights_root()):
+        for line in pack(work, package_root()):
             print(line)

@@ -9,10 +9,15 @@ from pathlib import Path
 from diffusion2gan.errors import UserError
 
 
+def package_root() -> Path:
+    """Where the shipped weights lie in the package."""
+    return Path(str(resources.files("diffusion2gan.embedded") / "weights"))
+
+
 def weights_root() -> Path:
     """Folder of the shipped weights; $DIFFUSION2GAN_EMBEDDED overrides it (to try newly trained ones)."""
     override = os.environ.get("DIFFUSION2GAN_EMBEDDED")
-    return Path(override) if override else Path(str(resources.files("diffusion2gan.embedded") / "weights"))
+    return Path(override) if override else package_root()
 
 
 def embedded_folder(name: str) -> Path:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,6 @@ from diffusion2gan.pairs.seeds import NOISE_RECIPE, draw_noise, noise_fingerprin
 
 FORMAT = "diffusion2gan-pairs-1"
 LATENT_DTYPE = np.dtype("<f2")
-_NAME_DIGITS = 16
 # Stores up to this size are hashed whole when they are opened; larger ones by `pairs check`.
 VERIFY_BYTES = 2 << 30
 
@@ -95,17 +95,28 @@ def _fixed_binary(values: np.ndarray, kind: pa.DataType) -> pa.Array:
 
 
 def shard_name(index: int, total: int, digest: str) -> str:
-    return f"shard-{index:05d}-of-{total:05d}-{digest[:_NAME_DIGITS]}.arrow"
+    return f"shard-{index:05d}-of-{total:05d}-{digest}.arrow"
 
 
 def existing_shards(folder: Path, total: int) -> dict[int, Path]:
-    """Finished shards by index. Two files of one index mean that somebody mixed stores: UserError."""
+    """Finished shards by index.
+
+    Two workers whose arithmetic differs in the last bit (another GPU, another thread count) may each have made the same
+    shard: of two whole ones the first by name stays. Raises UserError when one of them is corrupt.
+    """
     found: dict[int, Path] = {}
-    for path in sorted(folder.glob(f"shard-*-of-{total:05d}-*.arrow")):
-        index = int(path.name.split("-")[1])
-        if index in found:
-            raise UserError(f"{folder}: {found[index].name} and {path.name} are both shard {index}; delete the wrong one and run again")
-        found[index] = path
+    with os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if e.name.startswith("shard-") and e.name.endswith(".arrow"))
+    for name in names:
+        _, index, of, count, *_rest = name.split("-")
+        if of != "of" or int(count) != total or int(index) >= total:
+            raise UserError(f"{folder / name}: not a shard of this store of {total}; move it away and run again")
+        if int(index) in found:
+            verify_shard(found[int(index)])
+            verify_shard(folder / name)
+            (folder / name).unlink(missing_ok=True)
+        else:
+            found[int(index)] = folder / name
     return found
 
 
@@ -113,9 +124,9 @@ def verify_shard(path: Path) -> str:
     """The sha256 of a shard. Raises UserError when it is not the one its name carries."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     expected = path.stem.rsplit("-", 1)[1]
-    if digest[:_NAME_DIGITS] != expected:
+    if digest != expected:
         raise UserError(
-            f"{path}: corrupt shard (sha256 {digest[:_NAME_DIGITS]}, expected {expected}); delete it and run `simulate` again to make it anew"
+            f"{path}: corrupt shard (sha256 {digest[:16]}..., expected {expected[:16]}...); delete it and run `simulate` again to make it anew"
         )
     return digest
 
@@ -124,11 +135,13 @@ def write_final_files(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Writes state.json, dataset_info.json and the manifest of a store whose shards are all there. Returns the manifest."""
     total = shard_count(settings["count"], settings["shard_size"])
     shards = existing_shards(folder, total)
+    if len(shards) != total:
+        raise UserError(f"{folder}: {len(shards)} of {total} shards are there; run the same `simulate` command again")
     rows: list[dict[str, Any]] = [
         {
             "file": path.name,
             "bytes": path.stat().st_size,
-            "sha256": verify_shard(path),
+            "sha256": path.stem.rsplit("-", 1)[1],  # checked by whoever wrote it, or found it at its start
             "rows": len(shard_rows(i, settings["count"], settings["shard_size"])),
         }
         for i, path in sorted(shards.items())
@@ -174,7 +187,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON; delete it and run the same `simulate` command again") from None
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path}: format {manifest.get('format')!r}, expected {FORMAT!r}; simulate the pairs again with this version")
-    if manifest["noise_recipe"] != {"name": NOISE_RECIPE, "fingerprint": noise_fingerprint()}:
+    if manifest["noise_storage"] == "none" and manifest["noise_recipe"] != {"name": NOISE_RECIPE, "fingerprint": noise_fingerprint()}:
         raise UserError(
             f"{path}: noise {manifest['noise_recipe']}, but this installation draws {NOISE_RECIPE} {noise_fingerprint()}; use the NumPy version that made the store, or store the noise"
         )
@@ -196,7 +209,6 @@ class PairDataset:
         shards = self.manifest["shards"]
         if verify is None:
             verify = sum(s["bytes"] for s in shards) <= VERIFY_BYTES
-        self._maps: list[pa.MemoryMappedFile] = []
         seeds, latents, noises, self._prompts = [], [], [], []
         for shard in shards:
             batch = self._open(shard, verify)
@@ -224,10 +236,16 @@ class PairDataset:
             )
         if verify:
             verify_shard(path)
-        source = pa.memory_map(str(path))
-        self._maps.append(source)
-        with pa.ipc.open_stream(source) as reader:
-            return reader.read_next_batch()
+        if shard["sha256"] not in name:
+            raise UserError(
+                f"{self.folder / 'manifest.json'}: {name} is listed with sha256 {shard['sha256'][:16]}...; the manifest is damaged"
+            )
+        try:
+            # The batch keeps the mapping alive; the file itself is closed, so that a store may have any number of shards.
+            with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
+                return reader.read_next_batch()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"{path}: cannot be mapped ({error}); delete it and run `simulate` again, or use larger shards") from None
 
     def _view(self, column: pa.Array, dtype: np.dtype) -> np.ndarray:
         flat = np.frombuffer(column.buffers()[1], dtype, count=len(column) * int(np.prod(self.latent_shape)))

@@ -15,7 +15,6 @@ from diffusion2gan.files import write_bytes_atomic
 from diffusion2gan.images import grid, to_uint8
 from diffusion2gan.pairs.dataset import (
     PairDataset,
-    canonical_json,
     encode_shard,
     shard_count,
     shard_name,
@@ -23,6 +22,7 @@ from diffusion2gan.pairs.dataset import (
     verify_shard,
     write_final_files,
 )
+from diffusion2gan.pairs.simulate import agree_on_settings
 from diffusion2gan.teachers.protocol import Teacher
 
 
@@ -70,8 +70,9 @@ def store_noise(folder: Path, out: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: already stores its noise ({source.noise_dtype}); nothing to do")
     settings = {k: v for k, v in source.manifest.items() if k not in ("shards", "fingerprint")} | {"noise_storage": "float32"}
     total = shard_count(settings["count"], settings["shard_size"])
-    out.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomic(out / "settings.json", canonical_json(settings))
+    if out.resolve() == folder.resolve():
+        raise UserError(f"{out}: is the store itself; choose a new folder")
+    agree_on_settings(out, settings)
     for index in tqdm(range(total), unit="shard", desc="store-noise"):
         rows = shard_rows(index, settings["count"], settings["shard_size"])
         batch = source.batch(rows)

@@ -41,6 +41,8 @@ def read_prompts(config: PromptsConfig, count: int, seed: int) -> list[str]:
             raise UserError(
                 f"{path}, line {number}: empty prompt; delete the line (an unconditional sample must be asked for by its own recipe)"
             )
+        if not prompt.isascii() and any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise UserError(f"{path}, line {number}: half of a surrogate pair in the prompt; mend the text")
         if len(prompt) > MAX_CHARACTERS:
             raise UserError(
                 f"{path}, line {number}: a prompt of {len(prompt):,} characters, expected at most {MAX_CHARACTERS:,}; shorten it (the text encoder reads far fewer)"
@@ -57,15 +59,21 @@ def prompts_digest(prompts: list[str]) -> str:
 
 
 def _text(path: Path, _column: str) -> list[str]:
+    return [line.strip() for line in _lines(path)]
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines between newlines alone: `splitlines` would also split at U+2028 and other marks that stand inside real prompts."""
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    return text.removesuffix("\n").replace("\r\n", "\n").split("\n") if text else []
 
 
 def _jsonl(path: Path, column: str) -> list[str]:
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_lines(path), 1):
         try:
             value = json.loads(line)[column]
         except (ValueError, KeyError, TypeError):

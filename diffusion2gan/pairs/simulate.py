@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from diffusion2gan.config import Section
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import disk_errors, write_bytes_atomic
+from diffusion2gan.files import disk_errors, sweep_temporaries, write_bytes_atomic
 from diffusion2gan.pairs.dataset import (
     FORMAT,
     LATENT_DTYPE,
@@ -41,6 +41,7 @@ from diffusion2gan.pairs.dataset import (
 )
 from diffusion2gan.pairs.prompts import PromptsConfig, prompts_digest, read_prompts
 from diffusion2gan.pairs.seeds import MAX_STORE_SEED, NOISE_RECIPE, draw_noise, noise_fingerprint, pair_seed
+from diffusion2gan.precision import no_tf32
 from diffusion2gan.teachers.ode import SolverConfig, solve_ode
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
 
@@ -80,7 +81,7 @@ class Worker:
         return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
-def store_settings(teacher: Teacher, config: PairsConfig, prompts: list[str]) -> dict[str, Any]:
+def store_settings(teacher: Teacher, config: PairsConfig, prompts_sha256: str) -> dict[str, Any]:
     """Everything that decides the store's bytes; the manifest is this plus the shards."""
     return {
         "format": FORMAT,
@@ -89,7 +90,7 @@ def store_settings(teacher: Teacher, config: PairsConfig, prompts: list[str]) ->
         "latent_shape": list(teacher.latent_shape),
         "ode": config.ode.model_dump(),
         "negative_prompt": config.negative_prompt,
-        "prompts_sha256": prompts_digest(prompts),
+        "prompts_sha256": prompts_sha256,
         "count": config.count,
         "seed": config.seed,
         "batch_size": config.batch_size,
@@ -111,7 +112,8 @@ def settings_difference(ours: dict[str, Any], theirs: dict[str, Any], prefix: st
     return rows
 
 
-def _agree_on_settings(folder: Path, settings: dict[str, Any]) -> None:
+def agree_on_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Makes a store's folder and `settings.json`, or raises UserError naming the first setting in which they differ."""
     path = folder / "settings.json"
     if not path.exists():
         with disk_errors(folder):
@@ -137,14 +139,15 @@ def simulate(
 
     Raises UserError for a folder of other settings, a corrupt shard, a full disk, or a solution that is not finite.
     """
-    folder, worker = Path(folder), worker or Worker()
+    folder, worker = Path(folder).resolve(), worker or Worker()
     prompts = read_prompts(config.prompts, config.count, config.seed)
-    settings = store_settings(teacher, config, prompts)
-    _agree_on_settings(folder, settings)
+    settings = store_settings(teacher, config, prompts_digest(prompts))
+    agree_on_settings(folder, settings)
     total = shard_count(config.count, config.shard_size)
     present = existing_shards(folder, total)
-    for path in present.values():
-        verify_shard(path)
+    for found, path in present.items():
+        if found % worker.world == worker.rank:
+            verify_shard(path)
     teacher.network.to(memory_format=torch.channels_last)
     negative = teacher.encode_prompts([config.negative_prompt])
     done = sum(len(shard_rows(i, config.count, config.shard_size)) for i in present)
@@ -154,13 +157,13 @@ def simulate(
         while (index := _next_shard(set(existing_shards(folder, total)), total, worker)) is not None:
             started = time.time()
             rows = shard_rows(index, config.count, config.shard_size)
-            data = _make_shard(teacher, config, rows, prompts, negative, partial(_has_shard, folder, index, total))
+            own = index % worker.world == worker.rank
+            data = _make_shard(teacher, config, rows, prompts, negative, None if own else partial(_has_shard, folder, index, total))
             if data is not None:
                 _put(folder, index, total, data)
                 _log(folder, {"shard": index, "pairs": len(rows), "seconds": round(time.time() - started, 3), "rank": worker.rank})
             bar.update(sum(len(shard_rows(i, config.count, config.shard_size)) for i in existing_shards(folder, total)) - bar.n)
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    sweep_temporaries(folder)
     return write_final_files(folder, settings)
 
 
@@ -190,13 +193,13 @@ def _put(folder: Path, index: int, total: int, data: bytes) -> None:
 
 
 def _make_shard(
-    teacher: Teacher, config: PairsConfig, rows: range, prompts: list[str], negative: TextCondition, superfluous: Callable[[], bool]
+    teacher: Teacher, config: PairsConfig, rows: range, prompts: list[str], negative: TextCondition, superfluous: Callable[[], bool] | None
 ) -> bytes | None:
     stored = None if config.noise_storage == "none" else np.dtype(config.noise_storage)
     seeds = [pair_seed(config.seed, i) for i in rows]
     latents, noises = [], []
     for start in range(0, len(rows), config.batch_size):
-        if superfluous():
+        if superfluous is not None and superfluous():
             return None
         part = rows[start : start + config.batch_size]
         noise = draw_noise(seeds[start : start + config.batch_size], teacher.latent_shape)
@@ -217,7 +220,9 @@ def solve_batch(teacher: Teacher, ode: SolverConfig, noise: np.ndarray, prompts:
     """x for host noise (B, C, H, W) and prompts, on the teacher's device; the state is float64 for a float64 teacher, else float32."""
     state = torch.float64 if teacher.dtype == torch.float64 else torch.float32
     z = torch.from_numpy(noise).to(teacher.device, state).contiguous(memory_format=torch.channels_last)
-    return solve_ode(teacher, z, teacher.encode_prompts(prompts), negative, ode)
+    # What the manifest calls float32 is float32, on a GPU as on a CPU.
+    with no_tf32():
+        return solve_ode(teacher, z, teacher.encode_prompts(prompts), negative, ode)
 
 
 def _log(folder: Path, row: dict[str, Any]) -> None:

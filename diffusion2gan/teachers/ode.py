@@ -1,7 +1,7 @@
 """Solves the teacher's probability-flow ODE from z to x (paper section 3.1): DDIM with classifier-free guidance.
 
 The solver's arithmetic is diffusers'; the loop is ours: both guidance branches in one batch, what they share computed
-once, text projected once, timesteps kept on the host so that no step waits for the device.
+once, text projected once; DDIM and DPM-Solver++ get their timesteps from the host, so that no step waits for the device.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion2gan.config import Section
+from diffusion2gan.errors import UserError
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
 from diffusion2gan.teachers.reuse import remembered_text, shared_prefix
 
@@ -41,6 +42,13 @@ def new_solver(teacher: Teacher, config: SolverConfig) -> Any:
     base = {k: v for k, v in teacher.scheduler_config.items() if not k.startswith("_")}
     scheduler = kind.from_config(base | options | {"timestep_spacing": config.spacing})
     scheduler.set_timesteps(config.steps)
+    first, last = int(scheduler.timesteps.max()), len(teacher.alphas_cumprod) - 1
+    # "leading" rounds the stride down: 400 steps of 1,000 would start at 799, where the noise is no longer all there is.
+    if not last - max(100, 2 * ((last + 1) // config.steps)) <= first <= last:
+        raise UserError(
+            f"pairs.ode: {config.steps} steps with {config.spacing} spacing start at timestep {first}, expected about {last}; "
+            f"use a divisor of {last + 1}, or trailing spacing"
+        )
     return scheduler
 
 

@@ -43,6 +43,10 @@ class TextCondition:
     def __getitem__(self, rows: slice | Tensor) -> TextCondition:
         return TextCondition(self.embeddings[rows], {k: v[rows] for k, v in self.added.items()})
 
+    def to(self, dtype: torch.dtype) -> TextCondition:
+        """The same condition in another precision."""
+        return TextCondition(self.embeddings.to(dtype), {k: v.to(dtype) for k, v in self.added.items()})
+
     def expand(self, batch: int) -> TextCondition:
         """Repeats a condition of one prompt `batch` times, without copying."""
         return TextCondition(

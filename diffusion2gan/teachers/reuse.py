@@ -35,7 +35,7 @@ class _Remembering(nn.Module):
 @contextmanager
 def remembered_text(network: nn.Module) -> Iterator[None]:
     """Inside the block, cross-attention computes keys and values of an embedding tensor once."""
-    attentions = [m for m in network.modules() if getattr(m, "is_cross_attention", False)]
+    attentions: list[Any] = [m for m in network.modules() if getattr(m, "is_cross_attention", False)]
     for attention in attentions:
         attention.to_k, attention.to_v = _Remembering(attention.to_k), _Remembering(attention.to_v)
     try:
@@ -45,7 +45,7 @@ def remembered_text(network: nn.Module) -> Iterator[None]:
             attention.to_k, attention.to_v = attention.to_k.projection, attention.to_v.projection
 
 
-def text_free_prefix(network: nn.Module) -> list[nn.Module]:
+def text_free_prefix(network: Any) -> list[nn.Module]:
     """The modules that a U-Net runs before its first cross-attention, in order; empty for another kind of network."""
     blocks = getattr(network, "down_blocks", None)
     if blocks is None or not hasattr(network, "conv_in"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -28,6 +30,23 @@ def weights_digest(*modules: nn.Module) -> str:
             # Flattened in logical order: channels-last weights give the same digest.
             digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _files_digest(folder: Path, variant: str | None) -> str:
+    """sha256 over the weight files of network and text encoder: of what is stored, whatever precision it is loaded in."""
+    digest = hashlib.sha256()
+    for part in ("unet", "text_encoder"):
+        files = sorted((folder / part).glob("*.safetensors"))
+        of_variant = [p for p in files if (f".{variant}" in p.name if variant else p.name.count(".") == 1)]
+        for path in of_variant or files:
+            with open(path, "rb") as file:
+                digest.update(f"{part}/{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _snapshot(config: TeacherConfig, name: str) -> Path:
+    """The folder of the hub's cache that a pipeline was loaded from."""
+    return Path(StableDiffusionPipeline.download(name, revision=config.revision, variant=config.variant, use_safetensors=True))
 
 
 @contextmanager
@@ -59,7 +78,7 @@ def load_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dtype)
                 requires_safety_checker=False,
                 use_safetensors=True,
             )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"teacher.source: {folder} is not a Stable Diffusion folder or hub id ({reason}); name one that has model_index.json"
@@ -88,12 +107,21 @@ class StableDiffusionTeacher:
         self.scheduler_config = dict(schedule.config)
         self.alphas_cumprod = schedule.alphas_cumprod
         self.prediction_type: PredictionType = schedule.config.prediction_type
+        self._weights: str | None = None
+        self.source = "memory"
         self.latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
 
     @classmethod
     def from_pretrained(cls, config: TeacherConfig, folder: str | Path, device: str | torch.device = "cpu") -> StableDiffusionTeacher:
         """Loads a diffusers folder or hub repository (safetensors only). Raises UserError when it isn't one."""
-        return cls.from_pipeline(load_pipeline(config, folder, getattr(torch, config.dtype)).to(device))
+        teacher = cls.from_pipeline(load_pipeline(config, folder, getattr(torch, config.dtype)).to(device))
+        local = Path(folder) if Path(folder).is_dir() else _snapshot(config, str(folder))
+        teacher._weights = _files_digest(local, config.variant)
+        # A path says nothing elsewhere; the digest does.
+        teacher.source = (
+            "embedded" if config.source == "embedded" else "folder" if Path(folder).is_dir() else f"{config.source}@{local.name}"
+        )
+        return teacher
 
     @classmethod
     def from_pipeline(cls, pipeline: StableDiffusionPipeline) -> StableDiffusionTeacher:
@@ -109,9 +137,18 @@ class StableDiffusionTeacher:
         return next(self.network.parameters()).dtype
 
     def identity(self) -> dict[str, Any]:
+        schedule = self.scheduler_config
+        vocabulary = json.dumps(
+            [sorted(self.tokenizer.get_vocab().items()), self.tokenizer("a red heart, number 7", truncation=True).input_ids]
+        )
         return {
             "family": "stable_diffusion",
-            "weights": weights_digest(self.network, self.text_encoder),
+            "source": self.source,
+            "weights": self._weights or weights_digest(self.network, self.text_encoder),
+            "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
+            "schedule": hashlib.sha256(self.alphas_cumprod.float().numpy().tobytes()).hexdigest()[:16],
+            "steps_offset": schedule.get("steps_offset", 0),
+            "set_alpha_to_one": schedule.get("set_alpha_to_one", True),
             "prediction_type": self.prediction_type,
             "latent_scaling": float(self.vae.config.scaling_factor),
         }
@@ -128,4 +165,7 @@ class StableDiffusionTeacher:
         return (network or self.network)(latent, timestep, encoder_hidden_states=condition.embeddings, return_dict=False)[0]
 
     def decode(self, latent: Tensor) -> Tensor:
-        return self.vae.decode(latent.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
+        # At most as many pictures at once as make four of 512 x 512: a decoder's activations are far larger than its input.
+        at_once = max(1, 4 * 64 * 64 // (latent.shape[2] * latent.shape[3]))
+        scaled = latent.to(self.vae.dtype) / self.vae.config.scaling_factor
+        return torch.cat([self.vae.decode(part, return_dict=False)[0] for part in scaled.split(at_once)])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import torch_save_atomic
+from diffusion2gan.files import sweep_temporaries, torch_save_atomic
 
 FORMAT = "diffusion2gan-state-1"
 
@@ -48,6 +48,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}.pt"
 
 
+def checkpoint_step(path: Path) -> int:
+    """The number of optimiser steps behind a checkpoint, from its name."""
+    return int(path.stem.removeprefix("step-"))
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     return sorted(folder.glob("step-*.pt"))
@@ -59,8 +64,7 @@ def save_state(state: TrainingState, folder: Path, keep: int) -> Path:
     torch_save_atomic(path, {"format": FORMAT, **state.__dict__})
     for old in checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    sweep_temporaries(folder)
     return path
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -30,10 +30,10 @@ from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import grid, to_uint8
 from diffusion2gan.interrupt import stop_requests
 from diffusion2gan.pairs.dataset import PairDataset
+from diffusion2gan.run_log import RunLog
 from diffusion2gan.teachers.protocol import Teacher
 from diffusion2gan.training.distance import Distance
 from diffusion2gan.training.order import SampleOrder, augmentation_uniforms
-from diffusion2gan.training.run_log import RunLog
 from diffusion2gan.training.state import TrainingState, checkpoints, environment, load_state, save_state
 
 
@@ -49,7 +49,7 @@ class TrainingConfig(Section):
     warmup_steps: int = Field(100, ge=0)
     decay_steps: int = Field(0, ge=0)
     """The learning rate falls linearly to 0 over the last so many steps."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     weight_decay: float = Field(0.01, ge=0)
     ema_decay: float = Field(0.999, ge=0, lt=1)
     gradient_clip: float = Field(2.0, gt=0)
@@ -64,7 +64,7 @@ class TrainingConfig(Section):
     """The last so many pairs of the store are never trained on: validation loss and sample grids use them."""
     sample_every: int = Field(500, ge=1)
     sample_count: int = Field(16, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 62)
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> TrainingConfig:
@@ -113,7 +113,7 @@ class Trainer:
         if len(pairs) <= config.holdout:
             raise UserError(f"training.holdout is {config.holdout} but the store has {len(pairs)} pairs; simulate more, or hold out fewer")
         world = self.accelerator.num_processes
-        self.micro = config.micro_batch_size or config.batch_size // world
+        self.micro = config.micro_batch_size or max(1, config.batch_size // world)
         if config.batch_size % (world * self.micro):
             raise UserError(
                 f"training.batch_size is {config.batch_size}, expected a multiple of processes x micro_batch_size ({world} x {self.micro})"
@@ -128,6 +128,7 @@ class Trainer:
         )
         self.generator, self.optimizer = self.accelerator.prepare(torch.compile(generator) if config.compile else generator, optimizer)
         self.step = 0
+        self.stopping = False
         self.gradient_scale = math.nan
         self.log = RunLog(folder, self.accelerator.is_main_process)
         self._resume()
@@ -138,8 +139,11 @@ class Trainer:
 
     # --- One step ---------------------------------------------------------------------------------------------------
 
-    def train_step(self, micro_batches: list[OdePairBatch]) -> dict[str, float]:
-        """One optimiser step over this process' share of the global batch."""
+    def train_step(self, micro_batches: list[OdePairBatch], stop: bool = False) -> dict[str, float]:
+        """One optimiser step over this process' share of the global batch.
+
+        `stop` travels with the loss, so that all processes learn in the same step that one of them was asked to stop.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(self.step)
         loss = torch.zeros((), device=self.device)
@@ -147,12 +151,13 @@ class Trainer:
             # Gradients are exchanged once, with the last micro-batch.
             with self.accelerator.no_sync(self.generator) if number + 1 < len(micro_batches) else nullcontext():
                 loss += self.generator_step(micro_batch)
-        loss = self.accelerator.reduce(loss, "mean")
+        loss, stops = self.accelerator.reduce(torch.stack([loss, loss.new_tensor(float(stop))]), "mean")
         norm = self._clip(loss)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.bare_generator, self.step)
         self.step += 1
+        self.stopping = stops.item() > 0
         return {"loss": loss.item(), "gradient_norm": norm, "learning_rate": self.config.rate(self.step - 1)}
 
     def generator_step(self, pairs: OdePairBatch) -> Tensor:
@@ -174,7 +179,7 @@ class Trainer:
             last = checkpoints(self.folder / "checkpoints")
             raise UserError(
                 f"step {self.step}: the regression loss is {loss.item()} and its gradient norm {value}, expected finite numbers; nothing was updated, "
-                f"the last good state is {last[-1] if last else 'the start'}; lower training.learning_rate"
+                f"the last good state is {last[-1] if last else 'the start'}; start again in a new --out with a lower training.learning_rate"
             )
         if not math.isnan(scale):
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.gradient_clip * scale, norm)
@@ -209,7 +214,7 @@ class Trainer:
     def run(self, progress: bool = True, deadline: Callable[[], bool] | None = None) -> None:
         """Trains from where the folder stands to `config.steps`. Ctrl-C and SIGTERM save first, then raise KeyboardInterrupt.
 
-        `deadline` may end the run early (the demo's time budget); everything is saved as at the end.
+        `deadline` may end the run early (the demo's time budget); what was trained is saved.
         """
         config = self.config
         bar = tqdm(
@@ -224,28 +229,30 @@ class Trainer:
             self._sample()
         with stop_requests() as stop, ThreadPoolExecutor(1) as loader, bar:
             upcoming: Future[list[OdePairBatch]] = loader.submit(self._load, self.step)
-            while self.step < config.steps:
+            while self.step < config.steps and not self.stopping:
                 started = time.perf_counter()
                 micro_batches = upcoming.result()
                 if self.step + 1 < config.steps:
                     upcoming = loader.submit(self._load, self.step + 1)
-                scalars = self.train_step(micro_batches)
-                last = self.step == config.steps or bool(deadline and deadline()) or stop()
-                if self.step % config.log_every == 0 or last:
+                scalars = self.train_step(micro_batches, stop() or bool(deadline and deadline()))
+                done = self.step == config.steps
+                if self.step % config.log_every == 0 or done:
                     rate = config.batch_size / (time.perf_counter() - started)
                     self.log.scalars(self.step, scalars, images_per_second=round(rate, 2))
                     bar.set_postfix(loss=f"{scalars['loss']:.4f}", img_s=f"{rate:.0f}")
                 bar.update()
-                if self.step % config.validate_every == 0 or last:
-                    self.log.scalars(self.step, self.validate())
-                if self.step % config.sample_every == 0 or last:
-                    self._sample()
-                if self.step % config.checkpoint_every == 0 or last:
+                if self.stopping:
+                    # Before anything that takes time: who asks for a stop may not wait long.
                     self._save()
-                if last and self.step < config.steps:
-                    if stop():
-                        raise KeyboardInterrupt
-                    break
+                if self.step % config.validate_every == 0 or done:
+                    self.log.scalars(self.step, self.validate())
+                if self.step % config.sample_every == 0 or done:
+                    self._sample()
+                # Last of a step: what is resumed from has all its rows and pictures.
+                if (self.step % config.checkpoint_every == 0 or done) and not self.stopping:
+                    self._save()
+            if self.stopping and stop():
+                raise KeyboardInterrupt
 
     def _held_out(self, count: int) -> list[OdePairBatch]:
         first = len(self.pairs) - self.config.holdout

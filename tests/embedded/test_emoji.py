@@ -18,7 +18,7 @@ def test_all_pictures_are_accounted_for(records: list[EmojiRecord]) -> None:
     assert len(records) == 10_319
     assert len({(r.concept, r.style, r.tone) for r in records}) == 10_319
     assert sum(bool(r.tone) for r in records) == 4_645
-    assert set(r.style for r in records) == set(emoji.STYLES)
+    assert {r.style for r in records} == set(emoji.STYLES)
 
 
 def test_the_split_is_by_concept_and_by_cell(records: list[EmojiRecord]) -> None:

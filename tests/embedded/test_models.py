@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from diffusion2gan.embedded import autoencoder, emoji, perceptual, text_to_image
-from diffusion2gan.embedded.emoji import EmojiDataset, EmojiRecord
+from diffusion2gan.embedded.emoji import EmojiDataset
 from diffusion2gan.fit import FitConfig, fit
 from diffusion2gan.perceptual import LatentLPIPS
 

@@ -210,7 +210,7 @@ def test_prompts_from_parquet_and_jsonl(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"TEXT": ["a", "b"], "url": ["", ""]}), tmp_path / "p.parquet")
     assert read_prompts(PromptsConfig(source=str(tmp_path / "p.parquet"), column="TEXT"), 3, 0) == ["a", "b", "a"]
-    with pytest.raises(UserError, match="prompt"):
+    with pytest.raises(UserError, match="no column|cannot read column"):
         read_prompts(PromptsConfig(source=str(tmp_path / "p.parquet")), 3, 0)
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     assert read_prompts(PromptsConfig(source=str(tmp_path / "p.jsonl")), 2, 0) == ["a", "b"]

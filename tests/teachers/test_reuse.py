@@ -37,7 +37,7 @@ def test_same_prediction_with_less_work(inputs: tuple[torch.Tensor, torch.Tensor
 def test_everything_is_put_back(inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
     unet = tiny_pipeline().unet.double()
     names = [n for n, _ in unet.named_modules()]
-    with pytest.raises(RuntimeError), remembered_text(unet), shared_prefix(unet, 6):
+    with pytest.raises(RuntimeError), remembered_text(unet), shared_prefix(unet, 6):  # noqa: PT012
         assert [n for n, _ in unet.named_modules()] != names
         raise RuntimeError
     assert [n for n, _ in unet.named_modules()] == names
