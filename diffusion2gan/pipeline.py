@@ -26,7 +26,7 @@ from diffusion2gan.images import to_uint8
 from diffusion2gan.pairs.dataset import canonical_json
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.teachers.protocol import TeacherConfig
-from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher, no_progress_bars
 
 STUDENT_FILE = "diffusion2gan.json"
 FORMAT = "diffusion2gan-student-1"
@@ -71,13 +71,21 @@ def export_student(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
             target = Path(scratch) / "student"
-            pipeline.to(dtype).save_pretrained(target, safe_serialization=True)
+            _save(pipeline, target, dtype)
             write_bytes_atomic(target / STUDENT_FILE, canonical_json({"format": FORMAT, "timestep": timestep} | facts))
             write_bytes_atomic(target / "README.md", _card(facts, dtype).encode())
             if folder.exists():
                 # Aside first: whenever this is interrupted, the old student or the new one is there whole.
                 folder.rename(Path(scratch) / "old")
             target.rename(folder)
+
+
+def _save(pipeline: StableDiffusionPipeline, folder: Path, dtype: torch.dtype) -> None:
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        # Module.to: the pipeline's own `to` warns of layers that these models do not have.
+        torch.nn.Module.to(part, dtype)
+    with no_progress_bars():
+        pipeline.save_pretrained(folder, safe_serialization=True)
 
 
 def _card(facts: dict[str, Any], dtype: torch.dtype) -> str:

@@ -23,7 +23,11 @@ def _child(order: dict[str, Any]) -> None:
         sabotage.kill_at(*order["kill_at"])
     if order.get("slow"):
         sabotage.slow_down(order["slow"])
-    sys.exit(main(order["argv"]))
+    code = main(order["argv"])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Without the interpreter's own tidying up: with torch loaded it takes longer than many a command.
+    os._exit(code)
 
 
 if __name__ == "__main__":
@@ -34,11 +38,7 @@ if __name__ == "__main__":
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            try:
-                _child(json.loads(line))
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
+            _child(json.loads(line))
         print(json.dumps({"pid": pid}), flush=True)
         _, status = os.waitpid(pid, 0)
         print(json.dumps({"code": os.waitstatus_to_exitcode(status)}), flush=True)

@@ -38,12 +38,16 @@ def build_autoencoder(work: Path, steps: int | None = None, decay_steps: int | N
     return work / "vae"
 
 
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def build_teacher(work: Path, steps: int | None = None) -> Path:
     """Trains text encoder and U-Net on the latents of `work/vae`, writes the pipeline folder `work/teacher`."""
     dataset = emoji.load()
     vae = AutoencoderKL.from_pretrained(work / "vae").to(memory_format=torch.channels_last).eval()
     config = replace(text_to_image.CONFIG, steps=steps or text_to_image.CONFIG.steps)
-    model = text_to_image.train(dataset, vae, work / "unet", config)
+    model = text_to_image.train(dataset, vae, work / "unet", config, _device())
     text_to_image.save_pipeline(model, CLIPTokenizer.from_pretrained(work / "unet" / "tokenizer"), vae, work / "teacher")
     return work / "teacher"
 
@@ -55,7 +59,9 @@ def build_perceptual(work: Path, steps: int | None = None) -> dict[str, dict[str
     config = replace(perceptual.CONFIG, steps=steps or perceptual.CONFIG.steps)
     result = {}
     for name, encoder in (("latent_vgg", vae), ("pixel_vgg", None)):
-        metric, result[name] = perceptual.train(dataset, encoder, work / f"{name}_run", config)
+        metric, result[name] = perceptual.train(
+            dataset, encoder.to(_device()) if encoder else None, work / f"{name}_run", config, _device()
+        )
         metric.save_pretrained(work / name, torch.float16)
     return result
 

@@ -53,7 +53,7 @@ def distort(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(
-    dataset: EmojiDataset, vae: AutoencoderKL | None, folder: Path, config: FitConfig = CONFIG
+    dataset: EmojiDataset, vae: AutoencoderKL | None, folder: Path, config: FitConfig = CONFIG, device: str = "cpu"
 ) -> tuple[LatentLPIPS, dict[str, float]]:
     """Trains the latent network, or with `vae=None` the pixel network, in `folder`. Returns the uncalibrated distance and the
     top-1 of each head on the held-out (concept, style) cells."""
@@ -75,11 +75,13 @@ def train(
         chosen = [cells[i] for i in rng.integers(len(cells), size=config.batch_size)]
         rows = np.array([tones[int(u * len(tones))] for tones, u in zip(chosen, rng.random(len(chosen)), strict=True)])
         with torch.no_grad():
-            x = encode(distort(to_tensor(dataset.images[rows]), generator).contiguous(memory_format=torch.channels_last))
-        return x.float(), {k: v[rows] for k, v in labels.items()}
+            x = encode(distort(to_tensor(dataset.images[rows]), generator).to(device).contiguous(memory_format=torch.channels_last))
+        return x.float(), {k: v[rows].to(device) for k, v in labels.items()}
 
     held_out = dataset.indices("cell")
     with torch.no_grad():
-        inputs = torch.cat([encode(to_tensor(dataset.images[held_out[i : i + 64]])) for i in range(0, len(held_out), 64)])
-    backbone, accuracy = train_classifier(shape, sizes, batches, config, folder, (inputs, {k: v[held_out] for k, v in labels.items()}))
+        inputs = torch.cat([encode(to_tensor(dataset.images[held_out[i : i + 64]]).to(device)) for i in range(0, len(held_out), 64)])
+    backbone, accuracy = train_classifier(
+        shape, sizes, batches, config, folder, (inputs, {k: v[held_out].to(device) for k, v in labels.items()})
+    )
     return LatentLPIPS(backbone), accuracy

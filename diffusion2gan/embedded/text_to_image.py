@@ -113,6 +113,13 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
+def tokenize_captions(tokenizer: CLIPTokenizer, records: list[EmojiRecord]) -> dict[str, Tensor]:
+    """Token ids (MAX_TOKENS,) of every caption of `records` and of the empty one."""
+    captions = sorted({c for r in records for c in all_captions(r)} | {""})
+    ids = tokenizer(captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
+    return dict(zip(captions, ids, strict=True))
+
+
 @torch.inference_mode()
 def encode_dataset(vae: AutoencoderKL, dataset: EmojiDataset, batch: int = 128) -> Tensor:
     """Scaled latents (mean of the posterior) of every picture: (N, 4, 16, 16) float32."""
@@ -134,16 +141,17 @@ class TextToImage(nn.Module):
         return self.unet(latent, timestep, text, return_dict=False)[0]
 
 
-def train(dataset: EmojiDataset, vae: AutoencoderKL, folder: Path, config: FitConfig = CONFIG) -> TextToImage:
+def train(dataset: EmojiDataset, vae: AutoencoderKL, folder: Path, config: FitConfig = CONFIG, device: str = "cpu") -> TextToImage:
     """Trains in `folder`, resumably; returns the EMA of text encoder and U-Net."""
     torch.manual_seed(config.seed)
     tokenizer = train_tokenizer(dataset.records, folder / "tokenizer")
-    model = TextToImage(tokenizer)
+    model = TextToImage(tokenizer).to(device)
     # The CPU's fused attention has a slow backward at 64 tokens; plain attention compiles to two small products.
     model.unet.set_attn_processor(AttnProcessor())
     model.text_encoder.set_attn_implementation("eager")
-    latents = encode_dataset(vae, dataset)
-    alphas = new_scheduler().alphas_cumprod
+    latents = encode_dataset(vae, dataset).to(device)
+    alphas = new_scheduler().alphas_cumprod.to(device)
+    token_ids = tokenize_captions(tokenizer, dataset.records)
     snr = alphas / (1 - alphas)
     weights = snr.clamp(max=SNR_CLIP) / snr
 
@@ -166,17 +174,18 @@ def train(dataset: EmojiDataset, vae: AutoencoderKL, folder: Path, config: FitCo
         rows = [tones[int(u * len(tones))] for tones, u in zip(chosen, rng.random(n), strict=True)]
         captions = [draw_caption(dataset.records[i], u) for i, u in zip(rows, rng.random((n, 3)), strict=True)]
         captions = ["" if u < EMPTY_CAPTIONS else c for c, u in zip(captions, rng.random(n), strict=True)]
-        ids = tokenizer(captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
+        ids = torch.stack([token_ids[c] for c in captions]).to(device)
         # One timestep from each of n equal parts of the schedule: the same distribution, a steadier loss.
-        timestep = torch.from_numpy(((np.arange(n) + rng.random(n)) / n * len(alphas)).astype(np.int64))
-        noise = torch.randn(latents[rows].shape, generator=generator).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        timestep = torch.from_numpy(((np.arange(n) + rng.random(n)) / n * len(alphas)).astype(np.int64)).to(device)
+        # Drawn on the CPU whatever the device: the same run everywhere.
+        noise = torch.randn(latents[rows].shape, generator=generator).to(device).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device, torch.bfloat16):
             error = compiled(latents[rows].contiguous(memory_format=torch.channels_last), noise, timestep, ids)
         return (error * weights[timestep]).mean(), {"mse": error.detach().mean()}
 
     state = fit(model, loss_of_step, config, folder)
     model.load_state_dict(state)
-    return model.eval()
+    return model.cpu().eval()
 
 
 def save_pipeline(model: TextToImage, tokenizer: CLIPTokenizer, vae: AutoencoderKL, folder: Path) -> None:

@@ -68,8 +68,9 @@ def train_classifier(
 ) -> tuple[LatentVGG, dict[str, float]]:
     """Trains in `folder`, resumably. Returns the frozen averaged backbone and the top-1 of each head on `validation`."""
     torch.manual_seed(config.seed)
-    model = Classifier(vgg, heads).to(memory_format=torch.channels_last)
-    average = Classifier(vgg, heads).to(memory_format=torch.channels_last)
+    device = validation[0].device
+    model = Classifier(vgg, heads).to(device).to(memory_format=torch.channels_last)
+    average = Classifier(vgg, heads).to(device).to(memory_format=torch.channels_last)
 
     def loss_of_step(rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         x, labels = batches(rng, generator)
@@ -83,4 +84,5 @@ def train_classifier(
         return {f"top1_{k}": v for k, v in top1(average, *validation).items()}
 
     average.load_state_dict(fit(model, loss_of_step, config, folder, validate, validate_every))
-    return average.vgg.freeze(), top1(average, *validation)
+    accuracy = top1(average, *validation)
+    return average.vgg.cpu().freeze(), accuracy

@@ -50,8 +50,8 @@ def _snapshot(config: TeacherConfig, name: str) -> Path:
 
 
 @contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """diffusers and transformers draw a bar for every part they load; they are switched off here and on again."""
+def no_progress_bars() -> Iterator[None]:
+    """diffusers and transformers draw a bar for every part they load or write; they are switched off here and on again."""
     loggers = (diffusers.utils.logging, transformers.utils.logging)
     active = [logger.is_progress_bar_enabled() for logger in loggers]
     for logger in loggers:
@@ -67,7 +67,7 @@ def _no_loading_bars() -> Iterator[None]:
 def load_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dtype) -> StableDiffusionPipeline:
     """A stock pipeline from a folder or hub id, safetensors only, without safety checker. Raises UserError when it isn't one."""
     try:
-        with _no_loading_bars():
+        with no_progress_bars():
             return StableDiffusionPipeline.from_pretrained(
                 folder,
                 revision=config.revision,
