@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,16 @@ def student_subject(student: Student) -> Subject:
     return Subject(lambda prompts, seeds: student.generate(prompts, seeds), f"student {weights_digest(student.generator)[:16]}")
 
 
+def autoencode_with(teacher: StableDiffusionTeacher) -> Callable[[np.ndarray], np.ndarray]:
+    """Pictures through the teacher's autoencoder and back: uint8 (B, h, w, 3) to the same."""
+
+    @torch.inference_mode()
+    def autoencode(images: np.ndarray) -> np.ndarray:
+        return to_uint8(teacher.vae(to_tensor(images).to(teacher.device)).sample)
+
+    return autoencode
+
+
 def evaluate_student(
     folder: Path, out: Path, shared: Path, list_name: str = "test", count: int | None = None, preservation_count: int | None = None
 ) -> dict[str, Any]:
@@ -55,12 +66,8 @@ def evaluate_student(
     generator = OneStepGenerator.from_teacher(teacher, GeneratorConfig(timestep=facts["timestep"])).requires_grad_(False).eval()
     untrained = Student(teacher, generator.to(memory_format=torch.channels_last))
 
-    @torch.inference_mode()
-    def autoencode(images: np.ndarray) -> np.ndarray:
-        return to_uint8(teacher.vae(to_tensor(images).to(device)).sample)
-
     return evaluate_emoji10k(
-        student_subject(student), teacher_subject(teacher, ode), student_subject(untrained), autoencode, out,
+        student_subject(student), teacher_subject(teacher, ode), student_subject(untrained), autoencode_with(teacher), out,
         shared=shared, list_name=list_name, count=count, preservation_count=preservation_count,
     )  # fmt: skip
 

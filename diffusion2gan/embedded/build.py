@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -22,6 +23,7 @@ from diffusion2gan.embedded import autoencoder, emoji, perceptual, text_to_image
 from diffusion2gan.embedded.weights import package_root
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.run_log import read_scalars
 
 
 def build_autoencoder(work: Path, steps: int | None = None, decay_steps: int | None = None) -> Path:
@@ -100,6 +102,18 @@ def pack(work: Path, root: Path) -> list[str]:
     return [*lines, f"total {sum(sizes):,} bytes"]
 
 
+def training_facts(work: Path) -> dict[str, Any]:
+    """What the training logs in `work` say, for the model card."""
+    facts: dict[str, Any] = {}
+    for name, batch in (("ae_f4", autoencoder.CONFIG.batch_size), ("unet", text_to_image.CONFIG.batch_size)):
+        rows = read_scalars(work / name / "metrics.jsonl")
+        facts[f"{name}: steps"] = rows[-1]["step"]
+        facts[f"{name}: samples"] = rows[-1]["step"] * batch
+        facts[f"{name}: last loss"] = rows[-1]["loss"]
+    psnr = [r["psnr"] for r in read_scalars(work / "ae_f4" / "metrics.jsonl") if "psnr" in r]
+    return facts | {"autoencoder: held-out PSNR, dB": psnr[-1]}
+
+
 def run_stage(stage: str, work: Path, steps: int | None = None) -> None:
     """One stage by name; prints what it made."""
     if stage == "data":
@@ -112,6 +126,14 @@ def run_stage(stage: str, work: Path, steps: int | None = None) -> None:
     elif stage == "perceptual":
         for name, top1 in build_perceptual(work, steps).items():
             print(f"wrote {work / name}; top-1 on held-out cells: " + ", ".join(f"{head} {value:.3f}" for head, value in top1.items()))
+    elif stage in ("progress", "gate"):
+        # These use everything below `embedded` in the package, and nothing above needs them.
+        from diffusion2gan.embedded import card
+
+        if stage == "progress":
+            print(json.dumps(card.progress(work / "teacher", work)))
+        else:
+            print(json.dumps(card.write_card(work / "teacher", work, Path("docs"), training_facts(work))["gate"], indent=1))
     elif stage == "pack":
         for line in pack(work, package_root()):
             print(line)
