@@ -18,7 +18,7 @@ from diffusion2gan.evaluation.emoji10k import Subject, evaluate_emoji10k
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.images import to_uint8
 from diffusion2gan.pipeline import STUDENT_FILE, Student
-from diffusion2gan.report import markdown_table
+from diffusion2gan.report import cell, markdown_table
 from diffusion2gan.run import default_device
 from diffusion2gan.teachers.load import teacher_folder
 from diffusion2gan.teachers.ode import SolverConfig
@@ -73,6 +73,36 @@ def evaluate_student(
 
 
 def result_table(result: dict[str, Any]) -> str:
-    """The headline numbers of a result as a Markdown table."""
-    rows = [(key, json.dumps(value) if isinstance(value, dict | list) else value) for key, value in result.items()]
-    return markdown_table(["measure", "value"], rows)
+    """The numbers of a result as a Markdown table, a column for each stratum, the floors under it."""
+    scores = result["scores"]
+    names = [n for n in ("all", "coarse", "middle", "fine") if n in scores]
+
+    def row(label: str, pick: Callable[[dict[str, Any]], Any]) -> list[Any]:
+        return [label, *(pick(scores[n]) for n in names)]
+
+    rows = [
+        row("pictures", lambda s: s["n"]),
+        row("gap closed", lambda s: s["gap_closed"]),
+        row("FD-EffNet(student, T_B)", lambda s: s["fd_student_TB"]),
+        row("FD-EffNet(T_A, T_B), the floor", lambda s: s["fd_TA_TB"]),
+        row("FD-EffNet(untrained, T_B)", lambda s: s["fd_untrained_TB"]),
+        row("FD_inf to R_rec, teacher", lambda s: s.get("fd_inf_Rrec_teacher", {}).get("fd_inf")),
+        row("FD_inf to R_rec, student", lambda s: s.get("fd_inf_Rrec_student", {}).get("fd_inf")),
+        row("their ratio", lambda s: s.get("fd_inf_ratio")),
+        row("precision, teacher / student", lambda s: f"{s['precision_teacher']:.3f} / {s['precision_student']:.3f}"),
+        row("recall, teacher / student", lambda s: f"{s['recall_teacher']:.3f} / {s['recall_student']:.3f}"),
+        *(
+            row(f"prompt agreement, {who}", lambda s, who=who: s["prompt_agreement"][who]["mean"])
+            for who in ("R_rec", "teacher", "student")
+        ),
+    ]
+    kept, floors, seconds = result["preservation"], result["floors"], result["seconds_per_image"]
+    single = [
+        ["retrieval of the own noise (chance)", f"{kept['retrieval']['mean']:.3f} ({kept['chance']:.3f})"],
+        ["distance to own / other noise", kept["ratio"]],
+        ["diversity within a prompt, student / teacher", result["diversity"]["ratio"]],
+        ["seconds per image, teacher / student", f"{cell(seconds.get('teacher'))} / {cell(seconds.get('student'))}"],
+        *([f"floor {name} (n = {entry['n']})", entry["fd"]] for name, entry in floors.items()),
+    ]
+    partial = "\nPARTIAL: fewer pictures than the protocol's.\n" if result["partial"] else ""
+    return markdown_table([result["protocol"], *names], rows) + "\n" + markdown_table(["", "value"], single) + partial
