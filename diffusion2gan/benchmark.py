@@ -92,7 +92,7 @@ def result_table(result: dict[str, Any]) -> str:
         row("precision, teacher / student", lambda s: f"{s['precision_teacher']:.3f} / {s['precision_student']:.3f}"),
         row("recall, teacher / student", lambda s: f"{s['recall_teacher']:.3f} / {s['recall_student']:.3f}"),
         *(
-            row(f"prompt agreement, {who}", lambda s, who=who: s["prompt_agreement"][who]["mean"])
+            [f"prompt agreement, {who}", *(scores[n]["prompt_agreement"][who]["mean"] for n in names)]
             for who in ("R_rec", "teacher", "student")
         ),
     ]

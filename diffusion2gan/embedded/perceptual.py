@@ -65,15 +65,9 @@ def train(
         encode = lambda x: vae.encode(x).latent_dist.mode() * factor  # noqa: E731
         shape = LatentVGGConfig(in_channels=channels, width=WIDTH, removed_poolings=3)
     sizes, labels = labels_of(dataset)
-    rows_by_cell: dict[tuple[str, str], list[int]] = {}
-    for i, record in enumerate(dataset.records):
-        if record.split == "train":
-            rows_by_cell.setdefault(record.cell, []).append(i)
-    cells = list(rows_by_cell.values())
 
     def batches(rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen = [cells[i] for i in rng.integers(len(cells), size=config.batch_size)]
-        rows = np.array([tones[int(u * len(tones))] for tones, u in zip(chosen, rng.random(len(chosen)), strict=True)])
+        rows = dataset.draw_training_rows(rng, config.batch_size)
         with torch.no_grad():
             x = encode(distort(to_tensor(dataset.images[rows]), generator).to(device).contiguous(memory_format=torch.channels_last))
         return x.float(), {k: v[rows].to(device) for k, v in labels.items()}

@@ -1,8 +1,8 @@
 """The embedded teacher's tokenizer, text encoder and U-Net, and their training: an ordinary latent diffusion model.
 
 Epsilon prediction on SD's scaled-linear schedule (Rombach et al.), loss weighted by min(SNR, 5) / SNR (Hang et al. 2023),
-10 % empty captions for classifier-free guidance. Pictures are drawn cell by cell, then a tone of the cell, so that the
-teacher models R of the benchmark and not the 56 % of people among the files.
+10 % empty captions for classifier-free guidance. Pictures are drawn by `draw_training_rows`, so that the teacher
+models R of the benchmark.
 """
 
 from __future__ import annotations
@@ -155,12 +155,6 @@ def train(dataset: EmojiDataset, vae: AutoencoderKL, folder: Path, config: FitCo
     snr = alphas / (1 - alphas)
     weights = snr.clamp(max=SNR_CLIP) / snr
 
-    cells: dict[tuple[str, str], list[int]] = {}
-    for i, record in enumerate(dataset.records):
-        if record.split == "train":
-            cells.setdefault(record.cell, []).append(i)
-    cell_rows = list(cells.values())
-
     def objective(latent: Tensor, noise: Tensor, timestep: Tensor, token_ids: Tensor) -> Tensor:
         a = alphas[timestep].view(-1, 1, 1, 1)
         predicted = model(a.sqrt() * latent + (1 - a).sqrt() * noise, timestep, token_ids)
@@ -170,8 +164,7 @@ def train(dataset: EmojiDataset, vae: AutoencoderKL, folder: Path, config: FitCo
 
     def loss_of_step(rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         n = config.batch_size
-        chosen = [cell_rows[i] for i in rng.integers(len(cell_rows), size=n)]
-        rows = [tones[int(u * len(tones))] for tones, u in zip(chosen, rng.random(n), strict=True)]
+        rows = dataset.draw_training_rows(rng, n)
         captions = [draw_caption(dataset.records[i], u) for i, u in zip(rows, rng.random((n, 3)), strict=True)]
         captions = ["" if u < EMPTY_CAPTIONS else c for c, u in zip(captions, rng.random(n), strict=True)]
         ids = torch.stack([token_ids[c] for c in captions]).to(device)
