@@ -1,0 +1,102 @@
+"""The demo and the benchmark, whole, on a tiny teacher in place of the embedded one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion2gan import demo
+from diffusion2gan.benchmark import evaluate_student, result_table
+from diffusion2gan.embedded import emoji
+from diffusion2gan.embedded.emoji import EmojiDataset
+from diffusion2gan.errors import UserError
+from diffusion2gan.evaluation import emoji10k
+from diffusion2gan.perceptual import LatentLPIPS, LatentVGG
+from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
+from diffusion2gan.pipeline import export_student
+from diffusion2gan.teachers.protocol import TeacherConfig
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+from tests.conftest import tiny_pipeline
+from tests.helpers import tree_digest
+
+
+@pytest.fixture
+def tiny_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """$DIFFUSION2GAN_EMBEDDED with a teacher, a latent VGG and a shipped student."""
+    root = tmp_path / "embedded"
+    tiny_pipeline().save_pretrained(root / "teacher")
+    torch.manual_seed(0)
+    LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=4, width=0.125))).save_pretrained(root / "latent_vgg")
+    teacher = StableDiffusionTeacher.from_pretrained(TeacherConfig(source="embedded"), root / "teacher")
+    weights = {f"network.{k}": v + 0.01 * torch.randn_like(v) for k, v in tiny_pipeline().unet.state_dict().items()}
+    facts = {
+        "recipe": "emoji", "pairs": 1, "steps": 1, "batch_size": 1, "distance": "mse",
+        "ode": {"solver": "ddim", "steps": 2, "spacing": "leading", "guidance": 2.0}, "teacher_weights": teacher.identity()["weights"],
+    }  # fmt: skip
+    export_student(tiny_pipeline(), weights, 999, tmp_path / "whole", facts, torch.float16)
+    shutil.copytree(tmp_path / "whole", root / "student", ignore=shutil.ignore_patterns("vae", "text_encoder", "tokenizer"))
+    monkeypatch.setenv("DIFFUSION2GAN_EMBEDDED", str(root))
+    monkeypatch.setenv("DIFFUSION2GAN_CACHE", str(tmp_path / "cache"))
+    return root
+
+
+def test_demo_from_nothing_to_report(tiny_embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    monkeypatch.setattr(demo, "_MOST_STEPS", 20)
+    monkeypatch.setattr(demo, "_MOST_PAIRS", 128)
+    monkeypatch.setattr(demo, "measure_speed", lambda teacher: demo.Speed(1e5, 1e5))
+    monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:2])
+    monkeypatch.setattr(demo, "NOISES", 4)
+    out = tmp_path / "demo"
+    report = demo.run_demo(out, 10)
+    page = report.read_text()
+    assert page.count("<img") == 3
+    assert "shipped student" in page
+    numbers = json.loads((out / "results.json").read_text())
+    assert set(numbers) == {"teacher", "shipped student", "student of this run", "one step of the teacher, untrained"}
+    assert numbers["teacher"]["retrieval"] == 1.0
+    # The same command again does no work again.
+    pairs, weights = tree_digest(out / "pairs"), tree_digest(out / "run" / "checkpoints")
+    demo.run_demo(out, 10)
+    assert tree_digest(out / "pairs") == pairs
+    assert tree_digest(out / "run" / "checkpoints") == weights
+    (out / "thesis.txt").write_text("keep me")
+    with pytest.raises(UserError, match="not of a demo"):
+        demo.run_demo(out, 10)
+
+
+class _MeanColours:
+    """A scorer that needs no weights: 4 x 4 mean colours."""
+
+    sha256 = "0" * 64
+
+    def features(self, images: np.ndarray, progress: bool = False) -> np.ndarray:
+        n, h, w, _ = images.shape
+        return images.reshape(n, 4, h // 4, 4, w // 4, 3).mean((2, 4)).reshape(n, -1).astype(np.float32)
+
+
+def test_benchmark_of_a_student(tiny_embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = emoji.packaged_records()
+    images = np.random.default_rng(0).integers(0, 255, (len(records), 1, 1, 3)).astype(np.uint8).repeat(16, 1).repeat(16, 2)
+    monkeypatch.setattr(emoji, "load", lambda: EmojiDataset(images, records))
+    monkeypatch.setattr("diffusion2gan.evaluation.scoring.ScoringNetwork", _MeanColours)
+    student = tmp_path / "whole"
+    result = evaluate_student(student, tmp_path / "scores", tmp_path / "shared", count=64, preservation_count=4)
+    assert result["partial"]
+    assert result["count"] == 64
+    assert 0 <= result["preservation"]["retrieval"]["mean"] <= 1
+    assert json.loads((tmp_path / "scores" / "emoji10k-v1.json").read_text()) == json.loads(json.dumps(result))
+    table = result_table(result)
+    assert "gap closed" in table
+    assert "PARTIAL" in table
+    # A student of another teacher is not compared with this one.
+    facts = json.loads((student / "diffusion2gan.json").read_text())
+    (student / "diffusion2gan.json").write_text(json.dumps(facts | {"teacher_weights": "f" * 64}))
+    with pytest.raises(UserError, match="its own teacher"):
+        evaluate_student(student, tmp_path / "scores2", tmp_path / "shared", count=64)
+    assert result["protocol"] == emoji10k.PROTOCOL
