@@ -19,7 +19,7 @@ from diffusion2gan.compare import teacher_pictures
 from diffusion2gan.embedded.weights import embedded_student, weights_root
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import disk_errors, write_bytes_atomic
-from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
+from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import grid
 from diffusion2gan.pairs.dataset import PairDataset, canonical_json
 from diffusion2gan.pairs.seeds import draw_noise, evaluation_seed
@@ -95,9 +95,14 @@ def _wait(teacher: StableDiffusionTeacher) -> None:
         torch.cuda.synchronize(teacher.device)
 
 
+def judging_seconds(evaluations: float, judged: SolverConfig) -> float:
+    """How long the pictures that are scored take, at `evaluations` a second; each is also drawn by up to four students."""
+    return len(PROMPTS) * NOISES * (evaluations_per_pair(judged) + 4) / evaluations
+
+
 def plan(recipe: Recipe, speed: Speed, minutes: float, judged: SolverConfig) -> dict[str, int]:
     """How many pairs and steps fit into `minutes`, evaluation and report included."""
-    evaluation = len(PROMPTS) * NOISES * (evaluations_per_pair(judged) + 4) / speed.evaluations
+    evaluation = judging_seconds(speed.evaluations, judged)
     seconds = max(20.0, minutes * 60 - _OVERHEAD_SECONDS - evaluation)
     pairs = int(_SIMULATE_SHARE * seconds * speed.evaluations / evaluations_per_pair(recipe.pairs.ode))
     # The perceptual loss and the optimiser come on top of the network's own forward and backward.
@@ -155,7 +160,7 @@ def run_demo(out: Path, minutes: float) -> Path:
     clock = out / "seconds.json"
     seconds: dict[str, float] = json.loads(clock.read_text()) if clock.exists() else {}
     # What comes after training: export, measuring, the page.
-    reserve = _OVERHEAD_SECONDS / 2 + len(PROMPTS) * NOISES * (evaluations_per_pair(judged) + 4) / speed_of(out)
+    reserve = _OVERHEAD_SECONDS / 2 + judging_seconds(speed_of(out), judged)
     for name, stage in (
         ("simulate", lambda: simulate_recipe(recipe, out / "pairs")),
         ("train", lambda: train_recipe(recipe, out / "pairs", out / "run", deadline=lambda: time.perf_counter() > finish - reserve)),
@@ -180,7 +185,7 @@ def measure(out: Path, teacher: StableDiffusionTeacher, judged: SolverConfig) ->
     prompts = [p for p in PROMPTS for _ in range(NOISES)]
     seeds = [evaluation_seed((1 << 52) + i) for i in range(len(prompts))]
     teacher.network.to(memory_format=torch.channels_last)
-    untrained = OneStepGenerator.from_teacher(teacher, GeneratorConfig()).requires_grad_(False).eval()
+    untrained = OneStepGenerator.from_teacher(teacher).requires_grad_(False).eval()
     students = {"one step of the teacher, untrained": Student(teacher, untrained.to(memory_format=torch.channels_last))}
     students["student of this run"] = Student.from_pretrained(out / "student", device=default_device())
     if (weights_root() / "student").is_dir():
@@ -257,11 +262,13 @@ def write_report(out: Path, recipe: Recipe, judged: SolverConfig, results: dict[
     }
     page.picture(curves(series, "step", recipe.loss.distance), "The regression loss of this run")
     pairs = PairDataset(out / "pairs")
+    # What was done, not what was planned: the time budget may have ended the training early.
+    trained = json.loads((out / "student" / STUDENT_FILE).read_text())["steps"]
     page.table(
         ["stage", "amount", "seconds"],
         [
             ["simulate", f"{len(pairs)} pairs, {recipe.pairs.ode.steps} steps of {recipe.pairs.ode.solver}", round(seconds["simulate"], 1)],
-            ["train", f"{recipe.training.steps} steps of {recipe.training.batch_size}, {recipe.loss.distance}", round(seconds["train"], 1)],
+            ["train", f"{trained} steps of {recipe.training.batch_size}, {recipe.loss.distance}", round(seconds["train"], 1)],
             ["everything", "with measuring and this page", round(seconds["all"], 1)],
         ],
     )

@@ -21,6 +21,7 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.files import disk_errors, torch_save_atomic
 from diffusion2gan.interrupt import stop_requests
 from diffusion2gan.run_log import RunLog
+from diffusion2gan.schedule import warmup_and_decay
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,7 @@ class FitConfig:
     seed: int = 0
 
     def rate(self, step: int) -> float:
-        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        left = self.steps - step
-        return self.learning_rate * warm * (min(1.0, left / self.decay_steps) if self.decay_steps else 1.0)
+        return self.learning_rate * warmup_and_decay(step, self.steps, self.warmup_steps, self.decay_steps)
 
 
 def step_generators(seed: int, step: int) -> tuple[np.random.Generator, torch.Generator]:

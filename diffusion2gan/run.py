@@ -20,7 +20,7 @@ from diffusion2gan.pairs.simulate import Worker, settings_difference, simulate, 
 from diffusion2gan.pipeline import export_student
 from diffusion2gan.recipe import Recipe, check_pairs, check_same_experiment, dump_recipe, load_recipe
 from diffusion2gan.teachers.load import load_teacher, teacher_folder
-from diffusion2gan.teachers.stable_diffusion import load_pipeline, weights_digest
+from diffusion2gan.teachers.stable_diffusion import load_pipeline, stored_weights, weights_digest
 from diffusion2gan.training.distance import Distance, build_distance
 from diffusion2gan.training.state import checkpoint_step, checkpoints, load_state
 from diffusion2gan.training.trainer import Trainer
@@ -115,11 +115,11 @@ def export_run(folder: Path, out: Path, dtype: str = "float16", use_ema: bool = 
     state = load_state(found[-1])
     pipeline = load_pipeline(recipe.teacher, teacher_folder(recipe.teacher), torch.float32)
     pairs = json.loads((folder / "inputs.json").read_text())["pairs"]
-    teacher = load_teacher(recipe.teacher)
-    if teacher.identity()["weights"] != pairs["teacher"]["weights"]:
+    weights = stored_weights(recipe.teacher, teacher_folder(recipe.teacher))
+    if weights != pairs["teacher"]["weights"]:
         raise UserError(
             f"{folder}: trained for teacher weights {pairs['teacher']['weights'][:16]}..., but {recipe.teacher.source} now has "
-            f"{teacher.identity()['weights'][:16]}...; restore that teacher, or train again"
+            f"{weights[:16]}...; restore that teacher, or train again"
         )
     facts = {
         "recipe": recipe.name,

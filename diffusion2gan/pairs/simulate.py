@@ -150,19 +150,24 @@ def simulate(
             verify_shard(path)
     teacher.network.to(memory_format=torch.channels_last)
     negative = teacher.encode_prompts([config.negative_prompt])
-    done = sum(len(shard_rows(i, config.count, config.shard_size)) for i in present)
+
+    def pairs_present() -> int:
+        return sum(len(shard_rows(i, config.count, config.shard_size)) for i in present)
+
     with tqdm(
-        total=config.count, initial=done, unit="pair", desc="simulate", disable=not progress or worker.rank != 0, mininterval=1
+        total=config.count, initial=pairs_present(), unit="pair", desc="simulate", disable=not progress or worker.rank != 0, mininterval=1
     ) as bar:
-        while (index := _next_shard(set(existing_shards(folder, total)), total, worker)) is not None:
+        while (index := _next_shard(set(present), total, worker)) is not None:
             started = time.time()
             rows = shard_rows(index, config.count, config.shard_size)
             own = index % worker.world == worker.rank
             data = _make_shard(teacher, config, rows, prompts, negative, None if own else partial(_has_shard, folder, index, total))
             if data is not None:
-                _put(folder, index, total, data)
+                if not _has_shard(folder, index, total):
+                    write_bytes_atomic(folder / shard_name(index, total, hashlib.sha256(data).hexdigest()), data)
                 _log(folder, {"shard": index, "pairs": len(rows), "seconds": round(time.time() - started, 3), "rank": worker.rank})
-            bar.update(sum(len(shard_rows(i, config.count, config.shard_size)) for i in existing_shards(folder, total)) - bar.n)
+            present = existing_shards(folder, total)
+            bar.update(pairs_present() - bar.n)
     sweep_temporaries(folder)
     return write_final_files(folder, settings)
 
@@ -179,17 +184,6 @@ def _next_shard(present: set[int], total: int, worker: Worker) -> int | None:
         return own[0]
     # From the far end: an idle worker then meets a slow one only at its very last shard.
     return missing[-1 - worker.rank % len(missing)] if missing else None
-
-
-def _put(folder: Path, index: int, total: int, data: bytes) -> None:
-    if _has_shard(folder, index, total):
-        return
-    try:
-        write_bytes_atomic(folder / shard_name(index, total, hashlib.sha256(data).hexdigest()), data)
-    except FileNotFoundError:
-        # Another worker wrote the same shard, finished the store and swept our temporary file away.
-        if not _has_shard(folder, index, total):
-            raise
 
 
 def _make_shard(

@@ -44,9 +44,16 @@ def _files_digest(folder: Path, variant: str | None) -> str:
     return digest.hexdigest()
 
 
-def _snapshot(config: TeacherConfig, name: str) -> Path:
-    """The folder of the hub's cache that a pipeline was loaded from."""
-    return Path(StableDiffusionPipeline.download(name, revision=config.revision, variant=config.variant, use_safetensors=True))
+def _local_folder(config: TeacherConfig, folder: str | Path) -> Path:
+    """The folder itself, or for a hub id the one in the hub's cache."""
+    if Path(folder).is_dir():
+        return Path(folder)
+    return Path(StableDiffusionPipeline.download(str(folder), revision=config.revision, variant=config.variant, use_safetensors=True))
+
+
+def stored_weights(config: TeacherConfig, folder: str | Path) -> str:
+    """The `weights` of a teacher's identity, without loading it."""
+    return _files_digest(_local_folder(config, folder), config.variant)
 
 
 @contextmanager
@@ -115,7 +122,7 @@ class StableDiffusionTeacher:
     def from_pretrained(cls, config: TeacherConfig, folder: str | Path, device: str | torch.device = "cpu") -> StableDiffusionTeacher:
         """Loads a diffusers folder or hub repository (safetensors only). Raises UserError when it isn't one."""
         teacher = cls.from_pipeline(load_pipeline(config, folder, getattr(torch, config.dtype)).to(device))
-        local = Path(folder) if Path(folder).is_dir() else _snapshot(config, str(folder))
+        local = _local_folder(config, folder)
         teacher._weights = _files_digest(local, config.variant)
         # A path says nothing elsewhere; the digest does.
         teacher.source = (

@@ -31,6 +31,7 @@ from diffusion2gan.images import grid, to_uint8
 from diffusion2gan.interrupt import stop_requests
 from diffusion2gan.pairs.dataset import PairDataset
 from diffusion2gan.run_log import RunLog
+from diffusion2gan.schedule import warmup_and_decay
 from diffusion2gan.teachers.protocol import Teacher
 from diffusion2gan.training.distance import Distance
 from diffusion2gan.training.order import SampleOrder, augmentation_uniforms
@@ -74,8 +75,7 @@ class TrainingConfig(Section):
 
     def rate(self, step: int) -> float:
         """Learning rate of optimiser step `step`, a function of the step alone."""
-        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return self.learning_rate * warm * (min(1.0, (self.steps - step) / self.decay_steps) if self.decay_steps else 1.0)
+        return self.learning_rate * warmup_and_decay(step, self.steps, self.warmup_steps, self.decay_steps)
 
 
 @dataclass(frozen=True)
@@ -192,13 +192,15 @@ class Trainer:
     def _load(self, step: int) -> list[OdePairBatch]:
         """This process' micro-batches of a step. Runs in a thread one step ahead; it draws nothing that depends on when it runs."""
         rows = self.order.rows(step, self.config.batch_size)
-        uniform = augmentation_uniforms(self.config.seed, step, len(rows), self.distance.n_uniform) if self.distance.n_uniform else None
         share = self.accumulation * self.micro
         first = self.accelerator.process_index * share
-        return [
-            self._batch(rows[i : i + self.micro], None if uniform is None else uniform[i : i + self.micro])
-            for i in range(first, first + share, self.micro)
-        ]
+        return self._micro_batches(rows, step, range(first, first + share, self.micro))
+
+    def _micro_batches(self, rows: np.ndarray, step: int, starts: range) -> list[OdePairBatch]:
+        """The micro-batches of `rows` that begin at `starts`, augmented by the draws of `step`."""
+        width = self.distance.n_uniform
+        uniform = augmentation_uniforms(self.config.seed, step, len(rows), width) if width else None
+        return [self._batch(rows[i : i + self.micro], None if uniform is None else uniform[i : i + self.micro]) for i in starts]
 
     def _batch(self, rows: np.ndarray, uniform: np.ndarray | None) -> OdePairBatch:
         arrays = self.pairs.batch(rows)
@@ -257,11 +259,8 @@ class Trainer:
     def _held_out(self, count: int) -> list[OdePairBatch]:
         first = len(self.pairs) - self.config.holdout
         rows = np.arange(first, first + min(count, self.config.holdout))
-        uniform = augmentation_uniforms(self.config.seed, 1 << 40, len(rows), self.distance.n_uniform) if self.distance.n_uniform else None
-        return [
-            self._batch(rows[i : i + self.micro], None if uniform is None else uniform[i : i + self.micro])
-            for i in range(0, len(rows), self.micro)
-        ]
+        # A step that no training reaches: always the same draws.
+        return self._micro_batches(rows, 1 << 40, range(0, len(rows), self.micro))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
