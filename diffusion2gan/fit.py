@@ -51,6 +51,25 @@ def step_generators(seed: int, step: int) -> tuple[np.random.Generator, torch.Ge
     return numpy_generator, torch.Generator().manual_seed(int(numpy_generator.integers(2**62)))
 
 
+def _optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def _save(path: Path, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, config: FitConfig, step: int) -> None:
+    torch_save_atomic(
+        path,
+        {"model": model.state_dict(), "ema": ema.state, "optimizer": optimizer.state_dict(), "step": step, "config": asdict(config)},
+    )
+
+
+def save_start(model: nn.Module, config: FitConfig, folder: Path, step: int) -> None:
+    """Writes the checkpoint from which `fit` goes on at `step` with the weights of `model` and an optimiser that begins anew."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _save(folder / "checkpoint.pt", model, Ema(model, config.ema_decay), _optimizer(model, config), config, step)
+
+
 def fit(
     model: nn.Module,
     loss_of_step: Callable[[np.random.Generator, torch.Generator], tuple[Tensor, dict[str, Tensor]]],
@@ -63,9 +82,7 @@ def fit(
 
     SIGTERM and Ctrl-C finish the step, save and raise KeyboardInterrupt. Scalars go to `folder/metrics.jsonl`.
     """
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = _optimizer(model, config)
     ema = Ema(model, config.ema_decay)
     path = folder / "checkpoint.pt"
     start = 0
@@ -78,12 +95,6 @@ def fit(
         for key, value in saved.get("config", {}).items():
             if key not in ("steps", "decay_steps", "checkpoint_every", "log_every") and value != asdict(config)[key]:
                 raise UserError(f"{path}: trained with {key} {value}, now it is {asdict(config)[key]}; choose another folder")
-
-    def save(step: int) -> None:
-        torch_save_atomic(
-            path,
-            {"model": model.state_dict(), "ema": ema.state, "optimizer": optimizer.state_dict(), "step": step, "config": asdict(config)},
-        )
 
     folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=config.steps, initial=start, desc=folder.name, mininterval=5)
@@ -116,7 +127,7 @@ def fit(
                 bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "time"})
             stopping = stop()
             if done % config.checkpoint_every == 0 or done == config.steps or stopping:
-                save(done)
+                _save(path, model, ema, optimizer, config, done)
             if stopping:
                 raise KeyboardInterrupt
     return ema.state

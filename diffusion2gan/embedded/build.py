@@ -2,7 +2,8 @@
 
     data -> autoencoder -> teacher (text encoder and U-Net) -> perceptual networks -> pack
 
-`diffusion2gan embedded STAGE` runs one; everything it makes lies under one work folder.
+`diffusion2gan embedded STAGE` runs one; everything it makes lies under one work folder. `unpack` is the way back: a work
+folder from what is shipped, to train it further.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from diffusion2gan.embedded import autoencoder, emoji, perceptual, text_to_image
 from diffusion2gan.embedded.weights import package_root
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.fit import save_start
 from diffusion2gan.run_log import read_scalars
 
 
@@ -102,6 +104,23 @@ def pack(work: Path, root: Path) -> list[str]:
     return [*lines, f"total {sum(sizes):,} bytes"]
 
 
+def unpack(root: Path, work: Path, step: int) -> None:
+    """Makes of the shipped teacher in `root` a work folder whose training stands at `step`, with an optimiser that begins anew.
+
+    Raises UserError when `work` already holds a training, which would be lost.
+    """
+    target = work / "unet" / "checkpoint.pt"
+    if target.exists():
+        raise UserError(f"{target}: a training lies there already; name another work folder")
+    for name, part in (("vae", "vae"), ("tokenizer", "unet/tokenizer")):
+        shutil.copytree(root / "teacher" / name, work / part, dirs_exist_ok=True)
+    tokenizer = CLIPTokenizer.from_pretrained(root / "teacher" / "tokenizer")
+    model = text_to_image.TextToImage(tokenizer)
+    for name, module in (("text_encoder", model.text_encoder), ("unet", model.unet)):
+        module.load_state_dict(type(module).from_pretrained(root / "teacher" / name).float().state_dict())
+    save_start(model, text_to_image.CONFIG, work / "unet", step)
+
+
 def training_facts(work: Path) -> dict[str, Any]:
     """What the training logs in `work` say, for the model card."""
     facts: dict[str, Any] = {}
@@ -134,6 +153,11 @@ def run_stage(stage: str, work: Path, steps: int | None = None) -> None:
             print(json.dumps(card.progress(work / "teacher", work)))
         else:
             print(json.dumps(card.write_card(work / "teacher", work, Path("docs"), training_facts(work))["gate"], indent=1))
+    elif stage == "unpack":
+        if steps is None:
+            raise UserError("embedded unpack: --steps is missing; say how many steps the shipped teacher was trained for")
+        unpack(package_root(), work, steps)
+        print(f"wrote {work / 'unet'}; `embedded teacher` goes on from step {steps}")
     elif stage == "pack":
         for line in pack(work, package_root()):
             print(line)
