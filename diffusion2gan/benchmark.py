@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,19 @@ from diffusion2gan.pipeline import STUDENT_FILE, Student
 from diffusion2gan.report import cell, markdown_table
 from diffusion2gan.run import default_device
 from diffusion2gan.teachers.load import teacher_folder
-from diffusion2gan.teachers.ode import SolverConfig
+from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher, weights_digest
 
+_TEACHER_BATCH = 64
 
-def teacher_subject(teacher: StableDiffusionTeacher, ode: SolverConfig) -> Subject:
-    """The teacher with its solver."""
-    name = hashlib.sha256(json.dumps([teacher.identity(), ode.model_dump()], sort_keys=True).encode()).hexdigest()[:16]
-    return Subject(lambda prompts, seeds: teacher_pictures(teacher, prompts, seeds, ode), f"teacher {name}")
+
+def teacher_subject(teacher: StableDiffusionTeacher, ode: SolverConfig, precision: str | None = None, compiled: bool = False) -> Subject:
+    """The teacher with its solver, in the precision that its pairs are made in."""
+    settings = [teacher.identity(), ode.model_dump(), precision, compiled]
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    solver = OdeSolver(teacher, ode, _TEACHER_BATCH, precision, compiled)
+    return Subject(partial(teacher_pictures, solver), f"teacher {name}")
 
 
 def student_subject(student: Student) -> Subject:
@@ -50,7 +55,7 @@ def autoencode_with(teacher: StableDiffusionTeacher) -> Callable[[np.ndarray], n
 def evaluate_student(
     folder: Path, out: Path, shared: Path, list_name: str = "test", count: int | None = None, preservation_count: int | None = None
 ) -> dict[str, Any]:
-    """Protocol `emoji10k-v1` of a student of the embedded teacher, with the solver its pairs were made with."""
+    """Protocol `emoji10k-v1` of a student of the embedded teacher, with the solver and precision its pairs were made with."""
     config = TeacherConfig(source="embedded")
     device = default_device()
     student = Student.from_pretrained(folder, "float32", device)
@@ -62,12 +67,13 @@ def evaluate_student(
             f"{folder}: a student of teacher {facts['teacher_weights'][:16]}..., but the embedded teacher is {teacher.identity()['weights'][:16]}...; "
             "the protocol compares a student with its own teacher"
         )
-    teacher.network.to(memory_format=torch.channels_last)
+    precision, compiled = facts.get("precision"), facts.get("compile", False)
+    sampler = teacher_subject(teacher, ode, None if precision == config.dtype else precision, compiled)
     generator = OneStepGenerator.from_teacher(teacher, GeneratorConfig(timestep=facts["timestep"])).requires_grad_(False).eval()
     untrained = Student(teacher, generator.to(memory_format=torch.channels_last))
 
     return evaluate_emoji10k(
-        student_subject(student), teacher_subject(teacher, ode), student_subject(untrained), autoencode_with(teacher), out,
+        student_subject(student), sampler, student_subject(untrained), autoencode_with(teacher), out,
         shared=shared, list_name=list_name, count=count, preservation_count=preservation_count,
     )  # fmt: skip
 

@@ -11,20 +11,18 @@ from PIL import Image
 
 from diffusion2gan.images import grid, to_uint8
 from diffusion2gan.pairs.seeds import draw_noise
-from diffusion2gan.pairs.simulate import solve_batch
 from diffusion2gan.pipeline import Student
-from diffusion2gan.teachers.ode import SolverConfig
+from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.protocol import Teacher
 
 
 @torch.inference_mode()
-def teacher_pictures(teacher: Teacher, prompts: Sequence[str], seeds: Sequence[int], ode: SolverConfig, batch_size: int = 32) -> np.ndarray:
+def teacher_pictures(solver: OdeSolver, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
     """The teacher's pictures (B, h, w, 3) uint8, one for each prompt and seed."""
-    negative = teacher.encode_prompts([""])
-    parts = []
-    for start in range(0, len(prompts), batch_size):
-        stop = start + batch_size
-        x = solve_batch(teacher, ode, draw_noise(seeds[start:stop], teacher.latent_shape), list(prompts[start:stop]), negative)
+    teacher, parts = solver.teacher, []
+    for start in range(0, len(prompts), solver.batch_size):
+        stop = start + solver.batch_size
+        x = solver.solve(draw_noise(seeds[start:stop], teacher.latent_shape), prompts[start:stop])
         parts.append(to_uint8(teacher.decode(x.to(teacher.dtype))))
     return np.concatenate(parts)
 
@@ -33,14 +31,14 @@ def compare_pictures(
     teacher: Teacher, student: Student, prompts: Sequence[str], seed: int, count: int, ode: SolverConfig
 ) -> tuple[Image.Image, tuple[float, float]]:
     """A grid with two rows a prompt, teacher above student, and the seconds a picture took of each."""
-    teacher.network.to(memory_format=torch.channels_last)
     # One untimed call each: neither pays for the first.
-    teacher_pictures(teacher, prompts[:1], [seed], ode.model_copy(update={"steps": 2, "spacing": "trailing"}))
+    teacher_pictures(OdeSolver(teacher, ode.model_copy(update={"steps": 2, "spacing": "trailing"})), prompts[:1], [seed])
+    solver = OdeSolver(teacher, ode)
     student.generate(prompts[:1], [seed])
     everything = [p for p in prompts for _ in range(count)]
     seeds = [seed + i for _ in prompts for i in range(count)]
     started = time.perf_counter()
-    above = teacher_pictures(teacher, everything, seeds, ode)
+    above = teacher_pictures(solver, everything, seeds)
     between = time.perf_counter()
     below = student.generate(everything, seeds)
     ended = time.perf_counter()

@@ -40,6 +40,7 @@ class FitConfig:
     checkpoint_every: int = 500
     log_every: int = 50
     seed: int = 0
+    compile: bool = False
 
     def rate(self, step: int) -> float:
         return self.learning_rate * warmup_and_decay(step, self.steps, self.warmup_steps, self.decay_steps)
@@ -52,9 +53,7 @@ def step_generators(seed: int, step: int) -> tuple[np.random.Generator, torch.Ge
 
 
 def _optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def _save(path: Path, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, config: FitConfig, step: int) -> None:
@@ -93,7 +92,7 @@ def fit(
         ema.load(saved["ema"])
         start = saved["step"]
         for key, value in saved.get("config", {}).items():
-            if key not in ("steps", "decay_steps", "checkpoint_every", "log_every") and value != asdict(config)[key]:
+            if key not in ("steps", "decay_steps", "checkpoint_every", "log_every", "compile") and value != asdict(config)[key]:
                 raise UserError(f"{path}: trained with {key} {value}, now it is {asdict(config)[key]}; choose another folder")
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,8 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_labe
     if log_y:
         axes.set_yscale("log")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    if series:
+        axes.legend(frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")

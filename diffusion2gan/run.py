@@ -89,6 +89,7 @@ def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance) -> None:
             "pairs.shard_size",
             "pairs.batch_size",
             "pairs.precision",
+            "pairs.compile",
         )
         for key, ours, theirs in settings_difference(inputs, json.loads(path.read_text())):
             if key not in kept:
@@ -128,6 +129,8 @@ def export_run(folder: Path, out: Path, dtype: str = "float16", use_ema: bool = 
         "pairs": pairs["count"],
         "pairs_fingerprint": pairs["fingerprint"],
         "ode": pairs["ode"],
+        "precision": pairs["precision"],
+        "compile": pairs["compile"],
         "distance": recipe.loss.distance,
         "steps": state.step,
         "batch_size": recipe.training.batch_size,

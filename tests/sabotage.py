@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from diffusion2gan.pairs import simulate
+from diffusion2gan.teachers.ode import OdeSolver
 from diffusion2gan.training.trainer import Trainer
 
 
@@ -46,14 +46,14 @@ def kill_at(point: str, number: int) -> None:
 
         os.replace = replace  # type: ignore[assignment]
     elif point == "mid-shard":
-        solve = simulate.solve_batch
+        solve = OdeSolver.solve
 
-        def solve_batch(*arguments: Any) -> Any:
+        def solve_and_stop(*arguments: Any) -> Any:
             result = solve(*arguments)
             reached()
             return result
 
-        simulate.solve_batch = solve_batch
+        OdeSolver.solve = solve_and_stop  # type: ignore[method-assign]
     elif point == "mid-write":
         save = torch.save
 
@@ -91,5 +91,5 @@ def slow_down(seconds: float) -> None:
 
         return call
 
-    simulate.solve_batch = slowed(simulate.solve_batch)
+    OdeSolver.solve = slowed(OdeSolver.solve)  # type: ignore[method-assign]
     Trainer.train_step = slowed(Trainer.train_step)  # type: ignore[method-assign]

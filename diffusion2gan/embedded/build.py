@@ -60,9 +60,10 @@ def build_perceptual(work: Path, steps: int | None = None) -> dict[str, dict[str
     """Trains the latent and the pixel VGG, writes `work/latent_vgg` and `work/pixel_vgg`. Returns their top-1 on held-out cells."""
     dataset = emoji.load()
     vae = AutoencoderKL.from_pretrained(work / "vae").to(memory_format=torch.channels_last).eval()
-    config = replace(perceptual.CONFIG, steps=steps or perceptual.CONFIG.steps)
     result = {}
     for name, encoder in (("latent_vgg", vae), ("pixel_vgg", None)):
+        # Compiled, a step takes 0.6 of the time in latent space; the pixel network's, 1.25.
+        config = replace(perceptual.CONFIG, steps=steps or perceptual.CONFIG.steps, compile=encoder is not None)
         metric, result[name] = perceptual.train(
             dataset, encoder.to(_device()) if encoder else None, work / f"{name}_run", config, _device()
         )

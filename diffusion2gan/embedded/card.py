@@ -13,6 +13,7 @@ from diffusion2gan.benchmark import autoencode_with, teacher_subject
 from diffusion2gan.embedded import emoji
 from diffusion2gan.evaluation.emoji10k import (
     PRESERVATION_NOISES,
+    Subject,
     drawn_prompt_list,
     extract,
     extract_samples,
@@ -40,6 +41,12 @@ def _load(folder: Path) -> StableDiffusionTeacher:
     return StableDiffusionTeacher.from_pretrained(TeacherConfig(source=str(folder)), folder, default_device())
 
 
+def _emoji_subject(teacher: StableDiffusionTeacher) -> Subject:
+    """The teacher as the `emoji` recipe samples it."""
+    pairs = load_recipe("emoji").pairs
+    return teacher_subject(teacher, pairs.ode, pairs.precision, pairs.compile)
+
+
 def progress(folder: Path, work: Path, count: int = 3000) -> dict[str, float]:
     """FD_inf to R_rec of a teacher folder on the validation prompts, with a fast solver: what its training is stopped by."""
     teacher, network, dataset = _load(folder), ScoringNetwork(), emoji.load()
@@ -58,7 +65,7 @@ def progress(folder: Path, work: Path, count: int = 3000) -> dict[str, float]:
 def measure_gate(folder: Path, work: Path, count: int = 2000, preservation: int | None = None) -> dict[str, Any]:
     """The three numbers of the gate, on the validation prompts and the coarse ones, with the solver of the `emoji` recipe."""
     teacher, network, dataset = _load(folder), ScoringNetwork(), emoji.load()
-    subject = teacher_subject(teacher, load_recipe("emoji").pairs.ode)
+    subject = _emoji_subject(teacher)
     target = work / "gate" / subject.identity.replace(" ", "-")
     reference, reference_rec = reference_features(dataset, autoencode_with(teacher), "autoencoder", work / "reference", network)
     prompts = drawn_prompt_list("validation", count)
@@ -75,7 +82,7 @@ def measure_gate(folder: Path, work: Path, count: int = 2000, preservation: int 
 def neighbours_picture(folder: Path, work: Path, out: Path) -> None:
     """NEIGHBOURS samples, and under each the training picture nearest to it in scoring features."""
     teacher, network, dataset = _load(folder), ScoringNetwork(), emoji.load()
-    subject = teacher_subject(teacher, load_recipe("emoji").pairs.ode)
+    subject = _emoji_subject(teacher)
     prompts = [p.prompt for p in drawn_prompt_list("validation", NEIGHBOURS)]
     samples = subject.sample(prompts, noise_seeds("validation", "B", NEIGHBOURS))
     rows = dataset.indices("train")

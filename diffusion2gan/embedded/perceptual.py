@@ -24,7 +24,15 @@ from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.perceptual.train import train_classifier
 
 WIDTH = 0.25
-CONFIG = FitConfig(steps=4000, batch_size=64, learning_rate=1e-3, warmup_steps=200, decay_steps=2000, weight_decay=0.05, ema_decay=0.998)
+CONFIG = FitConfig(
+    steps=4000,
+    batch_size=64,
+    learning_rate=1e-3,
+    warmup_steps=200,
+    decay_steps=2000,
+    weight_decay=0.05,
+    ema_decay=0.998,
+)
 
 
 def labels_of(dataset: EmojiDataset) -> tuple[dict[str, int], dict[str, Tensor]]:

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 from tqdm import tqdm
 
 from diffusion2gan.config import Section
@@ -41,9 +40,8 @@ from diffusion2gan.pairs.dataset import (
 )
 from diffusion2gan.pairs.prompts import PromptsConfig, prompts_digest, read_prompts
 from diffusion2gan.pairs.seeds import MAX_STORE_SEED, NOISE_RECIPE, draw_noise, noise_fingerprint, pair_seed
-from diffusion2gan.precision import no_tf32
-from diffusion2gan.teachers.ode import SolverConfig, solve_ode
-from diffusion2gan.teachers.protocol import Teacher, TextCondition
+from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
+from diffusion2gan.teachers.protocol import Teacher
 
 
 class PairsConfig(Section):
@@ -58,6 +56,10 @@ class PairsConfig(Section):
     """Pairs solved at once. It may change the last bits of x, so it belongs to the store's settings."""
     shard_size: int = Field(256, ge=1)
     """Pairs a shard; a multiple of batch_size."""
+    precision: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the network while it solves; text, and the state of the ODE, keep theirs. Default: the teacher's own."""
+    compile: bool = False
+    """Compiles the network: a minute at the start, then faster. It may change the last bits of x, as `batch_size` may."""
     noise_storage: Literal["none", "float16", "float32"] = "none"
     """`none` draws z again from the seed (half the disk); `float16` rounds z before the teacher sees it, and keeps it."""
 
@@ -86,7 +88,8 @@ def store_settings(teacher: Teacher, config: PairsConfig, prompts_sha256: str) -
     return {
         "format": FORMAT,
         "teacher": teacher.identity(),
-        "precision": str(teacher.dtype).removeprefix("torch."),
+        "precision": config.precision or str(teacher.dtype).removeprefix("torch."),
+        "compile": config.compile,
         "latent_shape": list(teacher.latent_shape),
         "ode": config.ode.model_dump(),
         "negative_prompt": config.negative_prompt,
@@ -148,8 +151,7 @@ def simulate(
     for found, path in present.items():
         if found % worker.world == worker.rank:
             verify_shard(path)
-    teacher.network.to(memory_format=torch.channels_last)
-    negative = teacher.encode_prompts([config.negative_prompt])
+    solver = OdeSolver(teacher, config.ode, config.batch_size, config.precision, config.compile, config.negative_prompt)
 
     def pairs_present() -> int:
         return sum(len(shard_rows(i, config.count, config.shard_size)) for i in present)
@@ -161,7 +163,7 @@ def simulate(
             started = time.time()
             rows = shard_rows(index, config.count, config.shard_size)
             own = index % worker.world == worker.rank
-            data = _make_shard(teacher, config, rows, prompts, negative, None if own else partial(_has_shard, folder, index, total))
+            data = _make_shard(solver, config, rows, prompts, None if own else partial(_has_shard, folder, index, total))
             if data is not None:
                 if not _has_shard(folder, index, total):
                     write_bytes_atomic(folder / shard_name(index, total, hashlib.sha256(data).hexdigest()), data)
@@ -187,7 +189,7 @@ def _next_shard(present: set[int], total: int, worker: Worker) -> int | None:
 
 
 def _make_shard(
-    teacher: Teacher, config: PairsConfig, rows: range, prompts: list[str], negative: TextCondition, superfluous: Callable[[], bool] | None
+    solver: OdeSolver, config: PairsConfig, rows: range, prompts: list[str], superfluous: Callable[[], bool] | None
 ) -> bytes | None:
     stored = None if config.noise_storage == "none" else np.dtype(config.noise_storage)
     seeds = [pair_seed(config.seed, i) for i in rows]
@@ -196,27 +198,18 @@ def _make_shard(
         if superfluous is not None and superfluous():
             return None
         part = rows[start : start + config.batch_size]
-        noise = draw_noise(seeds[start : start + config.batch_size], teacher.latent_shape)
+        noise = draw_noise(seeds[start : start + config.batch_size], solver.teacher.latent_shape)
         if stored is not None:
             noise = noise.astype(stored)
             noises.append(noise)
-        x = solve_batch(teacher, config.ode, noise.astype(np.float32), [prompts[i] for i in part], negative)
+        x = solver.solve(noise.astype(np.float32), [prompts[i] for i in part])
         if not torch.isfinite(x).all():
             bad = part[int((~torch.isfinite(x).flatten(1).all(1)).nonzero()[0])]
             raise UserError(
-                f"pair {bad} ({prompts[bad]!r}): the teacher's solution is not finite in {teacher.dtype}; try teacher.dtype: bfloat16 or float32"
+                f"pair {bad} ({prompts[bad]!r}): the teacher's solution is not finite in {config.precision or solver.teacher.dtype}; try pairs.precision: bfloat16 or float32"
             )
         latents.append(x.cpu().numpy().astype(LATENT_DTYPE))
     return encode_shard(seeds, [prompts[i] for i in rows], np.concatenate(latents), np.concatenate(noises) if noises else None)
-
-
-def solve_batch(teacher: Teacher, ode: SolverConfig, noise: np.ndarray, prompts: list[str], negative: TextCondition) -> Tensor:
-    """x for host noise (B, C, H, W) and prompts, on the teacher's device; the state is float64 for a float64 teacher, else float32."""
-    state = torch.float64 if teacher.dtype == torch.float64 else torch.float32
-    z = torch.from_numpy(noise).to(teacher.device, state).contiguous(memory_format=torch.channels_last)
-    # What the manifest calls float32 is float32, on a GPU as on a CPU.
-    with no_tf32():
-        return solve_ode(teacher, z, teacher.encode_prompts(prompts), negative, ode)
 
 
 def _log(folder: Path, row: dict[str, Any]) -> None:

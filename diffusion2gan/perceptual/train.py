@@ -71,11 +71,12 @@ def train_classifier(
     device = validation[0].device
     model = Classifier(vgg, heads).to(device).to(memory_format=torch.channels_last)
     average = Classifier(vgg, heads).to(device).to(memory_format=torch.channels_last)
+    network = torch.compile(model) if config.compile else model
 
     def loss_of_step(rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         x, labels = batches(rng, generator)
         with torch.autocast(x.device.type, torch.bfloat16):
-            logits = model(x.contiguous(memory_format=torch.channels_last))
+            logits = network(x.contiguous(memory_format=torch.channels_last))
         right = {f"train_top1_{k}": (v.argmax(1) == labels[k]).float().mean() for k, v in logits.items()}
         return classification_loss(logits, labels), right
 

@@ -6,16 +6,23 @@ once, text projected once; DDIM and DPM-Solver++ get their timesteps from the ho
 
 from __future__ import annotations
 
+import copy
+import os
+import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion2gan.config import Section
 from diffusion2gan.errors import UserError
+from diffusion2gan.precision import no_tf32
+from diffusion2gan.teachers.attention import plain_attention_on_cpu
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
 from diffusion2gan.teachers.reuse import remembered_text, shared_prefix
 
@@ -52,31 +59,44 @@ def new_solver(teacher: Teacher, config: SolverConfig) -> Any:
     return scheduler
 
 
-def solve_ode(teacher: Teacher, noise: Tensor, condition: TextCondition, negative: TextCondition, config: SolverConfig) -> Tensor:
+def solve_ode(
+    teacher: Teacher,
+    noise: Tensor,
+    condition: TextCondition,
+    negative: TextCondition,
+    config: SolverConfig,
+    network: nn.Module | None = None,
+) -> Tensor:
     """Integrates from z to x.
 
     noise: (B, C, H, W), unit variance. condition: c, B rows. negative: the empty prompt's condition, 1 or B rows.
+    network: the teacher's in another precision, or compiled; it is called as it is.
     Returns x (B, C, H, W), scaled latents in noise's dtype (float32 or float64).
     """
     guided = config.guidance > 1
     with torch.inference_mode(), ExitStack() as stack:
         if guided:
             condition = TextCondition.cat(negative.expand(len(noise)) if len(negative) == 1 else negative, condition)
-            stack.enter_context(shared_prefix(teacher.network, 2 * len(noise)))
-        stack.enter_context(remembered_text(teacher.network))
-        x = _integrate(teacher, noise, condition, config, guided)
+        if network is None:
+            network = teacher.network
+            if guided:
+                stack.enter_context(shared_prefix(network, 2 * len(noise)))
+            stack.enter_context(remembered_text(network))
+        x = _integrate(teacher, network, noise, condition, config, guided)
     # A plain tensor again: one made in inference mode could not be used in training.
     return x.clone()
 
 
-def _integrate(teacher: Teacher, noise: Tensor, condition: TextCondition, config: SolverConfig, guided: bool) -> Tensor:
+def _integrate(teacher: Teacher, network: nn.Module, noise: Tensor, condition: TextCondition, config: SolverConfig, guided: bool) -> Tensor:
     scheduler = new_solver(teacher, config)
+    dtype = next((p.dtype for p in network.parameters()), teacher.dtype)
+    condition = condition.to(dtype)
     latent = noise * scheduler.init_noise_sigma
     host_steps = scheduler.timesteps.tolist()
     device_steps = scheduler.timesteps.to(noise.device)
     for step, timestep in zip(host_steps, device_steps, strict=True):
         network_input = scheduler.scale_model_input(torch.cat([latent, latent]) if guided else latent, step)
-        prediction = teacher.evaluate(network_input.to(teacher.dtype), timestep, condition).to(latent.dtype)
+        prediction = teacher.evaluate(network_input.to(dtype), timestep, condition, network).to(latent.dtype)
         if guided:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + config.guidance * (conditional - unconditional)
@@ -88,3 +108,59 @@ def _integrate(teacher: Teacher, noise: Tensor, condition: TextCondition, config
 def evaluations_per_pair(config: SolverConfig) -> int:
     """Network evaluations that one pair costs (guidance counts twice)."""
     return config.steps * (2 if config.guidance > 1 else 1)
+
+
+class OdeSolver:
+    """One teacher's ODE under fixed settings, solved batch after batch.
+
+    precision: dtype of the network while it solves (default: the teacher's own); text and the state of the ODE keep theirs.
+    compiled: compiles the network for batches of `batch_size`; smaller ones are padded. Costs a minute at the first batch.
+    negative_prompt: the unconditional branch's prompt. Raises UserError when compiling on a CPU without a C++ compiler.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        config: SolverConfig,
+        batch_size: int = 32,
+        precision: str | None = None,
+        compiled: bool = False,
+        negative_prompt: str = "",
+    ):
+        self.teacher, self.config, self.batch_size, self.compiled = teacher, config, batch_size, compiled
+        self.negative = teacher.encode_prompts([negative_prompt])
+        teacher.network.to(memory_format=torch.channels_last)
+        self.network: nn.Module | None = None
+        if precision is not None or compiled:
+            self.network = copy.deepcopy(teacher.network)
+            # torch's own `to`: diffusers' warns of modules to be kept in float32 and names none.
+            nn.Module.to(self.network, teacher.dtype if precision is None else getattr(torch, precision))
+        if compiled:
+            if teacher.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+                raise UserError("compiling for the CPU needs a C++ compiler and there is none; install g++, or set pairs.compile=false")
+            plain_attention_on_cpu(self.network, teacher.latent_shape[1] * teacher.latent_shape[2], teacher.device)
+            if config.guidance > 1:
+                # For as long as the copy lives: a compiled network keeps the hooks that it was compiled with.
+                self._hooks = ExitStack()
+                self._hooks.enter_context(shared_prefix(self.network, 2 * batch_size))
+            self.network = torch.compile(self.network, dynamic=False)  # type: ignore[assignment]
+
+    def solve(self, noise: np.ndarray, prompts: Sequence[str]) -> Tensor:
+        """x for host noise (B, C, H, W) and B prompts, on the teacher's device, any B; float64 for a float64 teacher, else float32."""
+        parts = [
+            self._solve(noise[i : i + self.batch_size], prompts[i : i + self.batch_size]) for i in range(0, len(noise), self.batch_size)
+        ]
+        return torch.cat(parts)
+
+    def _solve(self, noise: np.ndarray, prompts: Sequence[str]) -> Tensor:
+        count = len(noise)
+        if self.compiled and count < self.batch_size:
+            # Another shape would be compiled anew; the last row is repeated instead.
+            missing = self.batch_size - count
+            noise, prompts = np.concatenate([noise, noise[-1:].repeat(missing, 0)]), [*prompts, *[prompts[-1]] * missing]
+        state = torch.float64 if self.teacher.dtype == torch.float64 else torch.float32
+        z = torch.from_numpy(noise).to(self.teacher.device, state).contiguous(memory_format=torch.channels_last)
+        # What the manifest calls float32 is float32, on a GPU as on a CPU.
+        with no_tf32():
+            x = solve_ode(self.teacher, z, self.teacher.encode_prompts(prompts), self.negative, self.config, self.network)
+        return x[:count]

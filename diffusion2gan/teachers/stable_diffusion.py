@@ -169,7 +169,9 @@ class StableDiffusionTeacher:
         return TextCondition(self.text_encoder(ids.to(self.device))[0].to(self.dtype))
 
     def evaluate(self, latent: Tensor, timestep: Tensor, condition: TextCondition, network: nn.Module | None = None) -> Tensor:
-        return (network or self.network)(latent, timestep, encoder_hidden_states=condition.embeddings, return_dict=False)[0]
+        return (self.network if network is None else network)(
+            latent, timestep, encoder_hidden_states=condition.embeddings, return_dict=False
+        )[0]
 
     def decode(self, latent: Tensor) -> Tensor:
         # At most as many pictures at once as make four of 512 x 512: a decoder's activations are far larger than its input.

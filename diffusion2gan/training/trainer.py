@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion2gan.config import Section
@@ -32,6 +32,7 @@ from diffusion2gan.interrupt import stop_requests
 from diffusion2gan.pairs.dataset import PairDataset
 from diffusion2gan.run_log import RunLog
 from diffusion2gan.schedule import warmup_and_decay
+from diffusion2gan.teachers.attention import plain_attention_on_cpu
 from diffusion2gan.teachers.protocol import Teacher
 from diffusion2gan.training.distance import Distance
 from diffusion2gan.training.order import SampleOrder, augmentation_uniforms
@@ -88,6 +89,11 @@ class OdePairBatch:
     uniform: Tensor | None
 
 
+def _compiled(module: nn.Module) -> nn.Module:
+    """For one shape: the micro-batch's."""
+    return torch.compile(module, dynamic=False)  # type: ignore[return-value]
+
+
 # The gradient norm's running mean forgets over about 100 steps.
 _NORM_DECAY = 0.99
 
@@ -121,12 +127,15 @@ class Trainer:
         self.accumulation = config.batch_size // (world * self.micro)
         self.order = SampleOrder(len(pairs) - config.holdout, config.seed)
         generator.to(self.device).to(memory_format=torch.channels_last)
+        plain_attention_on_cpu(generator.network, teacher.latent_shape[1] * teacher.latent_shape[2], self.device)
         self.ema = Ema(generator, config.ema_decay)
         self.bare_generator = generator
         optimizer = torch.optim.AdamW(
             generator.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
-        self.generator, self.optimizer = self.accelerator.prepare(torch.compile(generator) if config.compile else generator, optimizer)
+        self.generator, self.optimizer = self.accelerator.prepare(_compiled(generator) if config.compile else generator, optimizer)
+        # A distance without a network of its own is too small to compile.
+        self._distance_in_training = _compiled(distance) if config.compile and distance.network is not None else distance
         self.step = 0
         self.stopping = False
         self.gradient_scale = math.nan
@@ -165,7 +174,7 @@ class Trainer:
         condition = self.teacher.encode_prompts(pairs.prompts)
         fake = self.generator(pairs.noise, condition)
         with self.accelerator.autocast():
-            distance = self.distance(fake, pairs.latent, pairs.uniform)
+            distance = self._distance_in_training(fake, pairs.latent, pairs.uniform)
         loss = distance.float().mean() / self.accumulation
         self.accelerator.backward(loss)
         return loss.detach()

@@ -12,8 +12,8 @@ from diffusion2gan.pairs import maintain
 from diffusion2gan.pairs.dataset import PairDataset
 from diffusion2gan.pairs.prompts import PromptsConfig, read_prompts
 from diffusion2gan.pairs.seeds import draw_noise, pair_seed
-from diffusion2gan.pairs.simulate import PairsConfig, Worker, _next_shard, simulate, solve_batch
-from diffusion2gan.teachers.ode import SolverConfig
+from diffusion2gan.pairs.simulate import PairsConfig, Worker, _next_shard, simulate
+from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from tests.conftest import tiny_pipeline
 from tests.helpers import tree_digest
@@ -41,13 +41,13 @@ def test_pairs_are_what_the_teacher_made(store: Path, tiny_teacher: StableDiffus
     pairs = PairDataset(store)
     assert len(pairs) == 20
     prompts = read_prompts(PromptsConfig(source=str(prompts_file)), 20, 0)
-    negative = tiny_teacher.encode_prompts([""])
+    solver = OdeSolver(tiny_teacher, SolverConfig(steps=2, guidance=2.0), batch_size=4)
     for rows in ([0, 1, 2, 3], [16, 17, 18, 19]):
         batch = pairs.batch(rows)
         assert batch.seeds.tolist() == [pair_seed(5, i) for i in rows]
         assert batch.prompts == [prompts[i] for i in rows]
         np.testing.assert_array_equal(batch.noise, draw_noise(batch.seeds.tolist(), (4, 8, 8)))
-        x = solve_batch(tiny_teacher, SolverConfig(steps=2, guidance=2.0), batch.noise, batch.prompts, negative)
+        x = solver.solve(batch.noise, batch.prompts)
         np.testing.assert_array_equal(batch.latent, x.numpy().astype(np.float16))
     assert pairs[3].prompt == prompts[3]
     with pytest.raises(IndexError):

@@ -47,7 +47,7 @@ def pixel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _trainer(
-    store: Path, folder: Path, loss: LossConfig | None = None, generator: GeneratorConfig | None = None, **changes: object
+    store: Path, folder: Path, loss: LossConfig | Distance | None = None, generator: GeneratorConfig | None = None, **changes: object
 ) -> Trainer:
     teacher = StableDiffusionTeacher.from_pipeline(tiny_pipeline())
     values = {
@@ -62,7 +62,7 @@ def _trainer(
         "log_every": 1,
     }
     config = TrainingConfig.model_validate(values | changes)
-    distance = build_distance(loss or LossConfig(distance="mse"), teacher)
+    distance = loss if isinstance(loss, Distance) else build_distance(loss or LossConfig(distance="mse"), teacher)
     return Trainer(teacher, PairDataset(store), OneStepGenerator.from_teacher(teacher, generator), distance, config, folder)
 
 
@@ -137,8 +137,7 @@ def test_bf16_trains(store: Path, tmp_path: Path) -> None:
 
 
 def test_non_finite_loss_stops_before_the_update(store: Path, tmp_path: Path) -> None:
-    trainer = _trainer(store, tmp_path)
-    trainer.distance = Distance(lambda a, b, _: (a - b).flatten(1).mean(1) * float("nan"))
+    trainer = _trainer(store, tmp_path, Distance(lambda a, b, _: (a - b).flatten(1).mean(1) * float("nan")))
     before, average = _weights(trainer), trainer.ema.state["network.conv_in.weight"].clone()
     with pytest.raises(UserError, match="step 0: the regression loss is nan"):
         trainer.run(progress=False)
@@ -203,3 +202,23 @@ class TestOrder:
         np.testing.assert_array_equal(fresh, rows)
         assert augmentation_uniforms(1, 2, 3, 4).tolist() == augmentation_uniforms(1, 2, 3, 4).tolist()
         assert augmentation_uniforms(1, 2, 3, 4).tolist() != augmentation_uniforms(1, 3, 3, 4).tolist()
+
+
+def test_compiled_training_is_one_graph_and_the_same(
+    store: Path, tmp_path: Path, perceptual_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = LossConfig(distance="e_latent_lpips", perceptual=str(perceptual_folder))
+    plain = _trainer(store, tmp_path / "plain", loss)
+    plain.run(progress=False)
+    real, compiled = torch.compile, []
+
+    def compile_whole(module: torch.nn.Module, dynamic: bool) -> object:
+        compiled.append(type(module))
+        return real(module, dynamic=dynamic, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", compile_whole)
+    torch._dynamo.reset()
+    whole = _trainer(store, tmp_path / "whole", loss, compile=True)
+    whole.run(progress=False)
+    assert compiled == [OneStepGenerator, Distance]
+    torch.testing.assert_close(_weights(whole), _weights(plain), atol=1e-4, rtol=1e-4)

@@ -1,0 +1,68 @@
+"""OdeSolver: the same solution in another precision, compiled, and for batches of any size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.pairs.seeds import draw_noise
+from diffusion2gan.teachers import ode
+from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+
+CONFIG = SolverConfig(steps=4, guidance=3.0)
+PROMPTS = ["red heart", "blue cat", "", "green tree", "sun"]
+
+
+@pytest.fixture(scope="module")
+def noise() -> np.ndarray:
+    return draw_noise(range(5), (4, 8, 8))
+
+
+def test_any_number_of_pairs(tiny_teacher: StableDiffusionTeacher, noise: np.ndarray) -> None:
+    whole = OdeSolver(tiny_teacher, CONFIG, batch_size=5).solve(noise, PROMPTS)
+    parts = OdeSolver(tiny_teacher, CONFIG, batch_size=2).solve(noise, PROMPTS)
+    torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_precision_is_of_the_network_alone(tiny_teacher: StableDiffusionTeacher, noise: np.ndarray) -> None:
+    exact = OdeSolver(tiny_teacher, CONFIG).solve(noise, PROMPTS)
+    solver = OdeSolver(tiny_teacher, CONFIG, precision="bfloat16")
+    rounded = solver.solve(noise, PROMPTS)
+    assert rounded.dtype == torch.float32
+    assert tiny_teacher.dtype == torch.float32
+    error = ((rounded - exact).square().mean() / exact.square().mean()).sqrt().item()
+    assert 0 < error < 0.05
+
+
+def test_compiled(tiny_teacher: StableDiffusionTeacher, noise: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph for all batches, the short one padded; the same numbers as without, prefix shared between the guidance branches."""
+    graphs, rows = [], []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+
+        def call(*arguments: torch.Tensor) -> object:
+            rows.append(max(len(a) for a in arguments if a.ndim == 4 and a.shape[1:] == (4, 8, 8)))
+            return graph(*arguments)
+
+        return call
+
+    compile_ = torch.compile
+    monkeypatch.setattr(ode.torch, "compile", lambda model, dynamic: compile_(model, dynamic=dynamic, backend=backend))
+    torch._dynamo.reset()
+    expected = OdeSolver(tiny_teacher, CONFIG, batch_size=5).solve(noise, PROMPTS)
+    found = OdeSolver(tiny_teacher, CONFIG, batch_size=3, compiled=True).solve(noise, PROMPTS)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert len(graphs) == 1
+    assert rows == [6] * 8
+    # The teacher's own network is left as it was.
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny_teacher.network.modules())
+
+
+def test_no_compiler_is_one_clear_line(tiny_teacher: StableDiffusionTeacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler.*pairs.compile=false"):
+        OdeSolver(tiny_teacher, CONFIG, compiled=True)
