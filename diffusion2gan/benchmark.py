@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from diffusion2gan.compare import teacher_pictures
+from diffusion2gan.device import default_device
 from diffusion2gan.embedded.autoencoder import to_tensor
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.emoji10k import Subject, evaluate_emoji10k
@@ -20,7 +21,6 @@ from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.images import to_uint8
 from diffusion2gan.pipeline import STUDENT_FILE, Student
 from diffusion2gan.report import cell, markdown_table
-from diffusion2gan.run import default_device
 from diffusion2gan.teachers.load import teacher_folder
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.protocol import TeacherConfig

@@ -62,9 +62,9 @@ def _export(a: argparse.Namespace) -> None:
 
 
 def _student(path: str, dtype: str):  # type: ignore[no-untyped-def]
+    from diffusion2gan.device import default_device
     from diffusion2gan.embedded.weights import embedded_student
     from diffusion2gan.pipeline import Student
-    from diffusion2gan.run import default_device
 
     return Student.from_pretrained(embedded_student() if path == "embedded" else path, dtype, default_device())
 
@@ -86,9 +86,9 @@ def _generate(a: argparse.Namespace) -> None:
 
 def _compare(a: argparse.Namespace) -> None:
     from diffusion2gan.compare import compare_pictures
+    from diffusion2gan.device import default_device
     from diffusion2gan.files import write_bytes_atomic
     from diffusion2gan.images import png_bytes
-    from diffusion2gan.run import default_device
     from diffusion2gan.teachers.load import load_teacher
     from diffusion2gan.teachers.ode import SolverConfig
     from diffusion2gan.teachers.protocol import TeacherConfig
@@ -240,6 +240,8 @@ def _seed(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 2 for what the user must mend (one line on stderr), 130 when interrupted."""
     arguments = _parser().parse_args(argv)
+    # transformers says at import which torchvision classes it replaces; nothing here uses them.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         arguments.function(arguments)
     except UserError as error:

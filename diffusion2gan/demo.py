@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from diffusion2gan.compare import teacher_pictures
+from diffusion2gan.device import default_device
 from diffusion2gan.embedded.weights import embedded_student, weights_root
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import disk_errors, write_bytes_atomic
@@ -27,7 +28,7 @@ from diffusion2gan.pairs.seeds import draw_noise, evaluation_seed
 from diffusion2gan.pipeline import STUDENT_FILE, Student
 from diffusion2gan.recipe import Recipe, dump_recipe, load_recipe
 from diffusion2gan.report import Page, curves
-from diffusion2gan.run import default_device, export_run, simulate_recipe, train_recipe
+from diffusion2gan.run import export_run, simulate_recipe, train_recipe
 from diffusion2gan.run_log import read_scalars
 from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig, evaluations_per_pair

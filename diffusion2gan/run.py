@@ -26,10 +26,6 @@ from diffusion2gan.training.state import checkpoint_step, checkpoints, load_stat
 from diffusion2gan.training.trainer import Trainer
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def simulate_recipe(recipe: Recipe, store: Path, progress: bool = True) -> dict[str, Any]:
     """Fills a pair store for `recipe`, with as many workers as torchrun started."""
     worker = Worker.from_environment()

@@ -20,6 +20,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
+from diffusion2gan.device import default_device
 from diffusion2gan.embedded import autoencoder, emoji, perceptual, text_to_image
 from diffusion2gan.embedded.weights import package_root
 from diffusion2gan.errors import UserError
@@ -42,16 +43,12 @@ def build_autoencoder(work: Path, steps: int | None = None, decay_steps: int | N
     return work / "vae"
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def build_teacher(work: Path, steps: int | None = None) -> Path:
     """Trains text encoder and U-Net on the latents of `work/vae`, writes the pipeline folder `work/teacher`."""
     dataset = emoji.load()
     vae = AutoencoderKL.from_pretrained(work / "vae").to(memory_format=torch.channels_last).eval()
     config = replace(text_to_image.CONFIG, steps=steps or text_to_image.CONFIG.steps)
-    model = text_to_image.train(dataset, vae, work / "unet", config, _device())
+    model = text_to_image.train(dataset, vae, work / "unet", config, default_device())
     text_to_image.save_pipeline(model, CLIPTokenizer.from_pretrained(work / "unet" / "tokenizer"), vae, work / "teacher")
     return work / "teacher"
 
@@ -65,7 +62,7 @@ def build_perceptual(work: Path, steps: int | None = None) -> dict[str, dict[str
         # Compiled, a step takes 0.6 of the time in latent space; the pixel network's, 1.25.
         config = replace(perceptual.CONFIG, steps=steps or perceptual.CONFIG.steps, compile=encoder is not None)
         metric, result[name] = perceptual.train(
-            dataset, encoder.to(_device()) if encoder else None, work / f"{name}_run", config, _device()
+            dataset, encoder.to(default_device()) if encoder else None, work / f"{name}_run", config, default_device()
         )
         metric.save_pretrained(work / name, torch.float16)
     return result

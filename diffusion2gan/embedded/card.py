@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from diffusion2gan.benchmark import autoencode_with, teacher_subject
+from diffusion2gan.device import default_device
 from diffusion2gan.embedded import emoji
 from diffusion2gan.evaluation.emoji10k import (
     PRESERVATION_NOISES,
@@ -29,7 +30,6 @@ from diffusion2gan.files import write_bytes_atomic
 from diffusion2gan.images import grid, png_bytes
 from diffusion2gan.recipe import load_recipe
 from diffusion2gan.report import markdown_table
-from diffusion2gan.run import default_device
 from diffusion2gan.teachers.ode import SolverConfig
 from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher

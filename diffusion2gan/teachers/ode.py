@@ -7,8 +7,6 @@ once, text projected once; DDIM and DPM-Solver++ get their timesteps from the ho
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -20,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion2gan.config import Section
+from diffusion2gan.device import compile_for_one_shape
 from diffusion2gan.errors import UserError
 from diffusion2gan.precision import no_tf32
 from diffusion2gan.teachers.attention import plain_attention_on_cpu
@@ -131,19 +130,19 @@ class OdeSolver:
         self.negative = teacher.encode_prompts([negative_prompt])
         teacher.network.to(memory_format=torch.channels_last)
         self.network: nn.Module | None = None
-        if precision is not None or compiled:
-            self.network = copy.deepcopy(teacher.network)
-            # torch's own `to`: diffusers' warns of modules to be kept in float32 and names none.
-            nn.Module.to(self.network, teacher.dtype if precision is None else getattr(torch, precision))
+        if precision is None and not compiled:
+            return
+        network = copy.deepcopy(teacher.network)
+        # torch's own `to`: diffusers' warns of modules to be kept in float32 and names none.
+        nn.Module.to(network, teacher.dtype if precision is None else getattr(torch, precision))
         if compiled:
-            if teacher.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-                raise UserError("compiling for the CPU needs a C++ compiler and there is none; install g++, or set pairs.compile=false")
-            plain_attention_on_cpu(self.network, teacher.latent_shape[1] * teacher.latent_shape[2], teacher.device)
+            plain_attention_on_cpu(network, teacher.latent_shape[1] * teacher.latent_shape[2], teacher.device)
             if config.guidance > 1:
                 # For as long as the copy lives: a compiled network keeps the hooks that it was compiled with.
                 self._hooks = ExitStack()
-                self._hooks.enter_context(shared_prefix(self.network, 2 * batch_size))
-            self.network = torch.compile(self.network, dynamic=False)  # type: ignore[assignment]
+                self._hooks.enter_context(shared_prefix(network, 2 * batch_size))
+            network = compile_for_one_shape(network, teacher.device, "pairs.compile")
+        self.network = network
 
     def solve(self, noise: np.ndarray, prompts: Sequence[str]) -> Tensor:
         """x for host noise (B, C, H, W) and B prompts, on the teacher's device, any B; float64 for a float64 teacher, else float32."""

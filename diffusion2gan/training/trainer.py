@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion2gan.config import Section
+from diffusion2gan.device import compile_for_one_shape
 from diffusion2gan.ema import Ema
 from diffusion2gan.errors import UserError
 from diffusion2gan.generator import OneStepGenerator
@@ -89,11 +90,6 @@ class OdePairBatch:
     uniform: Tensor | None
 
 
-def _compiled(module: nn.Module) -> nn.Module:
-    """For one shape: the micro-batch's."""
-    return torch.compile(module, dynamic=False)  # type: ignore[return-value]
-
-
 # The gradient norm's running mean forgets over about 100 steps.
 _NORM_DECAY = 0.99
 
@@ -133,9 +129,14 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             generator.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
-        self.generator, self.optimizer = self.accelerator.prepare(_compiled(generator) if config.compile else generator, optimizer)
-        # A distance without a network of its own is too small to compile.
-        self._distance_in_training = _compiled(distance) if config.compile and distance.network is not None else distance
+        trained: nn.Module = generator
+        self._distance_in_training: nn.Module = distance
+        if config.compile:
+            trained = compile_for_one_shape(generator, self.device, "training.compile")
+            # A distance without a network of its own is too small to compile.
+            if distance.network is not None:
+                self._distance_in_training = compile_for_one_shape(distance, self.device, "training.compile")
+        self.generator, self.optimizer = self.accelerator.prepare(trained, optimizer)
         self.step = 0
         self.stopping = False
         self.gradient_scale = math.nan

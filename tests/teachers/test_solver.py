@@ -8,7 +8,6 @@ import torch
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.pairs.seeds import draw_noise
-from diffusion2gan.teachers import ode
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 
@@ -51,7 +50,7 @@ def test_compiled(tiny_teacher: StableDiffusionTeacher, noise: np.ndarray, monke
         return call
 
     compile_ = torch.compile
-    monkeypatch.setattr(ode.torch, "compile", lambda model, dynamic: compile_(model, dynamic=dynamic, backend=backend))
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compile_(model, dynamic=dynamic, backend=backend))
     torch._dynamo.reset()
     expected = OdeSolver(tiny_teacher, CONFIG, batch_size=5).solve(noise, PROMPTS)
     found = OdeSolver(tiny_teacher, CONFIG, batch_size=3, compiled=True).solve(noise, PROMPTS)
@@ -64,5 +63,5 @@ def test_compiled(tiny_teacher: StableDiffusionTeacher, noise: np.ndarray, monke
 
 def test_no_compiler_is_one_clear_line(tiny_teacher: StableDiffusionTeacher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match="needs a C\\+\\+ compiler.*pairs.compile=false"):
+    with pytest.raises(UserError, match="pairs.compile is true.*C\\+\\+ compiler.*set pairs.compile=false"):
         OdeSolver(tiny_teacher, CONFIG, compiled=True)
