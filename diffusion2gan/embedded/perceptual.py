@@ -67,11 +67,11 @@ def train(
     top-1 of each head on the held-out (concept, style) cells."""
     encode: Callable[[Tensor], Tensor]
     if vae is None:
-        encode, shape = (lambda x: x), LatentVGGConfig(in_channels=3, width=WIDTH, removed_poolings=0)
+        encode, shape = (lambda x: x), LatentVGGConfig(in_channels=3, width=WIDTH, kept_poolings=(1, 2, 3, 4, 5), tap="before")
     else:
         factor, channels = vae.config.scaling_factor, vae.config.latent_channels
         encode = lambda x: vae.encode(x).latent_dist.mode() * factor  # noqa: E731
-        shape = LatentVGGConfig(in_channels=channels, width=WIDTH, removed_poolings=3)
+        shape = LatentVGGConfig(in_channels=channels, width=WIDTH)
     sizes, labels = labels_of(dataset)
 
     def batches(rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:

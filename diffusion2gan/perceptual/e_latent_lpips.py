@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -16,17 +17,20 @@ from diffusion2gan.perceptual.latent_lpips import LatentLPIPS
 class ELatentLPIPS(nn.Module):
     """d_E-LatentLPIPS (Eq. 3): the mean over T of d_LatentLPIPS(T x0, T x1), (B,).
 
-    The expectation is estimated by `ensemble` draws a call; the paper uses one. `letters` choose T (see `augmentations`):
-    the paper names geometry and cutout ("go"), flips and turns are added here by default. The metric's L1 term, if it
-    has one, compares the inputs as they came.
+        loss = ELatentLPIPS.from_pretrained("sd15")
+        loss(x0, x1).mean().backward()
+
+    The expectation is estimated by `ensemble` draws a call; the paper uses one. `augment` chooses T (see `augmentations`):
+    the paper names geometry and cutout ("go"), flips and turns are added here by default, "" is LatentLPIPS itself. The
+    metric's L1 term, if it has one, compares the inputs as they came.
     """
 
-    def __init__(self, metric: LatentLPIPS, letters: str = "bgo", ensemble: int = 1):
+    def __init__(self, metric: LatentLPIPS, augment: str = "bgo", ensemble: int = 1):
         super().__init__()
         if ensemble < 1:
             raise UserError(f"ensemble is {ensemble}, expected 1 or more: the draws averaged in one call")
         self.metric = metric
-        self.augmentation = Augmentation(letters)
+        self.augmentation = Augmentation(augment)
         self.ensemble = ensemble
 
     def draw(
@@ -44,27 +48,55 @@ class ELatentLPIPS(nn.Module):
         return self.augmentation.draw(batch * self.ensemble, shape, generator, device, uniform)
 
     def forward(
-        self, x0: Tensor, x1: Tensor, parameters: AugmentationParameters | None = None, generator: torch.Generator | None = None
+        self,
+        x0: Tensor,
+        x1: Tensor | None = None,
+        parameters: AugmentationParameters | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        features: Sequence[Tensor] | None = None,
+        raw: bool = False,
+        spatial: bool = False,
     ) -> Tensor:
         """Distance of x0 from the target x1, both (B, C, H, W) scaled as the U-Net sees them -> (B,), 0 or more.
 
         `parameters` come from `draw`; without them they are drawn here (from `generator`). A call with parameters compiles
-        as one graph. UserError if their rows are not B x ensemble.
+        as one graph. `features`: `target_features(x1, parameters)` of the same parameters. `raw`: the inputs are the
+        autoencoder's own latents. `spatial`: (B, H, W) instead, a map in the coordinates of the augmented latents.
+        UserError if the parameters' rows are not B x ensemble, and as `LatentLPIPS.forward`.
         """
-        batch = x0.shape[0]
+        if features is not None and parameters is None:
+            raise UserError("features were given without the parameters they were computed with; pass both")
+        x0, x1 = self.metric.checked(x0, x1, raw)
+        parameters = self._checked_parameters(x0, parameters, generator)
+        target = None if x1 is None or features is not None else self._augmented(x1, parameters)
+        distance = self.metric.distance(self._augmented(x0, parameters), target, features=features, spatial=spatial)
+        distance = distance.unflatten(0, (-1, self.ensemble)).mean(dim=1)
+        return distance + self.metric.l1_weight * self.metric.l1(x0, x1, spatial) if self.metric.l1_weight else distance
+
+    def target_features(self, x1: Tensor, parameters: AugmentationParameters, raw: bool = False) -> list[Tensor]:
+        """Features of a target under `parameters`, for `features=` of calls with the same ones; as `LatentLPIPS.target_features`."""
+        x1, _ = self.metric.checked(x1, None, raw)
+        return self.metric.target_features(self._augmented(x1, self._checked_parameters(x1, parameters, None)))
+
+    def _checked_parameters(
+        self, x0: Tensor, parameters: AugmentationParameters | None, generator: torch.Generator | None
+    ) -> AugmentationParameters:
         if parameters is None:
-            parameters = self.draw(batch, x0.shape[1:], generator, x0.device)
-        elif parameters.affine.shape[0] != batch * self.ensemble:
-            rows = parameters.affine.shape[0]
-            raise UserError(f"parameters have {rows} rows, expected {batch} x {self.ensemble}; draw them with this object's draw")
-        many0, many1 = x0, x1
-        if self.ensemble > 1:
-            many0, many1 = x0.repeat_interleave(self.ensemble, dim=0), x1.repeat_interleave(self.ensemble, dim=0)
-        distance = self.metric.distance(self.augmentation.apply(many0, parameters), self.augmentation.apply(many1, parameters))
-        distance = distance.view(batch, self.ensemble).mean(dim=1)
-        return distance + self.metric.l1_weight * self.metric.l1(x0, x1) if self.metric.l1_weight else distance
+            return self.draw(x0.shape[0], x0.shape[1:], generator, x0.device)
+        rows = parameters.affine.shape[0]
+        if rows != x0.shape[0] * self.ensemble:
+            raise UserError(f"parameters have {rows} rows, expected {x0.shape[0]} x {self.ensemble}; draw them with this object's draw")
+        return parameters
+
+    def _augmented(self, x: Tensor, parameters: AugmentationParameters) -> Tensor:
+        many = x.repeat_interleave(self.ensemble, dim=0) if self.ensemble > 1 else x
+        return self.augmentation.apply(many, parameters)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, letters: str = "bgo", ensemble: int = 1, clamp: bool = False) -> Self:
-        """E-LatentLPIPS over the metric that `LatentLPIPS.save_pretrained` wrote to `folder`; errors as `LatentLPIPS.from_pretrained`."""
-        return cls(LatentLPIPS.from_pretrained(folder, clamp), letters, ensemble)
+    def from_pretrained(
+        cls, source: str | Path, augment: str = "bgo", ensemble: int = 1, clamp: bool = True, l1_weight: float | None = None
+    ) -> Self:
+        """E-LatentLPIPS over the metric of `source`: "sd15", "sd21", "sdxl", "sd3", "flux", a folder, a file or a hub
+        repository; see `LatentLPIPS.from_pretrained`."""
+        return cls(LatentLPIPS.from_pretrained(source, clamp, l1_weight), augment, ensemble)

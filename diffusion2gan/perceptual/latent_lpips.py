@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
@@ -19,18 +19,27 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual.checkpoint import load_weights, read_config, read_weights, save_folder
 from diffusion2gan.perceptual.latent_vgg import LatentVGG, LatentVGGConfig
 
-EPS = 1e-10
+# The released metric's, inside the root: features of zero stay zero, and their gradient is finite.
+EPS = 1e-8
 
 
 def unit_normalized(features: Tensor) -> Tensor:
-    """f / (|f| + 1e-10) along the channels of (B, C, h, w), in float32 or better; zero where f is zero, with a zero gradient there."""
+    """f / sqrt(|f|^2 + 1e-8) along the channels of (B, C, h, w), in float32 or better."""
     # The distance of two close inputs is a difference of nearly equal numbers: bf16 would leave nothing of it.
     f = features.to(torch.promote_types(features.dtype, torch.float32))
-    square = f.square().sum(dim=1, keepdim=True)
-    some = square > 0
-    # The inner where keeps sqrt away from 0: its infinite slope times the outer where's zero would be NaN.
-    inverse = torch.where(some, 1 / (torch.where(some, square, 1.0).sqrt() + EPS), 0.0)
-    return f * inverse
+    return f * torch.rsqrt(f.square().sum(dim=1, keepdim=True) + EPS)
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """How an autoencoder's own latents become those that its diffusion model reads: (latent - shift) * scale."""
+
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def scaled(self, latent: Tensor) -> Tensor:
+        """The autoencoder's latents (B, C, H, W), scaled."""
+        return (latent - self.shift) * self.scale if self.shift else latent * self.scale
 
 
 class Head(nn.Module):
@@ -44,7 +53,7 @@ class Head(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(1, C, 1, 1), not negative."""
+        """(1, C, 1, 1), not negative unless it was loaded so."""
         convolution = self.model[1]
         assert isinstance(convolution, nn.Conv2d)
         return convolution.weight
@@ -56,17 +65,20 @@ class LatentLPIPS(nn.Module):
     Five feature maps are normalised to unit length along the channels; their squared difference is weighted per channel
     by a non-negative head, averaged over locations and summed over maps. `l1_weight` adds mean |x0 - x1|, which is in
     the released package and not in the paper: 0 by default. Heads of ones are the uncalibrated distance.
+    `space` says how raw latents are scaled, for `raw=True`.
 
     State-dict names are those of the released checkpoints (`net.slice1.0.weight`, `lin0.model.1.weight`).
     """
 
-    def __init__(self, net: LatentVGG, l1_weight: float = 0.0, calibrated: bool = False):
+    def __init__(self, net: LatentVGG, l1_weight: float = 0.0, calibrated: bool = False, space: LatentSpace | None = None):
         super().__init__()
         if not l1_weight >= 0:
             raise UserError(f"l1_weight is {l1_weight}, expected 0 or more; 0 is Eq. 3")
         self.net = net
         self.l1_weight = l1_weight
         self.calibrated = calibrated
+        self.space = space or LatentSpace()
+        self._plausible = False
         for i, channels in enumerate(net.channels):
             self.add_module(f"lin{i}", Head(channels).requires_grad_(False))
 
@@ -87,14 +99,58 @@ class LatentLPIPS(nn.Module):
     def _features(self, x: Tensor) -> list[Tensor]:
         return [unit_normalized(f) for f in self.net(x)]
 
-    def forward(self, x0: Tensor, x1: Tensor | None = None, *, features: Sequence[Tensor] | None = None, spatial: bool = False) -> Tensor:
+    def forward(
+        self, x0: Tensor, x1: Tensor | None = None, *, features: Sequence[Tensor] | None = None, raw: bool = False, spatial: bool = False
+    ) -> Tensor:
         """Distance of x0 from the target x1, both (B, C, H, W) scaled as the U-Net sees them -> (B,), or (B, H, W) if `spatial`.
 
-        `features` are `target_features(x1)` computed before; with them x1 is needed by the L1 term alone.
-        UserError if the shapes differ or neither x1 nor features are given.
+        `features` are `target_features(x1)` computed before; with them x1 is needed by the L1 term alone. `raw`: the
+        inputs are the autoencoder's own latents and are scaled here.
+        UserError if the shapes differ, neither x1 nor features are given, or an input cannot be a latent.
         """
+        x0, x1 = self.checked(x0, x1, raw)
         distance = self.distance(x0, x1, features=features, spatial=spatial)
         return distance + self.l1_weight * self.l1(x0, x1, spatial) if self.l1_weight else distance
+
+    def checked(self, x0: Tensor, x1: Tensor | None, raw: bool) -> tuple[Tensor, Tensor | None]:
+        """The inputs, scaled if `raw`. UserError for integers, a wrong number of channels, different shapes, NaN or infinity.
+
+        What needs the values is looked at in every call on the CPU, and on another device, which would have to be waited
+        for, in the first; not inside a compiled graph.
+        """
+        channels = self.net.config.in_channels
+        for name, x in (("x0", x0), ("x1", x1)):
+            if x is None:
+                continue
+            if x.ndim != 4 or x.shape[1] != channels:
+                raise UserError(
+                    f"{name} has shape {tuple(x.shape)}, expected (B, {channels}, H, W); use the checkpoint of this autoencoder's latents"
+                )
+            if not x.is_floating_point():
+                raise UserError(f"{name} is of {x.dtype}, expected floating-point latents; pass what the autoencoder's encode gives")
+        if x1 is not None:
+            _check_shapes(x0, x1)
+        if raw:
+            x0, x1 = self.space.scaled(x0), None if x1 is None else self.space.scaled(x1)
+        if not torch.compiler.is_compiling() and not (self._plausible and x0.device.type != "cpu"):
+            self._look_at_values(x0, x1)
+        return x0, x1
+
+    @torch.no_grad()
+    def _look_at_values(self, x0: Tensor, x1: Tensor | None) -> None:
+        for name, x in (("x0", x0), ("x1", x1)):
+            if x is not None and not x.isfinite().all():
+                raise UserError(f"{name} has NaN or infinite values, expected finite latents; look where they come from")
+        if not self._plausible and x1 is not None and x1.numel() > 1:
+            deviation = x1.float().std().item()
+            # Scaled latents of real pictures have about 1; those of a flat colour, less.
+            if deviation > 2.5:
+                warnings.warn(
+                    f"x1 has a standard deviation of {deviation:.2f}, expected about 1: these look like unscaled latents; "
+                    "multiply them by the autoencoder's scaling_factor, or pass raw=True",
+                    stacklevel=5,
+                )
+        self._plausible = True
 
     def l1(self, x0: Tensor, x1: Tensor | None, spatial: bool = False) -> Tensor:
         """mean |x0 - x1| over channels and locations, (B,), or over channels, (B, H, W)."""
@@ -126,11 +182,11 @@ class LatentLPIPS(nn.Module):
         assert total is not None
         return total
 
-    def load_weights(self, state: Mapping[str, Tensor], source: str | Path, clamp: bool = False) -> None:
+    def load_weights(self, state: Mapping[str, Tensor], source: str | Path, clamp: bool = True) -> None:
         """Loads network and heads from a state dict, ours or a released one (whose heads are there twice, as `lin0.` and `lins.0.`).
 
-        UserError for tensors that are missing or do not fit and for negative heads, which would reward a difference;
-        `clamp` sets those to 0 instead and warns how many there were. `source` is the name used in messages.
+        Negative head weights would reward a difference: `clamp` sets them to 0, without it they stay; either way a warning
+        says how many there are. UserError for tensors that are missing or do not fit. `source` is the name used in messages.
         """
         kept = {name: value for name, value in state.items() if not name.startswith("lins.")}
         negative = total = 0
@@ -141,26 +197,50 @@ class LatentLPIPS(nn.Module):
                 if kept[name].isnan().any():
                     raise UserError(f"{source}: {name} has NaN, expected numbers of 0 or more; calibrate the heads again")
                 negative, total = negative + int(bad.sum()), total + bad.numel()
-                kept[name] = kept[name].clamp(min=0)
-        if negative and not clamp:
-            raise UserError(f"{source}: {negative} of {total} head weights are negative, expected none; clamp=True sets them to 0")
+                kept[name] = kept[name].clamp(min=0) if clamp else kept[name]
         load_weights(self, kept, source)
         if negative:
-            warnings.warn(f"{source}: {negative} of {total} head weights were negative and are now 0", stacklevel=2)
+            now = "and are now 0" if clamp else "and stay so: the distance can be negative, and fall without end as a loss"
+            warnings.warn(f"{source}: {negative} of {total} head weights were negative {now}", stacklevel=2)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes network, heads and config to one folder (convolutions as `dtype`, if given)."""
-        config = {"class": "LatentLPIPS", "l1_weight": self.l1_weight, "calibrated": self.calibrated, "net": asdict(self.net.config)}
-        save_folder(self, config, folder, dtype)
+        own = {"l1_weight": self.l1_weight, "calibrated": self.calibrated, "space": asdict(self.space)}
+        save_folder(self, {"class": "LatentLPIPS", **own, "net": asdict(self.net.config)}, folder, dtype)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, clamp: bool = False) -> Self:
-        """The frozen float32 metric of a folder that `save_pretrained` wrote; see `load_weights` for `clamp` and the errors."""
+    def from_pretrained(cls, source: str | Path, clamp: bool = True, l1_weight: float | None = None) -> Self:
+        """The frozen float32 metric of a source:
+
+        - a folder that `save_pretrained` wrote, or a hub repository (`owner/name`) of such files,
+        - "sd15", "sd21", "sdxl", "sd3" or "flux": the checkpoint released by the paper's first author, whose licence
+          (CC BY-NC 4.0) is shown as a warning; it is downloaded once into the hub's cache,
+        - the path of such a checkpoint (`*_latest_vgg16_tuned.pth`).
+
+        `clamp`: see `load_weights`. `l1_weight` replaces the stored one. UserError for anything that cannot be loaded.
+        """
+        from diffusion2gan.perceptual.released import resolve
+
+        resolved = resolve(source)
+        if resolved.state is not None:
+            channels = resolved.state["net.slice1.0.weight"].shape[1]
+            metric = cls(LatentVGG(LatentVGGConfig(in_channels=channels)), calibrated=True, space=resolved.space)
+            metric.load_weights(resolved.state, source, clamp)
+        else:
+            metric = cls._from_folder(resolved.folder, clamp)
+        if l1_weight is not None:
+            metric.l1_weight = cls(metric.net, l1_weight).l1_weight
+        return metric
+
+    @classmethod
+    def _from_folder(cls, folder: Path, clamp: bool) -> Self:
         config = read_config(folder, "LatentLPIPS")
-        net = config.pop("net", None)
-        if not isinstance(net, dict) or config.keys() != {"l1_weight", "calibrated"}:
-            raise UserError(f"{folder}: config.json lacks or adds a key, expected class, l1_weight, calibrated, net; save the metric again")
-        metric = cls(LatentVGG(LatentVGGConfig.from_dict(net, folder)), **config)
+        net, space = config.pop("net", None), config.pop("space", {})
+        if not isinstance(net, dict) or config.keys() != {"l1_weight", "calibrated"} or space.keys() - {"scale", "shift"}:
+            raise UserError(
+                f"{folder}: config.json lacks or adds a key, expected class, l1_weight, calibrated, space, net; save the metric again"
+            )
+        metric = cls(LatentVGG(LatentVGGConfig.from_dict(net, folder)), space=LatentSpace(**space), **config)
         metric.load_weights(read_weights(folder), folder, clamp)
         return metric
 

@@ -23,13 +23,16 @@ BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 
 @dataclass(frozen=True)
 class LatentVGGConfig:
-    """Shape of a LatentVGG. The paper's: 4 channels, width 1, the first 3 poolings removed, batch norm."""
+    """Shape of a LatentVGG. The paper's: 4 channels, width 1, three poolings removed, batch norm."""
 
     in_channels: int = 4
     width: float = 1.0
     """Scales every block's channels; rounded to a multiple of 8."""
-    removed_poolings: int = 3
-    """How many poolings, from the first on, are left out. 0 with `in_channels=3` is the pixel network."""
+    kept_poolings: tuple[int, ...] = (4, 5)
+    """Which of the poolings after blocks 1 to 5 are there. The released checkpoints keep 4 and 5; another reading of "three
+    poolings removed" keeps 3 and 4. All five with `in_channels=3` is the pixel network."""
+    tap: str = "after"
+    """Features are read "after" a block's pooling, as by the released checkpoints, or "before" it, as by LPIPS in pixels."""
     norm: str = "batch"
     """"batch" or "group"; group norm is for training with small batches and has no published weights."""
 
@@ -38,8 +41,11 @@ class LatentVGGConfig:
             raise UserError(f"in_channels is {self.in_channels}, expected 1 or more: the number of latent channels")
         if not self.width > 0:
             raise UserError(f"width is {self.width}, expected a number above 0; 1.0 is VGG16's own")
-        if not 0 <= self.removed_poolings <= len(BLOCKS):
-            raise UserError(f"removed_poolings is {self.removed_poolings}, expected 0 to {len(BLOCKS)}; 3 is the paper's")
+        object.__setattr__(self, "kept_poolings", tuple(self.kept_poolings))  # a list, when it comes from JSON
+        if set(self.kept_poolings) - set(range(1, len(BLOCKS) + 1)):
+            raise UserError(f"kept_poolings is {self.kept_poolings}, expected numbers of 1 to {len(BLOCKS)}; (4, 5) is the paper's")
+        if self.tap not in ("after", "before"):
+            raise UserError(f"tap is {self.tap!r}, expected 'after' or 'before'")
         if self.norm not in ("batch", "group"):
             raise UserError(f"norm is {self.norm!r}, expected 'batch' or 'group'")
 
@@ -93,7 +99,7 @@ class LatentVGG(nn.Module):
                     block.add_module(str(index), layer)
                     index += 1
                 before = channels
-            block.add_module(str(index), nn.Identity() if number < self.config.removed_poolings else Pooling())
+            block.add_module(str(index), Pooling() if number + 1 in self.config.kept_poolings else nn.Identity())
             index += 1
             self.add_module(f"slice{number + 1}", block)
         for module in self.modules():
@@ -135,7 +141,7 @@ class LatentVGG(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Latents (B, C, H, W), scaled as the U-Net sees them, H and W of 1 or more -> five maps (B, channels[i], H_i, W_i).
 
-        The tap is the end of a block, after its pooling. UserError if C is not `in_channels`.
+        A block's map is read where `config.tap` says. UserError if C is not `in_channels`.
         """
         if x.ndim != 4 or x.shape[1] != self.config.in_channels:
             raise UserError(
@@ -144,8 +150,10 @@ class LatentVGG(nn.Module):
             )
         features = []
         for block in self.slices:
-            x = block(x) if self.trainable or self.config.norm == "group" else _frozen_block(block, x)
-            features.append(x)
+            x = block[:-1](x) if self.trainable or self.config.norm == "group" else _frozen_layers(block, x)
+            pooled = block[-1](x)
+            features.append(pooled if self.config.tap == "after" else x)
+            x = pooled
         return features
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -160,8 +168,8 @@ class LatentVGG(nn.Module):
         return model
 
 
-def _frozen_block(block: nn.Sequential, x: Tensor) -> Tensor:
-    """`block(x)` with each batch norm folded into the convolution before it.
+def _frozen_layers(block: nn.Sequential, x: Tensor) -> Tensor:
+    """`block(x)` up to its pooling, with each batch norm folded into the convolution before it.
 
     Stored statistics make batch norm an affine map per channel. Folded, its output is not kept for the backward pass
     (half the memory) and not written at all (a third less traffic); folding itself costs one pass over the weights.
@@ -172,7 +180,7 @@ def _frozen_block(block: nn.Sequential, x: Tensor) -> Tensor:
         assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
         weight, bias = _folded(conv, norm)
         x = F.relu(F.conv2d(x, weight, bias, padding=1), inplace=True)
-    return layers[-1](x)
+    return x
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -55,12 +55,23 @@ def plain_features(vgg: LatentVGG, x: Tensor, removed: int) -> list[Tensor]:
 
 @pytest.mark.parametrize(("removed", "channels", "size"), [(3, 4, (16, 16)), (3, 16, (9, 14)), (0, 3, (45, 64)), (5, 4, (6, 6))])
 def test_equals_plain_vgg(removed: int, channels: int, size: tuple[int, int]) -> None:
-    vgg = random_vgg(in_channels=channels, width=0.25, removed_poolings=removed).double()
+    vgg = random_vgg(in_channels=channels, width=0.25, kept_poolings=range(removed + 1, 6)).double()
     x = torch.randn(2, channels, *size, dtype=torch.float64)
     ours, plain = vgg(x), plain_features(vgg, x, removed)
     assert [f.shape[1] for f in ours] == vgg.channels
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_taps_before_the_poolings() -> None:
+    """The other reading: poolings 3 and 4, features as LPIPS takes them in pixels."""
+    after = random_vgg(width=0.25, kept_poolings=(3, 4))
+    before = random_vgg(width=0.25, kept_poolings=(3, 4), tap="before")
+    x = torch.randn(2, 4, 16, 16)
+    assert [f.shape[2] for f in before(x)] == [16, 16, 16, 8, 4]
+    assert [f.shape[2] for f in after(x)] == [16, 16, 8, 4, 4]
+    for number, (a, b) in enumerate(zip(after(x), before(x), strict=True)):
+        torch.testing.assert_close(a, torch.nn.functional.max_pool2d(b, 2) if number in (2, 3) else b)
 
 
 def test_full_width_names_and_shapes() -> None:
@@ -105,7 +116,7 @@ def test_for_training_and_back() -> None:
 @pytest.mark.parametrize("size", [(4, 4), (1, 1), (4, 5), (2, 9)])
 @pytest.mark.parametrize("removed", [0, 3])
 def test_small_and_odd_sizes(size: tuple[int, int], removed: int) -> None:
-    features = random_vgg(width=0.125, removed_poolings=removed)(torch.randn(1, 4, *size))
+    features = random_vgg(width=0.125, kept_poolings=range(removed + 1, 6))(torch.randn(1, 4, *size))
     poolings = [max(0, i + 1 - removed) for i in range(5)]
     assert [tuple(f.shape[2:]) for f in features] == [tuple(max(1, s >> p) for s in size) for p in poolings]
 
@@ -132,7 +143,7 @@ def test_round_trip(tmp_path: Path, norm: str) -> None:
 
 
 def test_errors(tmp_path: Path) -> None:
-    for options in ({"in_channels": 0}, {"width": 0.0}, {"removed_poolings": 6}, {"norm": "layer"}):
+    for options in ({"in_channels": 0}, {"width": 0.0}, {"kept_poolings": (4, 6)}, {"tap": "inside"}, {"norm": "layer"}):
         with pytest.raises(UserError, match="expected"):
             LatentVGGConfig(**options)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"\(B, 4, H, W\)"):

@@ -42,7 +42,7 @@ def perceptual_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pixel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("pixel_vgg")
-    LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=3, width=0.125, removed_poolings=0))).save_pretrained(folder)
+    LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=3, width=0.125, kept_poolings=(1, 2, 3, 4, 5)))).save_pretrained(folder)
     return folder
 
 

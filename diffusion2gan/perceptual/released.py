@@ -1,0 +1,103 @@
+"""Where the weights of a LatentLPIPS come from: a folder, the hub, or the checkpoints that the paper's first author released.
+
+Those checkpoints are pickles of tensors (read with `weights_only=True`) under CC BY-NC 4.0, which is said when one is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual.checkpoint import CONFIG, WEIGHTS
+from diffusion2gan.perceptual.latent_lpips import LatentSpace
+
+REPOSITORY = "Mingguksky/elatentlpips"
+LICENCE = "CC BY-NC 4.0, non-commercial: M. Kang, elatentlpips"
+# The factors are those of the autoencoders' own configurations.
+SPACES = {
+    "sd15": LatentSpace(0.18215),
+    "sd21": LatentSpace(0.18215),
+    "sdxl": LatentSpace(0.13025),
+    "sd3": LatentSpace(1.5305, 0.0609),
+    "flux": LatentSpace(0.3611, 0.1159),
+}
+_FILE = "{}_latest_vgg16_tuned.pth"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class LicenceNotice(UserWarning):
+    """Says under which licence weights are that were just loaded and are not this project's."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A folder of ours, or the tensors of a released checkpoint with the latent space they read."""
+
+    folder: Path = field(default_factory=Path)
+    state: dict[str, Tensor] | None = None
+    space: LatentSpace = field(default_factory=LatentSpace)
+
+
+def resolve(source: str | Path) -> Resolved:
+    """Finds `source`: see `LatentLPIPS.from_pretrained`. Raises UserError in one line."""
+    path = Path(source)
+    if path.is_dir():
+        return Resolved(folder=path)
+    if path.is_file():
+        name = next((n for n in SPACES if path.name == _FILE.format(n)), None)
+        return Resolved(state=read_released(path), space=SPACES[name] if name else LatentSpace())
+    if str(source) in SPACES:
+        downloaded = _from_hub(REPOSITORY, f"elatentlpips_ckpt/{_FILE.format(source)}")
+        return Resolved(state=read_released(downloaded), space=SPACES[str(source)])
+    if isinstance(source, str) and _HUB_ID.fullmatch(source):
+        return Resolved(folder=[_from_hub(source, name) for name in (WEIGHTS, CONFIG)][-1].parent)
+    names = ", ".join(SPACES)
+    raise UserError(f"{source}: no such folder or file, and none of {names}; name one of these, a path or a hub repository")
+
+
+def _from_hub(repository: str, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        path = Path(hf_hub_download(repository, name))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{repository}: {name} could not be downloaded ({reason}); go online once, or give the path of a copy") from None
+    # The hub's cache names a large file by its sha256; a file that was changed there since is not what was downloaded.
+    blob = path.resolve()
+    if re.fullmatch("[0-9a-f]{64}", blob.name):
+        with open(blob, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != blob.name:
+            raise UserError(f"{blob}: its sha256 is {found[:16]}..., expected {blob.name[:16]}...; delete that file and load again")
+    return path
+
+
+def read_released(path: Path) -> dict[str, Tensor]:
+    """The tensors of a released checkpoint. UserError for a file that is none, or that holds more than tensors."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: holds objects other than tensors, expected a state dict; do not load it: such a file can run code"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: cannot be read ({reason}), expected a released checkpoint; download it again") from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path}: expected a state dict of tensors; give the file named {_FILE.format('ENCODER')}")
+    if "net.slice1.0.weight" not in state:
+        raise UserError(
+            f"{path}: lacks net.slice1.0.weight, expected network and heads in one file; give the one named {_FILE.format('ENCODER')}"
+        )
+    warnings.warn(f"{path.name}: these weights are not this project's ({LICENCE})", LicenceNotice, stacklevel=4)
+    return state

@@ -1,0 +1,168 @@
+"""The released checkpoints: loaded as they are, and the same numbers as the released package (when it is installed)."""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaging import version
+from torch import Tensor
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual import ELatentLPIPS, LatentLPIPS, LatentVGG, released
+from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
+from diffusion2gan.perceptual.released import LicenceNotice
+
+torch.set_num_threads(1)
+
+
+def released_state(channels: int, seed: int = 0) -> dict[str, Tensor]:
+    """Random weights with the names and shapes of a released checkpoint: heads of both signs, each there twice."""
+    generator = torch.Generator().manual_seed(seed)
+    metric = LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=channels)))
+    state = metric.state_dict()
+    for name, value in state.items():
+        if name.endswith("running_var"):
+            state[name] = 0.5 + torch.rand(value.shape, generator=generator)
+        elif name.endswith(("running_mean", "bias")):
+            state[name] = 0.1 * torch.randn(value.shape, generator=generator)
+        elif name.startswith("lin"):
+            state[name] = torch.randn(value.shape, generator=generator)
+    return {**state, **{n.replace("lin", "lins.", 1): v for n, v in state.items() if n.startswith("lin")}}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("released") / "sd15_latest_vgg16_tuned.pth"
+    torch.save(released_state(4), path)
+    return path
+
+
+def test_a_released_file_loads_strictly(checkpoint: Path) -> None:
+    with pytest.warns(LicenceNotice, match="CC BY-NC"), pytest.warns(UserWarning, match="negative and are now 0"):
+        loss = ELatentLPIPS.from_pretrained(checkpoint)
+    metric = loss.metric
+    assert metric.calibrated and metric.net.config == LatentVGGConfig() and metric.space.scale == 0.18215
+    assert all((head.weight >= 0).all() for head in metric.lins)
+    state = torch.load(checkpoint, weights_only=True)
+    assert torch.equal(metric.net.get_parameter("slice5.40.weight"), state["net.slice5.40.weight"])
+    x0, x1 = torch.randn(2, 1, 4, 8, 8)
+    raw0, raw1 = x0 / 0.18215, x1 / 0.18215
+    torch.testing.assert_close(metric(raw0, raw1, raw=True), metric(x0, x1))
+
+
+def test_the_hub_is_asked_for_the_released_name(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def from_hub(repository: str, name: str) -> Path:
+        asked.append((repository, name))
+        return checkpoint
+
+    monkeypatch.setattr(released, "_from_hub", from_hub)
+    with pytest.warns(UserWarning, match="negative and are now 0"):
+        metric = LatentLPIPS.from_pretrained("flux")
+    assert asked == [("Mingguksky/elatentlpips", "elatentlpips_ckpt/flux_latest_vgg16_tuned.pth")]
+    assert (metric.space.scale, metric.space.shift) == (0.3611, 0.1159)
+
+
+def test_a_hub_repository_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LatentLPIPS(LatentVGG(LatentVGGConfig(width=0.125)), calibrated=True).save_pretrained(tmp_path)
+    monkeypatch.setattr(released, "_from_hub", lambda repository, name: tmp_path / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert LatentLPIPS.from_pretrained("someone/latent-lpips").net.config.width == 0.125
+
+
+def test_a_changed_file_in_the_hub_cache_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blob = tmp_path / ("0" * 64)
+    blob.write_bytes(b"something else")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name: str(blob))
+    with pytest.raises(UserError, match="its sha256 is .* expected 0000"):
+        LatentLPIPS.from_pretrained("sd15")
+
+
+class _Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("code ran",))
+
+
+def test_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    with pytest.raises(UserError, match="none of sd15, sd21, sdxl, sd3, flux"):
+        LatentLPIPS.from_pretrained("sd16")
+    with pytest.raises(UserError, match="could not be downloaded"):
+        LatentLPIPS.from_pretrained("sd15")
+    path = tmp_path / "x.pth"
+    torch.save({"net.slice1.0.weight": _Payload()}, path)
+    with pytest.raises(UserError, match="objects other than tensors"):
+        LatentLPIPS.from_pretrained(path)
+    assert "code ran" not in capsys.readouterr().out
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="cannot be read|other than tensors"):
+        LatentLPIPS.from_pretrained(path)
+    torch.save({"features.0.weight": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="lacks net.slice1.0.weight"):
+        LatentLPIPS.from_pretrained(path)
+    state = released_state(4)
+    del state["net.slice4.24.bias"]
+    torch.save(state, path)
+    with pytest.warns(LicenceNotice), pytest.raises(UserError, match="lacks net.slice4.24.bias"):
+        LatentLPIPS.from_pretrained(path)
+
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The released package, in a folder of its own: it reads and writes `./ckpt`."""
+    if "pkg_resources" not in sys.modules:
+        # It came with setuptools before 81; the package takes one function of it.
+        stand_in = types.ModuleType("pkg_resources")
+        stand_in.parse_version = version.parse  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "pkg_resources", stand_in)
+    module = pytest.importorskip("elatentlpips")
+    monkeypatch.chdir(tmp_path)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:.*weights.*:UserWarning:torchvision")
+@pytest.mark.parametrize(("encoder", "channels"), [("sd15", 4), ("flux", 16)])
+def test_equals_the_released_package(package: Any, encoder: str, channels: int, tmp_path: Path) -> None:
+    """Signed heads, no clamp, no augmentation, no L1: to 1e-5 of the value, and in the gradient; with L1 too."""
+    from elatentlpips.vgg16 import LatentVGG16BN
+
+    state = released_state(channels)
+    (tmp_path / "ckpt").mkdir()
+    backbone = LatentVGG16BN(channels)
+    names = {f"model.features.{n.split('.', 2)[2]}": v for n, v in state.items() if n.startswith("net.")}
+    backbone.load_state_dict({**backbone.state_dict(), **names})
+    torch.save({"state_dict": backbone.state_dict(), "best_acc1": 0.0}, tmp_path / "ckpt" / f"{encoder}_latent_vgg16.pth.tar")
+    file = tmp_path / "ckpt" / f"{encoder}_latest_vgg16_tuned.pth"
+    torch.save(state, file)
+    theirs = package.ELatentLPIPS(encoder=encoder, augment=None, verbose=False)
+    with pytest.warns(UserWarning, match="negative and stay so"):
+        ours = LatentLPIPS.from_pretrained(file, clamp=False)
+    for size in ((64, 64), (32, 48), (7, 13), (4, 4)):
+        x0, x1 = torch.randn(2, 2, channels, *size, generator=torch.Generator().manual_seed(1))
+        plain = partial(theirs, ensembling=False, add_l1_loss=False)
+        torch.testing.assert_close(ours(x0, x1), plain(x0, x1).flatten(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(x0, x1, raw=True), plain(x0, x1, normalize=True).flatten(), rtol=1e-5, atol=1e-5)
+        ours.l1_weight = 1.0
+        with_l1 = theirs(x0, x1, ensembling=False, add_l1_loss=True).flatten()
+        torch.testing.assert_close(ours(x0, x1), with_l1, rtol=1e-5, atol=1e-5)
+        ours.l1_weight = 0.0
+    # In float64 the gradients agree to the last digits: no rounding decides a ReLU or a pooling.
+    theirs, ours = theirs.double(), ours.double()
+    x0, x1 = torch.randn(2, 2, channels, 16, 24, dtype=torch.float64)
+    gradients = []
+    for function in (partial(theirs, ensembling=False, add_l1_loss=False), ours):
+        x = x0.clone().requires_grad_()
+        function(x, x1).sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-8, atol=1e-12)
