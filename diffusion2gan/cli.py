@@ -215,9 +215,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(
         "embedded",
         _embedded,
-        "Make the embedded teacher and its networks from the public emoji (data, autoencoder, teacher, perceptual), measure it (progress, gate), ship it (pack), train the shipped one further (unpack)",
+        "Make the embedded teacher and its networks from the public emoji (data, autoencoder, teacher, perceptual, calibrate), measure it (progress, gate), ship it (pack), train the shipped one further (unpack)",
     )
-    sub.add_argument("stage", choices=("data", "autoencoder", "teacher", "perceptual", "progress", "gate", "pack", "unpack"))
+    sub.add_argument("stage", choices=("data", "autoencoder", "teacher", "perceptual", "calibrate", "progress", "gate", "pack", "unpack"))
     sub.add_argument("--work", type=Path, default=Path("work"), help="folder of checkpoints; the same command goes on where it stopped")
     sub.add_argument("--steps", type=_positive, default=None, help="train to this many steps instead of the recipe's")
     return parser

@@ -1,6 +1,6 @@
 """The stages that make the embedded models, in order; each resumes where it stopped.
 
-    data -> autoencoder -> teacher (text encoder and U-Net) -> perceptual networks -> pack
+    data -> autoencoder -> teacher (text encoder and U-Net) -> perceptual -> calibrate -> pack
 
 `diffusion2gan embedded STAGE` runs one; everything it makes lies under one work folder. `unpack` is the way back: a work
 folder from what is shipped, to train it further.
@@ -22,10 +22,14 @@ from transformers import CLIPTokenizer
 
 from diffusion2gan.device import default_device
 from diffusion2gan.embedded import autoencoder, emoji, perceptual, text_to_image
+from diffusion2gan.embedded.triplets import DISTORTIONS, synthetic_triplets
 from diffusion2gan.embedded.weights import package_root
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import write_bytes_atomic
 from diffusion2gan.fit import save_start
+from diffusion2gan.perceptual import LatentLPIPS
+from diffusion2gan.perceptual.calibrate import Encode, Judgements, calibrate, head_vector, judge, two_afc
+from diffusion2gan.report import markdown_table
 from diffusion2gan.run_log import read_scalars
 
 
@@ -65,6 +69,38 @@ def build_perceptual(work: Path, steps: int | None = None) -> dict[str, dict[str
             dataset, encoder.to(default_device()) if encoder else None, work / f"{name}_run", config, default_device()
         )
         metric.save_pretrained(work / name, torch.float16)
+    return result
+
+
+TRIPLETS_OF_A_KIND = 1000
+
+
+def calibrate_perceptual(work: Path, count: int = TRIPLETS_OF_A_KIND) -> dict[str, dict[str, dict[str, float]]]:
+    """Calibrates the heads of `work/latent_vgg` and `work/pixel_vgg` on synthetic triplets of training pictures, in place.
+
+    Returns, by network and kind of distortion, the 2AFC score on triplets of held-out cells before (heads of ones) and after;
+    it is kept in `work/calibration.json`.
+    """
+    dataset = emoji.load()
+    vae = AutoencoderKL.from_pretrained(work / "vae").to(memory_format=torch.channels_last).eval()
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for name, encoder in (("latent_vgg", vae), ("pixel_vgg", None)):
+        metric = LatentLPIPS.from_pretrained(work / name)
+        encode = perceptual.encoder(encoder)
+        for head in metric.lins:
+            torch.nn.init.ones_(head.weight)
+
+        def judged(split: str, seed: int, metric: LatentLPIPS = metric, encode: Encode = encode) -> dict[str, Judgements]:
+            return {k: judge(metric, synthetic_triplets(dataset, split, k, count, seed), encode) for k in DISTORTIONS}
+
+        with torch.no_grad():
+            held_out = judged("cell", 1)
+            before = {kind: two_afc(head_vector(metric), triplets) for kind, triplets in held_out.items()}
+            training = Judgements.cat(judged("train", 0).values())
+        calibrate(metric, training)
+        result[name] = {k: {"ones": before[k], "calibrated": two_afc(head_vector(metric), t)} for k, t in held_out.items()}
+        metric.save_pretrained(work / name, torch.float16)
+    write_bytes_atomic(work / "calibration.json", (json.dumps(result, indent=1) + "\n").encode())
     return result
 
 
@@ -143,6 +179,10 @@ def run_stage(stage: str, work: Path, steps: int | None = None) -> None:
     elif stage == "perceptual":
         for name, top1 in build_perceptual(work, steps).items():
             print(f"wrote {work / name}; top-1 on held-out cells: " + ", ".join(f"{head} {value:.3f}" for head, value in top1.items()))
+    elif stage == "calibrate":
+        for name, kinds in calibrate_perceptual(work).items():
+            print(f"{name}: 2AFC on synthetic triplets of held-out cells")
+            print(markdown_table(["distortion", "heads of ones", "calibrated"], [[k, *scores.values()] for k, scores in kinds.items()]))
     elif stage in ("progress", "gate"):
         # These use everything below `embedded` in the package, and nothing above needs them.
         from diffusion2gan.embedded import card

@@ -60,18 +60,24 @@ def distort(images: Tensor, generator: torch.Generator) -> Tensor:
     return (moved * contrast[:, :, None, None] + tint[:, :, None, None]).clamp(-1, 1)
 
 
+def encoder(vae: AutoencoderKL | None) -> Callable[[Tensor], Tensor]:
+    """Pictures (B, 3, H, W) in [-1, 1] to what the network reads: scaled latents, or without a `vae` the pictures themselves."""
+    if vae is None:
+        return lambda x: x
+    factor = vae.config.scaling_factor
+    return lambda x: vae.encode(x).latent_dist.mode() * factor
+
+
 def train(
     dataset: EmojiDataset, vae: AutoencoderKL | None, folder: Path, config: FitConfig = CONFIG, device: str = "cpu"
 ) -> tuple[LatentLPIPS, dict[str, float]]:
     """Trains the latent network, or with `vae=None` the pixel network, in `folder`. Returns the uncalibrated distance and the
     top-1 of each head on the held-out (concept, style) cells."""
-    encode: Callable[[Tensor], Tensor]
+    encode = encoder(vae)
     if vae is None:
-        encode, shape = (lambda x: x), LatentVGGConfig(in_channels=3, width=WIDTH, kept_poolings=(1, 2, 3, 4, 5), tap="before")
+        shape = LatentVGGConfig(in_channels=3, width=WIDTH, kept_poolings=(1, 2, 3, 4, 5), tap="before")
     else:
-        factor, channels = vae.config.scaling_factor, vae.config.latent_channels
-        encode = lambda x: vae.encode(x).latent_dist.mode() * factor  # noqa: E731
-        shape = LatentVGGConfig(in_channels=channels, width=WIDTH)
+        shape = LatentVGGConfig(in_channels=vae.config.latent_channels, width=WIDTH)
     sizes, labels = labels_of(dataset)
 
     def batches(rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
