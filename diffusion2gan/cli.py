@@ -6,8 +6,9 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from pydantic import ValidationError
 
@@ -134,64 +135,114 @@ def _embedded(a: argparse.Namespace) -> None:
     build.run_stage(a.stage, a.work, a.steps)
 
 
+def _perceptual_train(a: argparse.Namespace) -> None:
+    from diffusion2gan.perceptual.commands import train_command
+
+    accuracy = train_command(
+        a.vae, a.data, a.out, a.resolution, a.crops, a.limit, a.width, a.norm, a.reading, a.epochs, a.batch_size, a.learning_rate, a.compile
+    )
+    print(f"wrote {a.out / 'metric'} (heads of ones); " + ", ".join(f"{k} {v:.4f}" for k, v in accuracy.items()))
+
+
+def _perceptual_calibrate(a: argparse.Namespace) -> None:
+    from diffusion2gan.perceptual.commands import calibrate_command
+
+    scores = calibrate_command(a.metric, a.vae, a.bapps, a.out, a.resolution)
+    print(f"wrote {a.out}; 2AFC on the training triplets: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+
+
+def _perceptual_score(a: argparse.Namespace) -> None:
+    from diffusion2gan.perceptual.commands import score_command
+
+    print(score_command(a.metric, a.vae, a.bapps, a.resolution), end="")
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def _command(commands: Commands, name: str, function: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    sub = commands.add_parser(name, help=text, description=text)
+    sub.set_defaults(function=function)
+    return sub
+
+
+def _recipe_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("recipe", help="a built-in recipe (see `diffusion2gan recipes`) or a YAML file")
+    sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one setting of the recipe")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="diffusion2gan", description="Distil a multi-step text-to-image diffusion model into a one-step generator."
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name: str, function, text: str, parent=commands) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
-        sub = parent.add_parser(name, help=text, description=text)
-        sub.set_defaults(function=function)
-        return sub
-
-    def recipe_arguments(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("recipe", help="a built-in recipe (see `diffusion2gan recipes`) or a YAML file")
-        sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one setting of the recipe")
-
-    sub = add("demo", _demo, "Distil the embedded teacher live, beside the shipped student, and write one HTML report")
+    sub = _command(commands, "demo", _demo, "Distil the embedded teacher live, beside the shipped student, and write one HTML report")
     sub.add_argument("--out", type=Path, default=Path("runs/demo"))
     sub.add_argument("--minutes", type=float, default=10, help="about how long the whole may take (default 10)")
+    _add_stages(commands)
+    _add_pairs(commands)
+    _add_student(commands)
+    _add_perceptual(commands)
+    _command(commands, "recipes", _recipes, "List the built-in recipes")
+    _add_embedded(commands)
+    return parser
 
-    sub = add(
-        "simulate", _simulate, "Make the teacher's pairs of a recipe (runs under torchrun too; the same command goes on where it stopped)"
-    )
-    recipe_arguments(sub)
+
+def _add_stages(commands: Commands) -> None:
+    text = "Make the teacher's pairs of a recipe (runs under torchrun too; the same command goes on where it stopped)"
+    sub = _command(commands, "simulate", _simulate, text)
+    _recipe_arguments(sub)
     sub.add_argument("--out", type=Path, required=True, help="folder of the pair store")
 
-    pairs = commands.add_parser("pairs", help="Check, show or convert a pair store").add_subparsers(required=True, metavar="COMMAND")
-    sub = add("check", _pairs_check, "Read a whole store: checksums, seeds, finite latents", pairs)
-    sub.add_argument("store", type=Path)
-    sub = add("show", _pairs_show, "Decode the first pairs into one picture", pairs)
-    sub.add_argument("store", type=Path)
-    recipe_arguments(sub)
-    sub.add_argument("-n", "--count", type=_positive, default=32)
-    sub.add_argument("-o", "--output", type=Path, default=Path("pairs.png"))
-    sub = add("store-noise", _pairs_store_noise, "Copy a store into one that holds its noise (faster to read, three times the disk)", pairs)
-    sub.add_argument("store", type=Path)
-    sub.add_argument("--out", type=Path, required=True)
-
-    sub = add("train", _train, "Distil: train the one-step generator on a pair store (the same command goes on where it stopped)")
-    recipe_arguments(sub)
+    text = "Distil: train the one-step generator on a pair store (the same command goes on where it stopped)"
+    sub = _command(commands, "train", _train, text)
+    _recipe_arguments(sub)
     sub.add_argument("--pairs", type=Path, required=True, help="folder of the pair store")
     sub.add_argument("--out", type=Path, required=True, help="run folder")
 
-    sub = add("export", _export, "Write a run's student as an ordinary diffusers folder")
+    sub = _command(commands, "export", _export, "Write a run's student as an ordinary diffusers folder")
     sub.add_argument("run", type=Path)
     sub.add_argument("out", type=Path)
     sub.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
     sub.add_argument("--last", action="store_true", help="the last weights instead of their average")
 
-    sub = add("generate", _generate, "Draw pictures with a student, one step each")
+    text = "Score a student of the embedded teacher by protocol emoji10k-v1 (goes on where it stopped)"
+    sub = _command(commands, "evaluate", _evaluate, text)
+    sub.add_argument("student", help="`embedded` or a folder written by export")
+    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--shared", type=Path, default=None, help="where features of teacher and reference are kept for all students")
+    sub.add_argument("--list", choices=("test", "validation"), default="test")
+    sub.add_argument("--count", type=_positive, default=None, help="only the first so many prompts; marks the result partial")
+    sub.add_argument("--preservation-count", type=_positive, default=None)
+
+
+def _add_pairs(commands: Commands) -> None:
+    pairs = commands.add_parser("pairs", help="Check, show or convert a pair store").add_subparsers(required=True, metavar="COMMAND")
+    sub = _command(pairs, "check", _pairs_check, "Read a whole store: checksums, seeds, finite latents")
+    sub.add_argument("store", type=Path)
+    sub = _command(pairs, "show", _pairs_show, "Decode the first pairs into one picture")
+    sub.add_argument("store", type=Path)
+    _recipe_arguments(sub)
+    sub.add_argument("-n", "--count", type=_positive, default=32)
+    sub.add_argument("-o", "--output", type=Path, default=Path("pairs.png"))
+    text = "Copy a store into one that holds its noise (faster to read, three times the disk)"
+    sub = _command(pairs, "store-noise", _pairs_store_noise, text)
+    sub.add_argument("store", type=Path)
+    sub.add_argument("--out", type=Path, required=True)
+
+
+def _add_student(commands: Commands) -> None:
+    precisions = ("float64", "float32", "float16", "bfloat16")
+    sub = _command(commands, "generate", _generate, "Draw pictures with a student, one step each")
     sub.add_argument("student", help="`embedded` or a folder written by export")
     sub.add_argument("prompt", nargs="+")
     sub.add_argument("--seed", type=_seed, default=0)
     sub.add_argument("-n", "--count", type=_positive, default=1, help="pictures a prompt")
     sub.add_argument("-o", "--output", type=Path, default=Path("out.png"))
-    sub.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"), default="float32")
+    sub.add_argument("--dtype", choices=precisions, default="float32")
 
-    sub = add("compare", _compare, "Teacher and student side by side from the same noise")
+    sub = _command(commands, "compare", _compare, "Teacher and student side by side from the same noise")
     sub.add_argument("student", help="`embedded` or a folder written by export")
     sub.add_argument("prompt", nargs="+")
     sub.add_argument("--teacher", default="embedded", help="`embedded`, a diffusers folder or a hub id")
@@ -200,27 +251,50 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=_seed, default=0)
     sub.add_argument("-n", "--count", type=_positive, default=4, help="noises a prompt")
     sub.add_argument("-o", "--output", type=Path, default=Path("compare.png"))
-    sub.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"), default="float32")
+    sub.add_argument("--dtype", choices=precisions, default="float32")
 
-    sub = add("evaluate", _evaluate, "Score a student of the embedded teacher by protocol emoji10k-v1 (goes on where it stopped)")
-    sub.add_argument("student", help="`embedded` or a folder written by export")
+
+def _add_perceptual(commands: Commands) -> None:
+    text = "Train, calibrate and score a latent perceptual distance of any autoencoder"
+    verbs = commands.add_parser("perceptual", help=text).add_subparsers(required=True, metavar="COMMAND")
+    text = "Encode labelled images once and train a LatentVGG on them (runs under torchrun too; goes on where it stopped)"
+    sub = _command(verbs, "train", _perceptual_train, text)
+    sub.add_argument("--vae", required=True, help="folder or hub id of an AutoencoderKL, or of a pipeline that has one")
+    sub.add_argument("--data", required=True, help="folder with train/CLASS/IMAGE and val/CLASS/IMAGE, or a hub data set")
     sub.add_argument("--out", type=Path, required=True)
-    sub.add_argument("--shared", type=Path, default=None, help="where features of teacher and reference are kept for all students")
-    sub.add_argument("--list", choices=("test", "validation"), default="test")
-    sub.add_argument("--count", type=_positive, default=None, help="only the first so many prompts; marks the result partial")
-    sub.add_argument("--preservation-count", type=_positive, default=None)
+    sub.add_argument("--resolution", type=_positive, default=256, help="side of the encoded images in pixels")
+    sub.add_argument("--crops", type=_positive, default=4, help="random crops encoded of each training image")
+    sub.add_argument("--limit", type=_positive, default=None, help="only so many images of each split, spread evenly")
+    sub.add_argument("--width", type=float, default=1.0, help="of VGG16's channels")
+    sub.add_argument("--norm", choices=("batch", "group"), default="batch")
+    sub.add_argument("--reading", choices=("released", "before"), default="released", help="which three poolings are removed")
+    sub.add_argument("--epochs", type=_positive, default=90)
+    sub.add_argument("--batch-size", type=_positive, default=256, help="over all processes")
+    sub.add_argument("--learning-rate", type=float, default=1e-3)
+    sub.add_argument("--compile", action="store_true")
+    for name, function, text in (
+        ("calibrate", _perceptual_calibrate, "Fit the heads of a metric to BAPPS' training judgements, non-negative"),
+        ("score", _perceptual_score, "2AFC of a metric on each validation subset of BAPPS"),
+    ):
+        sub = _command(verbs, name, function, text)
+        sub.add_argument("metric", help="folder, file, hub repository, or sd15, sd21, sdxl, sd3, flux")
+        sub.add_argument("--vae", required=True, help="the metric's autoencoder, or `pixels` for a metric that reads pixels")
+        sub.add_argument("--bapps", type=Path, required=True, help="the unpacked data set, with 2afc/{train,val}")
+        sub.add_argument("--resolution", type=_positive, default=64)
+        if name == "calibrate":
+            sub.add_argument("--out", type=Path, required=True)
 
-    add("recipes", _recipes, "List the built-in recipes")
 
-    sub = add(
-        "embedded",
-        _embedded,
-        "Make the embedded teacher and its networks from the public emoji (data, autoencoder, teacher, perceptual, calibrate), measure it (progress, gate), ship it (pack), train the shipped one further (unpack)",
+def _add_embedded(commands: Commands) -> None:
+    text = (
+        "Make the embedded teacher and its networks from the public emoji (data, autoencoder, teacher, perceptual, calibrate), "
+        "measure it (progress, gate), ship it (pack), train the shipped one further (unpack)"
     )
-    sub.add_argument("stage", choices=("data", "autoencoder", "teacher", "perceptual", "calibrate", "progress", "gate", "pack", "unpack"))
+    stages = ("data", "autoencoder", "teacher", "perceptual", "calibrate", "progress", "gate", "pack", "unpack")
+    sub = _command(commands, "embedded", _embedded, text)
+    sub.add_argument("stage", choices=stages)
     sub.add_argument("--work", type=Path, default=Path("work"), help="folder of checkpoints; the same command goes on where it stopped")
     sub.add_argument("--steps", type=_positive, default=None, help="train to this many steps instead of the recipe's")
-    return parser
 
 
 def _positive(text: str) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -69,6 +70,22 @@ def save_start(model: nn.Module, config: FitConfig, folder: Path, step: int) -> 
     _save(folder / "checkpoint.pt", model, Ema(model, config.ema_decay), _optimizer(model, config), config, step)
 
 
+def process_rank() -> tuple[int, int]:
+    """(rank, world size) of this process; (0, 1) where nothing is distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _mean_over_processes(tensors: list[Tensor]) -> None:
+    """Replaces every tensor by its mean over all processes, in one exchange."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
 def fit(
     model: nn.Module,
     loss_of_step: Callable[[np.random.Generator, torch.Generator], tuple[Tensor, dict[str, Tensor]]],
@@ -79,34 +96,32 @@ def fit(
 ) -> dict[str, Tensor]:
     """Trains `model` to `config.steps`, going on from `folder/checkpoint.pt` if there is one. Returns the EMA weights.
 
-    SIGTERM and Ctrl-C finish the step, save and raise KeyboardInterrupt. Scalars go to `folder/metrics.jsonl`.
+    SIGTERM and Ctrl-C finish the step, save and raise KeyboardInterrupt. Scalars go to `folder/metrics.jsonl`. In several
+    processes each computes the loss of its own share of the batch; gradients and batch statistics are averaged, and the
+    first process writes.
     """
+    rank, world = process_rank()
     optimizer = _optimizer(model, config)
     ema = Ema(model, config.ema_decay)
     path = folder / "checkpoint.pt"
-    start = 0
-    if path.exists():
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        ema.load(saved["ema"])
-        start = saved["step"]
-        for key, value in saved.get("config", {}).items():
-            if key not in ("steps", "decay_steps", "checkpoint_every", "log_every", "compile") and value != asdict(config)[key]:
-                raise UserError(f"{path}: trained with {key} {value}, now it is {asdict(config)[key]}; choose another folder")
-
-    folder.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=config.steps, initial=start, desc=folder.name, mininterval=5)
-    log = RunLog(folder)
+    start = _resume(path, model, ema, optimizer, config)
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=config.steps, initial=start, desc=folder.name, mininterval=5, disable=rank != 0)
+    log = RunLog(folder, rank == 0)
     log.rewind(start)
+    statistics = [b for b in model.buffers() if b.is_floating_point()]
     with disk_errors(folder), stop_requests() as stop, bar:
         for step in range(start, config.steps):
             for group in optimizer.param_groups:
                 group["lr"] = config.rate(step)
             loss, scalars = loss_of_step(*step_generators(config.seed, step))
-            if not torch.isfinite(loss):
-                raise UserError(f"{folder.name}: the loss is {loss.item()} at step {step}; the last good weights are in {path}")
             loss.backward()
+            told = torch.stack([loss.detach().float(), loss.new_tensor(float(stop()), dtype=torch.float32)])
+            if world > 1:
+                _mean_over_processes([*(p.grad for p in model.parameters() if p.grad is not None), *statistics, told])
+            if not torch.isfinite(told[0]):
+                raise UserError(f"{folder.name}: the loss is {told[0].item()} at step {step}; the last good weights are in {path}")
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
             if not torch.isfinite(norm):
                 raise UserError(
@@ -117,16 +132,31 @@ def fit(
             ema.update(model, step)
             bar.update()
             done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
-                row = {"time": time.time(), "loss": loss.item(), "gradient_norm": norm.item()}
+            validating = validate is not None and validate_every > 0 and (done % validate_every == 0 or done == config.steps)
+            if rank == 0 and (done % config.log_every == 0 or done == config.steps or validating):
+                row = {"time": time.time(), "loss": told[0].item(), "gradient_norm": norm.item()}
                 row |= {k: float(v) for k, v in scalars.items()}
-                if validate and validate_every and done % validate_every == 0:
+                if validate is not None and validating:
                     row |= validate(ema.state)
                 log.scalars(done, row)
                 bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "time"})
-            stopping = stop()
-            if done % config.checkpoint_every == 0 or done == config.steps or stopping:
+            stopping = told[1].item() > 0
+            if rank == 0 and (done % config.checkpoint_every == 0 or done == config.steps or stopping):
                 _save(path, model, ema, optimizer, config, done)
             if stopping:
                 raise KeyboardInterrupt
     return ema.state
+
+
+def _resume(path: Path, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, config: FitConfig) -> int:
+    """Loads a checkpoint, if there is one; returns the step to go on from. Raises UserError for one of other settings."""
+    if not path.exists():
+        return 0
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    for key, value in saved.get("config", {}).items():
+        if key not in ("steps", "decay_steps", "checkpoint_every", "log_every", "compile") and value != asdict(config)[key]:
+            raise UserError(f"{path}: trained with {key} {value}, now it is {asdict(config)[key]}; choose another folder")
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    ema.load(saved["ema"])
+    return saved["step"]

@@ -178,7 +178,7 @@ def run_stage(stage: str, work: Path, steps: int | None = None) -> None:
         print(f"wrote {build_teacher(work, steps)}")
     elif stage == "perceptual":
         for name, top1 in build_perceptual(work, steps).items():
-            print(f"wrote {work / name}; top-1 on held-out cells: " + ", ".join(f"{head} {value:.3f}" for head, value in top1.items()))
+            print(f"wrote {work / name}; on held-out cells: " + ", ".join(f"{head} {value:.3f}" for head, value in top1.items()))
     elif stage == "calibrate":
         for name, kinds in calibrate_perceptual(work).items():
             print(f"{name}: 2AFC on synthetic triplets of held-out cells")

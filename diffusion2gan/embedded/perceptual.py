@@ -72,7 +72,7 @@ def train(
     dataset: EmojiDataset, vae: AutoencoderKL | None, folder: Path, config: FitConfig = CONFIG, device: str = "cpu"
 ) -> tuple[LatentLPIPS, dict[str, float]]:
     """Trains the latent network, or with `vae=None` the pixel network, in `folder`. Returns the uncalibrated distance and the
-    top-1 of each head on the held-out (concept, style) cells."""
+    accuracies on the held-out (concept, style) cells."""
     encode = encoder(vae)
     if vae is None:
         shape = LatentVGGConfig(in_channels=3, width=WIDTH, kept_poolings=(1, 2, 3, 4, 5), tap="before")
@@ -87,9 +87,9 @@ def train(
         return x.float(), {k: v[rows].to(device) for k, v in labels.items()}
 
     held_out = dataset.indices("cell")
+    parts = [held_out[i : i + 64] for i in range(0, len(held_out), 64)]
     with torch.no_grad():
-        inputs = torch.cat([encode(to_tensor(dataset.images[held_out[i : i + 64]]).to(device)) for i in range(0, len(held_out), 64)])
-    backbone, accuracy = train_classifier(
-        shape, sizes, batches, config, folder, (inputs, {k: v[held_out].to(device) for k, v in labels.items()})
-    )
-    return LatentLPIPS(backbone), accuracy
+        inputs = [encode(to_tensor(dataset.images[rows]).to(device)) for rows in parts]
+    truth = [{k: v[rows].to(device) for k, v in labels.items()} for rows in parts]
+    backbone, accuracy = train_classifier(shape, sizes, batches, config, folder, lambda: zip(inputs, truth, strict=True), device)
+    return LatentLPIPS(backbone.cpu()), accuracy

@@ -6,7 +6,7 @@ which label heads there are. Linear calibration of the distance comes afterwards
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusion2gan.device import compile_for_one_shape
 from diffusion2gan.fit import FitConfig, fit
 from diffusion2gan.perceptual.latent_vgg import LatentVGG, LatentVGGConfig
 
@@ -45,15 +46,21 @@ def classification_loss(logits: Mapping[str, Tensor], labels: Mapping[str, Tenso
 
 
 @torch.inference_mode()
-def top1(model: Classifier, x: Tensor, labels: Mapping[str, Tensor], batch: int = 256) -> dict[str, float]:
-    """Share of right answers of each head on (N, C, H, W) inputs; labels of -1 are left out."""
+def accuracies(model: Classifier, batches: Iterable[tuple[Tensor, Mapping[str, Tensor]]]) -> dict[str, float]:
+    """Share of right answers of each head, `top1_HEAD` and, for heads of more than 20 classes, `top5_HEAD`; labels of -1 are left out."""
     model.eval()
-    parts = [model(x[i : i + batch]) for i in range(0, len(x), batch)]
+    ranks: dict[str, list[Tensor]] = {name: [] for name in model.heads}
+    for x, labels in batches:
+        for name, logits in model(x).items():
+            known = labels[name] >= 0
+            right = logits[known].gather(1, labels[name][known, None])
+            ranks[name].append((logits[known] > right).sum(1))
     result = {}
-    for name in model.heads:
-        answers = torch.cat([p[name] for p in parts]).argmax(1)
-        known = labels[name] >= 0
-        result[name] = (answers[known] == labels[name][known]).float().mean().item()
+    for name, parts in ranks.items():
+        rank = torch.cat(parts)
+        result[f"top1_{name}"] = (rank < 1).float().mean().item()
+        if model.heads.get_submodule(name).out_features > 20:
+            result[f"top5_{name}"] = (rank < 5).float().mean().item()
     return result
 
 
@@ -63,27 +70,30 @@ def train_classifier(
     batches: Batches,
     config: FitConfig,
     folder: Path,
-    validation: tuple[Tensor, Mapping[str, Tensor]],
+    validation: Callable[[], Iterable[tuple[Tensor, Mapping[str, Tensor]]]],
+    device: torch.device | str = "cpu",
     validate_every: int = 500,
 ) -> tuple[LatentVGG, dict[str, float]]:
-    """Trains in `folder`, resumably. Returns the frozen averaged backbone and the top-1 of each head on `validation`."""
+    """Trains in `folder`, resumably. Returns the frozen averaged backbone and its `accuracies` on `validation`.
+
+    In several processes `batches` gives each its own share.
+    """
     torch.manual_seed(config.seed)
-    device = validation[0].device
+    device = torch.device(device)
     model = Classifier(vgg, heads).to(device).to(memory_format=torch.channels_last)
     average = Classifier(vgg, heads).to(device).to(memory_format=torch.channels_last)
-    network = torch.compile(model) if config.compile else model
+    network = compile_for_one_shape(model, device, "compile") if config.compile else model
 
     def loss_of_step(rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         x, labels = batches(rng, generator)
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             logits = network(x.contiguous(memory_format=torch.channels_last))
         right = {f"train_top1_{k}": (v.argmax(1) == labels[k]).float().mean() for k, v in logits.items()}
         return classification_loss(logits, labels), right
 
     def validate(state: dict[str, Tensor]) -> dict[str, float]:
         average.load_state_dict(state)
-        return {f"top1_{k}": v for k, v in top1(average, *validation).items()}
+        return accuracies(average, validation())
 
     average.load_state_dict(fit(model, loss_of_step, config, folder, validate, validate_every))
-    accuracy = top1(average, *validation)
-    return average.vgg.cpu().freeze(), accuracy
+    return average.vgg.freeze(), accuracies(average, validation())

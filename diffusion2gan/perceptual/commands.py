@@ -1,0 +1,161 @@
+"""What `diffusion2gan perceptual ...` runs: training, calibrating and scoring a latent distance of any autoencoder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.fit import FitConfig
+from diffusion2gan.perceptual.bapps import subsets
+from diffusion2gan.perceptual.calibrate import Encode, Judgements, best_possible, calibrate, head_vector, judge, two_afc
+from diffusion2gan.perceptual.latent_cache import LatentCache, cache_latents, open_images
+from diffusion2gan.perceptual.latent_lpips import LatentLPIPS, LatentSpace
+from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
+from diffusion2gan.perceptual.train import train_classifier
+from diffusion2gan.report import markdown_table
+
+# "Three poolings removed" is read in two ways: as by the released checkpoints, and as by the only public training code.
+READINGS: dict[str, dict[str, Any]] = {
+    "released": {"kept_poolings": (4, 5), "tap": "after"},
+    "before": {"kept_poolings": (3, 4), "tap": "before"},
+}
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """A frozen autoencoder: pixels to scaled latents, and what names it."""
+
+    encode: Encode
+    space: LatentSpace
+    channels: int
+    name: str
+
+
+def open_autoencoder(source: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Autoencoder:
+    """A diffusers `AutoencoderKL` from a folder or hub id, or from the `vae` part of a pipeline. Raises UserError when it is none."""
+    for options in ({}, {"subfolder": "vae"}):
+        try:
+            vae = AutoencoderKL.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **options)
+            break
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:120]
+    else:
+        raise UserError(f"--vae {source}: is no AutoencoderKL ({reason}); name a folder or hub id of one, or of a pipeline with a vae")
+    vae = vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    space = LatentSpace(float(vae.config.scaling_factor), float(getattr(vae.config, "shift_factor", None) or 0.0))
+
+    @torch.no_grad()
+    def encode(x: Tensor) -> Tensor:
+        latent = vae.encode(x.to(device, dtype).contiguous(memory_format=torch.channels_last)).latent_dist.mode()
+        return space.scaled(latent.float())
+
+    name = f"{Path(source).name if Path(source).is_dir() else source}, {vae.config.latent_channels} channels, scale {space.scale:g}, shift {space.shift:g}"
+    return Autoencoder(encode, space, vae.config.latent_channels, name)
+
+
+def train_command(
+    vae: str,
+    data: str,
+    out: Path,
+    resolution: int = 256,
+    crops: int = 4,
+    limit: int | None = None,
+    width: float = 1.0,
+    norm: str = "batch",
+    reading: str = "released",
+    epochs: int = 90,
+    batch_size: int = 256,
+    learning_rate: float = 1e-3,
+    compiled: bool = False,
+) -> dict[str, float]:
+    """Encodes the images of `data` once into OUT/latents, trains F on them and writes the uncalibrated distance to OUT/metric.
+
+    Runs in any number of processes (`torchrun -m diffusion2gan perceptual train ...`). Returns top-1 and top-5 on the validation
+    images. The same command goes on where it stopped.
+    """
+    state = PartialState()
+    rank, world, device = state.process_index, state.num_processes, state.device
+    if batch_size % world:
+        raise UserError(f"--batch-size is {batch_size}, expected a multiple of the {world} processes")
+    caches = {split: out / "latents" / split for split in ("train", "val")}
+    encoder = open_autoencoder(vae, device)
+    for split, folder in caches.items():
+        images = open_images(data, split)
+        views = crops if split == "train" else 0
+        cache_latents(images, encoder.encode, folder, {"vae": encoder.name}, resolution, views, limit, rank=rank, world=world)
+    state.wait_for_everyone()
+    train, val = (LatentCache(folder) for folder in caches.values())
+    if train.settings["classes"] != val.settings["classes"]:
+        raise UserError(f"{data}: train and val have other classes; expected the same subfolders in both")
+    steps = max(1, epochs * len(train) // batch_size)
+    config = FitConfig(
+        steps, batch_size, learning_rate, warmup_steps=min(1000, steps // 10), decay_steps=steps // 2, weight_decay=0.05, compile=compiled
+    )  # fmt: skip
+    shape = LatentVGGConfig(in_channels=encoder.channels, width=width, norm=norm, **READINGS[reading])
+    share = batch_size // world
+
+    def batches(rng: np.random.Generator, _generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        # The whole batch in every process, so that their number does not change it; each takes its share.
+        rows, views = rng.integers(len(train), size=batch_size), rng.integers(train.views, size=batch_size)
+        own = slice(rank * share, (rank + 1) * share)
+        labels = torch.from_numpy(train.labels[rows[own]].astype(np.int64))
+        return train.batch(rows[own], views[own]).to(device), {"class": labels.to(device)}
+
+    def validation() -> Any:
+        return ((x.to(device), {"class": labels.to(device)}) for x, labels in val.in_order())
+
+    backbone, accuracy = train_classifier(
+        shape, {"class": len(train.settings["classes"])}, batches, config, out / "run", validation, device
+    )
+    if rank == 0:
+        LatentLPIPS(backbone.cpu(), space=encoder.space).save_pretrained(out / "metric")
+        write_bytes_atomic(out / "accuracy.json", (json.dumps(accuracy, indent=1) + "\n").encode())
+    return accuracy
+
+
+def _judged(metric: LatentLPIPS, encode: Encode, root: Path, split: str, resolution: int) -> dict[str, Judgements]:
+    return {
+        name: judge(metric, subset.batches(), encode, -(-len(subset) // 64)) for name, subset in subsets(root, split, resolution).items()
+    }
+
+
+def calibrate_command(metric_source: str, vae: str, bapps: Path, out: Path, resolution: int = 64) -> dict[str, float]:
+    """Fits the heads of a metric to the training judgements of BAPPS and writes it to `out`. Returns its 2AFC on them."""
+    device = PartialState().device
+    metric = LatentLPIPS.from_pretrained(metric_source).to(device)
+    encoder = _encoder_of(metric, vae, device)
+    judged = _judged(metric, encoder, bapps, "train", resolution)
+    metric = calibrate(metric.cpu(), Judgements.cat(judged.values()))
+    metric.save_pretrained(out)
+    return {name: two_afc(head_vector(metric), j) for name, j in judged.items()}
+
+
+def score_command(metric_source: str, vae: str, bapps: Path, resolution: int = 64) -> str:
+    """2AFC of a metric on each validation subset of BAPPS, beside the best that any metric could reach; a Markdown table."""
+    device = PartialState().device
+    metric = LatentLPIPS.from_pretrained(metric_source).to(device)
+    judged = _judged(metric, _encoder_of(metric, vae, device), bapps, "val", resolution)
+    heads = head_vector(metric).cpu()
+    rows = [[name, len(j.judgement), two_afc(heads, j), best_possible(j)] for name, j in judged.items()]
+    return markdown_table(["subset", "triplets", "2AFC", "always with the majority"], rows)
+
+
+def _encoder_of(metric: LatentLPIPS, vae: str, device: torch.device) -> Encode:
+    if vae == "pixels":
+        return lambda x: x.to(device)
+    encoder = open_autoencoder(vae, device)
+    if encoder.channels != metric.net.config.in_channels:
+        raise UserError(
+            f"--vae {vae}: has {encoder.channels} channels, the metric reads {metric.net.config.in_channels}; name the metric's own autoencoder"
+        )
+    return encoder.encode

@@ -1,0 +1,181 @@
+"""`perceptual train`, `calibrate` and `score` on a tiny autoencoder and synthetic images."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from diffusion2gan import cli
+from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual import LatentLPIPS, latent_cache
+from diffusion2gan.perceptual.commands import open_autoencoder
+from diffusion2gan.perceptual.latent_cache import ImageFolder, LatentCache, cache_latents, centre_crop, random_crop
+from tests.helpers import tree_digest
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=6,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes that differ in colour, of several sizes."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 6)):
+        for name, colour in (("blue", (20, 30, 220)), ("red", (220, 30, 20))):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                noise = rng.integers(-20, 20, (24 + 4 * (i % 3), 32, 3))
+                Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
+def _train(vae: Path, images: Path, out: Path, *more: str) -> int:
+    arguments = ["perceptual", "train", "--vae", vae, "--data", images, "--out", out, "--resolution", 16, "--crops", 2, "--width", 0.125]
+    return cli.main([str(a) for a in arguments] + ["--batch-size", "8", "--learning-rate", "3e-3", *more])
+
+
+@pytest.mark.parametrize("reading", ["released", "before"])
+def test_train_learns_and_its_metric_loads(vae: Path, images: Path, tmp_path: Path, reading: str) -> None:
+    assert _train(vae, images, tmp_path, "--epochs", "20", "--reading", reading) == 0
+    assert json.loads((tmp_path / "accuracy.json").read_text())["top1_class"] >= 0.9
+    metric = LatentLPIPS.from_pretrained(tmp_path / "metric")
+    assert metric.net.config.in_channels == 6 and not metric.calibrated
+    assert (metric.space.scale, metric.space.shift) == (0.5, 0.25)
+    x0, x1 = torch.randn(2, 1, 6, 8, 8)
+    assert metric(x0, x1, raw=True) > 0
+
+
+def test_encoding_is_done_once_and_goes_on(vae: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latent_cache, "SHARD", 5)
+    encoder = open_autoencoder(str(vae), torch.device("cpu"))
+    folder = ImageFolder(images / "train")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    cache_latents(folder, encoder.encode, whole, {"vae": "x"}, 16, crops=2)
+    encoded = []
+
+    def stumbling(x: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(x))
+        if len(encoded) == 3:
+            raise KeyboardInterrupt
+        return encoder.encode(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        cache_latents(folder, stumbling, parts, {"vae": "x"}, 16, crops=2)
+    with pytest.raises(UserError, match="2 of 5 shards"):
+        LatentCache(parts)
+    for rank in (1, 0):
+        cache_latents(folder, encoder.encode, parts, {"vae": "x"}, 16, crops=2, rank=rank, world=2)
+    assert tree_digest(parts) == tree_digest(whole)
+    cache_latents(folder, lambda x: pytest.fail("encoded again"), parts, {"vae": "x"}, 16, crops=2)
+    cache = LatentCache(parts)
+    assert len(cache) == 24 and cache.shape == (6, 8, 8) and cache.views == 2
+    assert cache.labels.tolist() == [0] * 12 + [1] * 12
+    assert sum(len(x) for x, _ in cache.in_order(7)) == 24
+    with pytest.raises(UserError, match="resolution is 16 there and 32 now"):
+        cache_latents(folder, encoder.encode, parts, {"vae": "x"}, 32, crops=2)
+    (parts / "00001.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(UserError, match="a shard cannot be read"):
+        LatentCache(parts)
+
+
+def test_cached_latents_are_the_autoencoders(vae: Path, images: Path, tmp_path: Path) -> None:
+    encoder = open_autoencoder(str(vae), torch.device("cpu"))
+    folder = ImageFolder(images / "val")
+    cache_latents(folder, encoder.encode, tmp_path / "latents", {}, 16, limit=4)
+    cache = LatentCache(tmp_path / "latents")
+    assert len(cache) == 4 and cache.labels.tolist() == [0, 0, 1, 1]
+    pixels = torch.from_numpy(np.array(centre_crop(folder.image(0), 16))).permute(2, 0, 1)[None] / 127.5 - 1
+    model = AutoencoderKL.from_pretrained(vae)
+    with torch.no_grad():
+        expected = (model.encode(pixels).latent_dist.mode() - 0.25) * 0.5
+    torch.testing.assert_close(cache.batch(np.array([0]), np.array([0])), expected, rtol=1e-2, atol=2e-3)
+
+
+def test_crops() -> None:
+    wide = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[None, :, None] * 4, (32, 1, 3)))
+    middle = np.asarray(centre_crop(wide, 28))
+    assert middle.shape == (28, 28, 3) and abs(int(middle[:, 14].mean()) - 128) < 8
+    rng = np.random.default_rng(0)
+    crops = [np.asarray(random_crop(wide, 16, rng)) for _ in range(200)]
+    assert all(c.shape == (16, 16, 3) for c in crops)
+    flipped = np.mean([int(c[0, 0, 0]) > int(c[0, -1, 0]) for c in crops])
+    assert 0.35 < flipped < 0.65
+
+
+def test_two_processes_learn_what_one_does(vae: Path, images: Path, tmp_path: Path) -> None:
+    """With group norm, whose statistics are of one sample."""
+    options = ["--epochs", "2", "--norm", "group"]
+    assert _train(vae, images, tmp_path / "one", *options) == 0
+    shape = ["--resolution", "16", "--crops", "2", "--width", "0.125", "--batch-size", "8", "--learning-rate", "3e-3"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "diffusion2gan", "perceptual", "train"]
+    command += ["--vae", str(vae), "--data", str(images), "--out", str(tmp_path / "two"), *shape, *options]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}, timeout=300)
+    one, two = (LatentLPIPS.from_pretrained(tmp_path / n / "metric").state_dict() for n in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=2e-3, msg=lambda text, name=name: f"{name}: {text}")
+    assert tree_digest(tmp_path / "one" / "latents") == tree_digest(tmp_path / "two" / "latents")
+
+
+def test_calibrate_and_score(vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from diffusion2gan.perceptual import LatentVGG
+    from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
+
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 110), ("val", 8)):
+        base = tmp_path / "bapps" / "2afc" / split / "cnn"
+        for part in ("ref", "p0", "p1", "judge"):
+            (base / part).mkdir(parents=True)
+        for i in range(count):
+            reference = rng.integers(60, 190, (16, 16, 3))
+            for part, strength in (("ref", 0), ("p0", 60 if i % 2 else 5), ("p1", 5 if i % 2 else 60)):
+                noisy = reference + strength * rng.standard_normal((16, 16, 3))
+                Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(base / part / f"{i:06d}.png")
+            np.save(base / "judge" / f"{i:06d}.npy", np.array([i % 2], np.float32))
+    metric, out = tmp_path / "metric", tmp_path / "calibrated"
+    LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=6, width=0.125))).save_pretrained(metric)
+    common = ["--vae", str(vae), "--bapps", str(tmp_path / "bapps"), "--resolution", "16"]
+    assert cli.main(["perceptual", "calibrate", str(metric), *common, "--out", str(out)]) == 0
+    assert LatentLPIPS.from_pretrained(out).calibrated
+    capsys.readouterr()
+    assert cli.main(["perceptual", "score", str(out), *common]) == 0
+    assert "| cnn | 8 | 1 |" in capsys.readouterr().out
+    LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=4, width=0.125))).save_pretrained(metric)
+    assert cli.main(["perceptual", "score", str(metric), *common]) == 2
+    assert "the metric reads 4" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_line(vae: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    (tmp_path / "broken" / "train" / "a").mkdir(parents=True)
+    (tmp_path / "broken" / "train" / "a" / "x.png").write_bytes(b"no picture")
+    for arguments, message in (
+        ((tmp_path, images, tmp_path / "o1"), "is no AutoencoderKL"),
+        ((vae, tmp_path / "empty", tmp_path / "o2"), "no images in subfolders"),
+        ((vae, tmp_path / "broken", tmp_path / "o3"), "x.png: cannot be read"),
+        ((vae, vae, tmp_path / "o4"), "has no folder train"),
+    ):
+        assert _train(*arguments) == 2  # type: ignore[arg-type]
+        error = capsys.readouterr().err
+        assert message in error.splitlines()[-1] and "Traceback" not in error
