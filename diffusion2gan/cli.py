@@ -254,8 +254,16 @@ def _add_student(commands: Commands) -> None:
     sub.add_argument("--dtype", choices=precisions, default="float32")
 
 
+def _perceptual_reconstruct(a: argparse.Namespace) -> None:
+    from diffusion2gan.perceptual.commands import reconstruct_command
+
+    options = {"prompts": a.prompt} if a.prompt else {}
+    print(reconstruct_command(a.out, a.metric, a.vae, a.pixel_metric, a.images, steps=a.steps, seed=a.seed, **options), end="")
+    print(f"wrote {a.out / 'pictures.png'} and {a.out / 'curves.png'}")
+
+
 def _add_perceptual(commands: Commands) -> None:
-    text = "Train, calibrate and score a latent perceptual distance of any autoencoder"
+    text = "Train, calibrate, score and try a latent perceptual distance of any autoencoder"
     verbs = commands.add_parser("perceptual", help=text).add_subparsers(required=True, metavar="COMMAND")
     text = "Encode labelled images once and train a LatentVGG on them (runs under torchrun too; goes on where it stopped)"
     sub = _command(verbs, "train", _perceptual_train, text)
@@ -283,6 +291,17 @@ def _add_perceptual(commands: Commands) -> None:
         sub.add_argument("--resolution", type=_positive, default=64)
         if name == "calibrate":
             sub.add_argument("--out", type=Path, required=True)
+
+    text = "Move a random latent towards a picture by each distance alone (Figure 3)"
+    sub = _command(verbs, "reconstruct", _perceptual_reconstruct, text)
+    sub.add_argument("--metric", default="embedded", help="`embedded`, a folder, file, hub repository, or sd15, sd21, sdxl, sd3, flux")
+    sub.add_argument("--vae", default="embedded", help="the metric's autoencoder")
+    sub.add_argument("--pixel-metric", default=None, help="a metric that reads pixels, for LPIPS through the decoder")
+    sub.add_argument("--images", type=Path, nargs="+", default=[], help="pictures to reconstruct")
+    sub.add_argument("--prompt", nargs="+", default=[], help="pictures of the embedded teacher to reconstruct")
+    sub.add_argument("--steps", type=_positive, default=1000)
+    sub.add_argument("--seed", type=_seed, default=0)
+    sub.add_argument("--out", type=Path, required=True)
 
 
 def _add_embedded(commands: Commands) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,25 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from diffusion2gan.embedded.weights import embedded_folder
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import write_bytes_atomic
 from diffusion2gan.fit import FitConfig
+from diffusion2gan.pairs.seeds import draw_noise, evaluation_seed
 from diffusion2gan.perceptual.bapps import subsets
 from diffusion2gan.perceptual.calibrate import Encode, Judgements, best_possible, calibrate, head_vector, judge, two_afc
 from diffusion2gan.perceptual.latent_cache import LatentCache, cache_latents, open_images
 from diffusion2gan.perceptual.latent_lpips import LatentLPIPS, LatentSpace
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
+from diffusion2gan.perceptual.reconstruct import distances_of_figure_3, run_experiment
 from diffusion2gan.perceptual.train import train_classifier
 from diffusion2gan.report import markdown_table
+from diffusion2gan.teachers.load import load_teacher
+from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
+from diffusion2gan.teachers.protocol import TeacherConfig
 
 # "Three poolings removed" is read in two ways: as by the released checkpoints, and as by the only public training code.
 READINGS: dict[str, dict[str, Any]] = {
@@ -33,9 +41,10 @@ READINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """A frozen autoencoder: pixels to scaled latents, and what names it."""
+    """A frozen autoencoder: pixels to scaled latents and back, and what names it."""
 
     encode: Encode
+    decode: Callable[[Tensor], Tensor]
     space: LatentSpace
     channels: int
     name: str
@@ -59,8 +68,11 @@ def open_autoencoder(source: str, device: torch.device, dtype: torch.dtype = tor
         latent = vae.encode(x.to(device, dtype).contiguous(memory_format=torch.channels_last)).latent_dist.mode()
         return space.scaled(latent.float())
 
+    def decode(x: Tensor) -> Tensor:
+        return vae.decode((x / space.scale + space.shift).to(dtype), return_dict=False)[0].float()
+
     name = f"{Path(source).name if Path(source).is_dir() else source}, {vae.config.latent_channels} channels, scale {space.scale:g}, shift {space.shift:g}"
-    return Autoencoder(encode, space, vae.config.latent_channels, name)
+    return Autoencoder(encode, decode, space, vae.config.latent_channels, name)
 
 
 def train_command(
@@ -159,3 +171,49 @@ def _encoder_of(metric: LatentLPIPS, vae: str, device: torch.device) -> Encode:
             f"--vae {vae}: has {encoder.channels} channels, the metric reads {metric.net.config.in_channels}; name the metric's own autoencoder"
         )
     return encoder.encode
+
+
+def reconstruct_command(
+    out: Path,
+    metric: str = "embedded",
+    vae: str = "embedded",
+    pixel_metric: str | None = None,
+    images: Sequence[Path] = (),
+    prompts: Sequence[str] = ("noto face smiling", "twemoji animal mammal", "fluent food fruit", "noto country flag"),
+    steps: int = 1000,
+    seed: int = 0,
+) -> str:
+    """Figure 3's experiment on images, or on pictures of the embedded teacher for `prompts`. Returns the table.
+
+    `metric`: `embedded`, or as `LatentLPIPS.from_pretrained`; `pixel_metric`: a metric that reads pixels, for LPIPS through the
+    decoder (the embedded one by default beside the embedded metric).
+    """
+    device = PartialState().device
+    embedded = vae == "embedded"
+    if (metric == "embedded") != embedded:
+        raise UserError(f"--metric {metric} with --vae {vae}: the metric must be of the autoencoder's own latents; name both")
+    latent = LatentLPIPS.from_pretrained(embedded_folder("latent_vgg") if embedded else metric).to(device)
+    encoder = open_autoencoder(str(embedded_folder("teacher")) if embedded else vae, device)
+    pixel_source = str(embedded_folder("pixel_vgg")) if pixel_metric is None and embedded else pixel_metric
+    pixel = None if pixel_source is None else LatentLPIPS.from_pretrained(pixel_source).to(device)
+    if encoder.channels != latent.net.config.in_channels:
+        raise UserError(f"--vae {vae}: has {encoder.channels} channels, the metric reads {latent.net.config.in_channels}")
+    if images:
+        target = torch.cat([encoder.encode(read_picture(path)) for path in images])
+    elif embedded:
+        teacher = load_teacher(TeacherConfig(source="embedded"), device)
+        noise = draw_noise([evaluation_seed((1 << 51) + seed + i) for i in range(len(prompts))], teacher.latent_shape)
+        target = OdeSolver(teacher, SolverConfig(solver="dpmpp", steps=25, spacing="trailing")).solve(noise, list(prompts))
+    else:
+        raise UserError(f"--vae {vae}: there is nothing to reconstruct; name --images")
+    return run_experiment(distances_of_figure_3(latent, pixel, encoder.decode), target, encoder.decode, out, steps, seed)
+
+
+def read_picture(path: Path) -> Tensor:
+    """A picture file as (1, 3, H, W) in [-1, 1], cut to multiples of 8. Raises UserError."""
+    try:
+        picture = Image.open(path).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a picture ({error}); name a PNG or JPEG file") from None
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return pixels[..., : pixels.shape[2] // 8 * 8, : pixels.shape[3] // 8 * 8]

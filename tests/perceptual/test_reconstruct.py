@@ -1,0 +1,73 @@
+"""Figure 3's experiment: what it measures, and the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusion2gan import cli, losses
+from diffusion2gan.perceptual import LatentLPIPS, LatentVGG
+from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
+from diffusion2gan.perceptual.reconstruct import distances_of_figure_3, reconstruct
+from tests.conftest import tiny_pipeline
+
+torch.set_num_threads(1)
+
+
+def test_mse_arrives_and_blindness_shows() -> None:
+    target = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+    found = reconstruct(lambda a, b, _: losses.mse(a, b), target, steps=600)
+    assert found.errors[0] > 1 and found.errors[-1] < 0.02 and found.steps[-1] == 600
+
+    def blind(a: Tensor, b: Tensor, _: torch.Generator) -> Tensor:
+        return losses.mse(a[:, :2], b[:, :2])
+
+    half = reconstruct(blind, target, steps=300)
+    assert torch.allclose(half.latent[:, :2], target[:, :2], atol=0.05)
+    start = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(half.latent[:, 2:], start[:, 2:])
+
+
+def test_draws_belong_to_the_step() -> None:
+    """Twice the same experiment is the same; another seed is another."""
+    torch.manual_seed(0)
+    metric = LatentLPIPS(LatentVGG(LatentVGGConfig(width=0.125)))
+    distance = distances_of_figure_3(metric, None, lambda x: x, ("bgo",))["e_latent_lpips bgo"]
+    target = torch.randn(1, 4, 8, 8)
+    first, again, other = (reconstruct(distance, target, steps=5, seed=s).latent for s in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.fixture
+def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    tiny_pipeline().save_pretrained(tmp_path / "teacher")
+    torch.manual_seed(0)
+    LatentLPIPS(LatentVGG(LatentVGGConfig(width=0.125))).save_pretrained(tmp_path / "latent_vgg")
+    LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=3, width=0.125, kept_poolings=(1, 2, 3, 4, 5)))).save_pretrained(
+        tmp_path / "pixel_vgg"
+    )
+    monkeypatch.setenv("DIFFUSION2GAN_EMBEDDED", str(tmp_path))
+    return tmp_path
+
+
+def test_the_command(embedded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["perceptual", "reconstruct", "--out", str(out), "--steps", "3", "--prompt", "red heart", "cat"]) == 0
+    rows = json.loads((out / "table.json").read_text())
+    names = ["mse", "lpips (decoded)", "latent_lpips", *(f"e_latent_lpips {s}" for s in ("b", "g", "bg", "go", "bgo", "bgc", "bgco"))]
+    assert [r["distance"] for r in rows] == names and all(r["targets"] == 2 for r in rows)
+    assert Image.open(out / "pictures.png").height > 11 * 90
+    assert Image.open(out / "curves.png").width > 400
+    picture = tmp_path / "x.png"
+    Image.new("RGB", (20, 16), "red").save(picture)
+    assert cli.main(["perceptual", "reconstruct", "--out", str(out), "--steps", "2", "--images", str(picture)]) == 0
+    capsys.readouterr()
+    assert cli.main(["perceptual", "reconstruct", "--out", str(out), "--metric", "sd15"]) == 2
+    assert "must be of the autoencoder's own latents" in capsys.readouterr().err
+    assert cli.main(["perceptual", "reconstruct", "--out", str(out), "--images", str(tmp_path / "no.png")]) == 2
+    assert "cannot be read as a picture" in capsys.readouterr().err
