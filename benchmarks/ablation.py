@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from diffusion2gan.evaluation.emoji10k import drawn_prompt_list, noise_seeds
 from diffusion2gan.files import write_bytes_atomic
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.images import grid, png_bytes
-from diffusion2gan.pipeline import Student
+from diffusion2gan.pipeline import STUDENT_FILE, Student
 from diffusion2gan.recipe import load_recipe
 from diffusion2gan.report import markdown_table
 from diffusion2gan.run import export_run, train_recipe
@@ -52,9 +53,12 @@ def one_row(name: str, overrides: list[str], store: Path, out: Path, shared: Pat
     recipe = load_recipe(name, overrides)
     folder = out / name.replace("/", "-")
     train_recipe(recipe, store, folder / "run")
-    if not (folder / "student").exists():
-        export_run(folder / "run", folder / "student", "float32")
+    # A student of fewer steps than the run now has is of another row.
+    card = folder / "student" / STUDENT_FILE
     scores = folder / list_name / "emoji10k-v1.json"
+    if not card.exists() or json.loads(card.read_text())["steps"] != recipe.training.steps:
+        export_run(folder / "run", folder / "student", "float32")
+        shutil.rmtree(scores.parent, ignore_errors=True)
     result = json.loads(scores.read_text()) if scores.exists() else evaluate_student(folder / "student", scores.parent, shared, list_name)
     held_out = [r["validation_mse"] for r in read_scalars(folder / "run" / "metrics.jsonl") if "validation_mse" in r]
     whole, kept = result["scores"]["all"], result["preservation"]
@@ -75,9 +79,9 @@ def one_row(name: str, overrides: list[str], store: Path, out: Path, shared: Pat
     return dict(zip(COLUMNS, row, strict=True)) | {"floors": result["floors"], "sha256": result["sha256"], "list": list_name}
 
 
-def side_by_side(names: list[str], out: Path, count: int) -> None:
+def side_by_side(names: list[str], overrides: list[str], out: Path, count: int) -> None:
     """The teacher, the untrained one step and every row's student from the same noises, on the validation list."""
-    recipe = load_recipe(names[0])
+    recipe = load_recipe(names[0], overrides)
     teacher = load_teacher(recipe.teacher, default_device())
     assert isinstance(teacher, StableDiffusionTeacher)
     chosen = [p for p in drawn_prompt_list("validation") if p.stratum == "coarse"][:count]
@@ -112,7 +116,7 @@ def main() -> None:
         write_bytes_atomic(a.out / "table.md", table.encode())
         write_bytes_atomic(a.out / "table.json", (json.dumps(rows, indent=1) + "\n").encode())
         print(table, flush=True)
-    side_by_side(a.recipes, a.out, a.pictures)
+    side_by_side(a.recipes, a.set, a.out, a.pictures)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import torch
 
+from diffusion2gan.device import default_device
 from diffusion2gan.embedded.weights import embedded_folder
 from diffusion2gan.pairs.seeds import draw_noise
+from diffusion2gan.precision import no_tf32
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher, load_pipeline
@@ -35,7 +37,7 @@ def main() -> None:
     a = parser.parse_args()
     if a.threads:
         torch.set_num_threads(a.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     folder = a.teacher or embedded_folder("teacher")
     pipeline = load_pipeline(TeacherConfig(), folder, getattr(torch, a.precision)).to(device)
     pipeline.set_progress_bar_config(disable=True)
@@ -52,7 +54,8 @@ def main() -> None:
     noise = torch.from_numpy(drawn).to(device, getattr(torch, a.precision)).contiguous(memory_format=torch.channels_last)
 
     def stock() -> torch.Tensor:
-        return pipeline(prompts, num_inference_steps=a.steps, guidance_scale=3.0, latents=noise.clone(), output_type="latent").images
+        with no_tf32():  # as ours
+            return pipeline(prompts, num_inference_steps=a.steps, guidance_scale=3.0, latents=noise.clone(), output_type="latent").images
 
     def ours() -> torch.Tensor:
         return solver.solve(drawn, prompts)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from diffusion2gan.compare import teacher_pictures
-from diffusion2gan.device import default_device
+from diffusion2gan.device import can_compile, default_device
 from diffusion2gan.embedded.autoencoder import to_tensor
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.emoji10k import Subject, evaluate_emoji10k
@@ -31,10 +31,14 @@ _TEACHER_BATCH = 64
 
 def teacher_subject(teacher: StableDiffusionTeacher, ode: SolverConfig, precision: str | None = None, compiled: bool = False) -> Subject:
     """The teacher with its solver, in the precision that its pairs are made in."""
-    settings = [teacher.identity(), ode.model_dump(), precision, compiled]
+    # A compiled network gives the same pictures; where it cannot be compiled, they take longer.
+    compiled = compiled and can_compile(teacher.device)
+    own = str(teacher.dtype).removeprefix("torch.")
+    settings = [teacher.identity(), ode.model_dump(), precision or own]
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     solver = OdeSolver(teacher, ode, _TEACHER_BATCH, precision, compiled)
-    return Subject(partial(teacher_pictures, solver), f"teacher {name}")
+    how = f"{precision or own}, compiled" if compiled else precision or own
+    return Subject(partial(teacher_pictures, solver), f"teacher {name}", how)
 
 
 def student_subject(student: Student) -> Subject:
@@ -68,7 +72,7 @@ def evaluate_student(
             "the protocol compares a student with its own teacher"
         )
     precision, compiled = facts.get("precision"), facts.get("compile", False)
-    sampler = teacher_subject(teacher, ode, None if precision == config.dtype else precision, compiled)
+    sampler = teacher_subject(teacher, ode, precision, compiled)
     generator = OneStepGenerator.from_teacher(teacher, GeneratorConfig(timestep=facts["timestep"])).requires_grad_(False).eval()
     untrained = Student(teacher, generator.to(memory_format=torch.channels_last))
 
@@ -102,12 +106,15 @@ def result_table(result: dict[str, Any]) -> str:
             for who in ("R_rec", "teacher", "student")
         ),
     ]
-    kept, floors, seconds = result["preservation"], result["floors"], result["seconds_per_image"]
+    kept, floors, seconds, how = result["preservation"], result["floors"], result["seconds_per_image"], result["sampled_in"]
     single = [
         ["retrieval of the own noise (chance)", f"{kept['retrieval']['mean']:.3f} ({kept['chance']:.3f})"],
         ["distance to own / other noise", kept["ratio"]],
         ["diversity within a prompt, student / teacher", result["diversity"]["ratio"]],
-        ["seconds per image, teacher / student", f"{cell(seconds.get('teacher'))} / {cell(seconds.get('student'))}"],
+        [
+            f"seconds per image, teacher ({how['teacher']}) / student ({how['student']})",
+            f"{cell(seconds.get('teacher'))} / {cell(seconds.get('student'))}",
+        ],
         *([f"floor {name} (n = {entry['n']})", entry["fd"]] for name, entry in floors.items()),
     ]
     partial = "\nPARTIAL: fewer pictures than the protocol's.\n" if result["partial"] else ""

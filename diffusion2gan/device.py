@@ -4,25 +4,49 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
 
 from diffusion2gan.errors import UserError
+
+Compilable = TypeVar("Compilable", bound=Callable[..., Any])
 
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def compile_for_one_shape(module: nn.Module, device: torch.device, setting: str) -> nn.Module:
-    """`module` compiled for the shape of its first call; another shape compiles again.
-
-    `setting` names what the user would switch off. Raises UserError for a CPU without a C++ compiler.
-    """
+def _missing_for_compiling(device: torch.device) -> str | None:
+    """What `torch.compile` needs on `device` and this machine lacks."""
     if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise UserError(f"{setting} is true, which needs a C++ compiler on a CPU, and there is none; install g++, or set {setting}=false")
+        return "a C++ compiler (g++)"
+    if device.type == "cuda" and all(shutil.which(c) is None for c in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        return "a C compiler (gcc)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's headers (python3-dev)"
+    return None
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether `compile_for_one_shape` would work."""
+    return _missing_for_compiling(device) is None
+
+
+def compile_for_one_shape(function: Compilable, device: torch.device, setting: str) -> Compilable:
+    """A network or function compiled for the shape of its first call; another shape compiles again.
+
+    `setting` names what the user would switch off. Raises UserError where the machine lacks what compiling needs.
+    """
+    missing = _missing_for_compiling(device)
+    if missing is not None:
+        raise UserError(f"{setting} is true, which needs {missing}, and there is none; install it, or set {setting}=false")
     # Of diffusers' version checks, whose answer never changes.
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
-    return torch.compile(module, dynamic=False)  # type: ignore[return-value]
+    # Otherwise a network with hooks might run the graph of one without.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False  # type: ignore[assignment]
+    return cast(Compilable, torch.compile(function, dynamic=False))

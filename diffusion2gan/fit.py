@@ -144,6 +144,9 @@ def fit(
             if rank == 0 and (done % config.checkpoint_every == 0 or done == config.steps or stopping):
                 _save(path, model, ema, optimizer, config, done)
             if stopping:
+                if world > 1:
+                    # A process that leaves now would have the others stopped before they have saved.
+                    dist.barrier()
                 raise KeyboardInterrupt
     return ema.state
 
@@ -156,7 +159,16 @@ def _resume(path: Path, model: nn.Module, ema: Ema, optimizer: torch.optim.Optim
     for key, value in saved.get("config", {}).items():
         if key not in ("steps", "decay_steps", "checkpoint_every", "log_every", "compile") and value != asdict(config)[key]:
             raise UserError(f"{path}: trained with {key} {value}, now it is {asdict(config)[key]}; choose another folder")
+    done, planned = saved["step"], saved.get("config", {})
+    if done > config.steps:
+        raise UserError(f"{path}: stands at step {done}, expected at most {config.steps}; ask for more steps")
+    falling = planned.get("steps", config.steps) - planned.get("decay_steps", config.decay_steps)
+    if done > falling and (config.steps, config.decay_steps) != (planned.get("steps"), planned.get("decay_steps")) and planned:
+        raise UserError(
+            f"{path}: at step {done} the learning rate is already falling towards step {planned['steps']}, expected the same steps as "
+            f"before (now {config.steps}); train anew in another folder"
+        )
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     ema.load(saved["ema"])
-    return saved["step"]
+    return done

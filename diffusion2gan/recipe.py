@@ -162,6 +162,8 @@ def dump_recipe(recipe: Recipe) -> str:
 # another experiment.
 _FREE_TO_CHANGE = {"name", "description", "training.steps", "training.checkpoint_every", "training.keep_checkpoints", "training.log_every"}
 _FREE_TO_CHANGE |= {
+    "pairs.precision",
+    "pairs.compile",
     "training.micro_batch_size",
     "training.compile",
     "generator.gradient_checkpointing",
@@ -183,7 +185,7 @@ def check_same_experiment(recipe: Recipe, saved: Recipe, folder: Path) -> None:
 def check_pairs(recipe: Recipe, settings: dict[str, Any], manifest: dict[str, Any], store: Path) -> None:
     """Raises UserError naming the first setting in which a pair store is not the one that `recipe` asks for."""
     # These say how a store was made and kept, not which pairs it holds; a student is trained in float32 whatever the precision.
-    skip = ("batch_size", "shard_size", "noise_storage", "precision", "compile", "noise_recipe", "shards", "fingerprint")
+    skip = ("batch_size", "shard_size", "noise_storage", "precision", "text_precision", "compile", "noise_recipe", "shards", "fingerprint")
     ours = {k: v for k, v in settings.items() if k not in skip}
     theirs = {k: v for k, v in manifest.items() if k not in skip}
     for key, a, b in settings_difference(ours, theirs):

@@ -85,6 +85,7 @@ def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance) -> None:
             "pairs.shard_size",
             "pairs.batch_size",
             "pairs.precision",
+            "pairs.text_precision",
             "pairs.compile",
         )
         for key, ours, theirs in settings_difference(inputs, json.loads(path.read_text())):
@@ -126,7 +127,7 @@ def export_run(folder: Path, out: Path, dtype: str = "float16", use_ema: bool = 
         "pairs_fingerprint": pairs["fingerprint"],
         "ode": pairs["ode"],
         "precision": pairs["precision"],
-        "compile": pairs["compile"],
+        "compile": pairs.get("compile", False),
         "distance": recipe.loss.distance,
         "steps": state.step,
         "batch_size": recipe.training.batch_size,

@@ -19,6 +19,7 @@ from diffusion2gan.evaluation import emoji10k
 from diffusion2gan.perceptual import LatentLPIPS, LatentVGG
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.pipeline import export_student
+from diffusion2gan.recipe import load_recipe
 from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from tests.conftest import tiny_pipeline
@@ -36,7 +37,7 @@ def tiny_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     weights = {f"network.{k}": v + 0.01 * torch.randn_like(v) for k, v in tiny_pipeline().unet.state_dict().items()}
     facts = {
         "recipe": "emoji", "pairs": 1, "steps": 1, "batch_size": 1, "distance": "mse",
-        "ode": {"solver": "ddim", "steps": 2, "spacing": "leading", "guidance": 2.0}, "teacher_weights": teacher.identity()["weights"],
+        "ode": {"solver": "ddim", "steps": 2, "spacing": "leading", "guidance": 2.0}, "precision": "bfloat16", "teacher_weights": teacher.identity()["weights"],
     }  # fmt: skip
     export_student(tiny_pipeline(), weights, 999, tmp_path / "whole", facts, torch.float16)
     shutil.copytree(tmp_path / "whole", root / "student", ignore=shutil.ignore_patterns("vae", "text_encoder", "tokenizer"))
@@ -49,7 +50,7 @@ def test_demo_from_nothing_to_report(tiny_embedded: Path, tmp_path: Path, monkey
     pytest.importorskip("efficientnet_lite_pytorch")
     monkeypatch.setattr(demo, "_MOST_STEPS", 20)
     monkeypatch.setattr(demo, "_MOST_PAIRS", 128)
-    monkeypatch.setattr(demo, "measure_speed", lambda teacher: demo.Speed(1e5, 1e5))
+    monkeypatch.setattr(demo, "measure_speed", lambda teacher: demo.Speed(1e5, 1e5, bf16=True))
     monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:2])
     monkeypatch.setattr(demo, "NOISES", 4)
     out = tmp_path / "demo"
@@ -57,6 +58,8 @@ def test_demo_from_nothing_to_report(tiny_embedded: Path, tmp_path: Path, monkey
     page = report.read_text()
     assert page.count("<img") == 3
     assert "shipped student" in page
+    recipe = load_recipe(str(out / "recipe.yaml"))
+    assert (recipe.pairs.precision, recipe.training.mixed_precision) == ("bfloat16", "bf16")
     numbers = json.loads((out / "results.json").read_text())
     assert set(numbers) == {"teacher", "shipped student", "student of this run", "one step of the teacher, untrained"}
     assert numbers["teacher"]["retrieval"] == 1.0
@@ -68,6 +71,11 @@ def test_demo_from_nothing_to_report(tiny_embedded: Path, tmp_path: Path, monkey
     (out / "thesis.txt").write_text("keep me")
     with pytest.raises(UserError, match="not of a demo"):
         demo.run_demo(out, 10)
+
+
+def test_speed_is_measured(tiny_embedded: Path) -> None:
+    speed = demo.measure_speed(StableDiffusionTeacher.from_pretrained(TeacherConfig(source="embedded"), tiny_embedded / "teacher"))
+    assert speed.evaluations > speed.training_samples > 0
 
 
 class _MeanColours:
@@ -94,6 +102,7 @@ def test_benchmark_of_a_student(tiny_embedded: Path, tmp_path: Path, monkeypatch
     table = result_table(result)
     assert "gap closed" in table
     assert "PARTIAL" in table
+    assert "teacher (bfloat16) / student (float32)" in table
     # A student of another teacher is not compared with this one.
     facts = json.loads((student / "diffusion2gan.json").read_text())
     (student / "diffusion2gan.json").write_text(json.dumps(facts | {"teacher_weights": "f" * 64}))

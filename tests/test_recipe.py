@@ -81,3 +81,7 @@ def test_a_run_belongs_to_one_experiment(tiny: Path) -> None:
     check_same_experiment(load_recipe(str(tiny), ["training.steps=99"]), saved, tiny.parent)
     with pytest.raises(UserError, match="training.learning_rate is 0.001 there and 0.5 now"):
         check_same_experiment(load_recipe(str(tiny), ["training.learning_rate=0.5"]), saved, tiny.parent)
+
+
+def test_no_is_no_in_yaml() -> None:
+    assert load_recipe("emoji", ["training.mixed_precision=no"]).training.mixed_precision == "no"

@@ -141,13 +141,13 @@ def pack(work: Path, root: Path) -> list[str]:
 def unpack(root: Path, work: Path, step: int) -> None:
     """Makes of the shipped teacher in `root` a work folder whose training stands at `step`, with an optimiser that begins anew.
 
-    Raises UserError when `work` already holds a training, which would be lost.
+    Raises UserError when `work` already holds an autoencoder or a training, which would be lost.
     """
-    target = work / "unet" / "checkpoint.pt"
-    if target.exists():
-        raise UserError(f"{target}: a training lies there already; name another work folder")
-    for name, part in (("vae", "vae"), ("tokenizer", "unet/tokenizer")):
-        shutil.copytree(root / "teacher" / name, work / part, dirs_exist_ok=True)
+    for part in (work / "vae", work / "unet"):
+        if part.exists():
+            raise UserError(f"{part}: is there already, expected a work folder without an autoencoder or a training; name another")
+    for name, part in (("vae", work / "vae"), ("tokenizer", work / "unet" / "tokenizer")):
+        shutil.copytree(root / "teacher" / name, part)
     tokenizer = CLIPTokenizer.from_pretrained(root / "teacher" / "tokenizer")
     model = text_to_image.TextToImage(tokenizer)
     for name, module in (("text_encoder", model.text_encoder), ("unet", model.unet)):
@@ -160,11 +160,13 @@ def training_facts(work: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for name, batch in (("ae_f4", autoencoder.CONFIG.batch_size), ("unet", text_to_image.CONFIG.batch_size)):
         rows = read_scalars(work / name / "metrics.jsonl")
+        if not rows:  # a work folder that was unpacked has no log of what came before
+            continue
         facts[f"{name}: steps"] = rows[-1]["step"]
         facts[f"{name}: samples"] = rows[-1]["step"] * batch
         facts[f"{name}: last loss"] = rows[-1]["loss"]
     psnr = [r["psnr"] for r in read_scalars(work / "ae_f4" / "metrics.jsonl") if "psnr" in r]
-    return facts | {"autoencoder: held-out PSNR, dB": psnr[-1]}
+    return facts | ({"autoencoder: held-out PSNR, dB": psnr[-1]} if psnr else {})
 
 
 def run_stage(stage: str, work: Path, steps: int | None = None) -> None:

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffusion2gan.device import compile_for_one_shape
 from diffusion2gan.embedded.autoencoder import to_tensor
 from diffusion2gan.embedded.emoji import EmojiDataset, EmojiRecord, all_captions, draw_caption
 from diffusion2gan.files import write_bytes_atomic
@@ -145,7 +146,9 @@ class TextToImage(nn.Module):
 def train(dataset: EmojiDataset, vae: AutoencoderKL, folder: Path, config: FitConfig = CONFIG, device: str = "cpu") -> TextToImage:
     """Trains in `folder`, resumably; returns the EMA of text encoder and U-Net."""
     torch.manual_seed(config.seed)
-    tokenizer = train_tokenizer(dataset.records, folder / "tokenizer")
+    known = folder / "tokenizer"
+    # One that is there belongs to the weights that are there.
+    tokenizer = CLIPTokenizer.from_pretrained(known) if known.is_dir() else train_tokenizer(dataset.records, known)
     model = TextToImage(tokenizer).to(device)
     plain_attention_on_cpu(model.unet, model.unet.config.sample_size**2, torch.device(device))
     model.text_encoder.set_attn_implementation("eager")
@@ -160,7 +163,7 @@ def train(dataset: EmojiDataset, vae: AutoencoderKL, folder: Path, config: FitCo
         predicted = model(a.sqrt() * latent + (1 - a).sqrt() * noise, timestep, token_ids)
         return (predicted.float() - noise).square().mean(dim=(1, 2, 3))
 
-    compiled = torch.compile(objective) if config.compile else objective
+    compiled = compile_for_one_shape(objective, torch.device(device), "compile") if config.compile else objective
 
     def loss_of_step(rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         n = config.batch_size

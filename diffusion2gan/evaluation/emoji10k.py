@@ -643,6 +643,8 @@ class Subject:
 
     sample: Sampler
     identity: str
+    how: str = "float32"
+    """Precision and compilation, for the reader of its seconds per image."""
 
 
 def reference_features(
@@ -721,6 +723,7 @@ def evaluate_emoji10k(
         "student": seconds_per_image(folder / "student", f"{list_name}-A"),
     }
     result = score(features, prompts, reference_records(dataset.records), list_name, network.sha256, seconds)
+    result["sampled_in"] = {"teacher": teacher.how, "student": student.how}
     result["identities"] = {"student": student.identity, "teacher": teacher.identity, "untrained": untrained.identity}
     write_bytes_atomic(folder / f"{PROTOCOL}.json", (json.dumps(result, indent=1) + "\n").encode())
     return result

@@ -85,11 +85,14 @@ class Worker:
 
 def store_settings(teacher: Teacher, config: PairsConfig, prompts_sha256: str) -> dict[str, Any]:
     """Everything that decides the store's bytes; the manifest is this plus the shards."""
-    return {
+    own = str(teacher.dtype).removeprefix("torch.")
+    # What is as it was before there was a choice is left out: older stores stay what they are.
+    chosen: dict[str, Any] = {"text_precision": own} if config.precision not in (None, own) else {}
+    chosen |= {"compile": True} if config.compile else {}
+    return chosen | {
         "format": FORMAT,
         "teacher": teacher.identity(),
-        "precision": config.precision or str(teacher.dtype).removeprefix("torch."),
-        "compile": config.compile,
+        "precision": config.precision or own,
         "latent_shape": list(teacher.latent_shape),
         "ode": config.ode.model_dump(),
         "negative_prompt": config.negative_prompt,
@@ -145,13 +148,14 @@ def simulate(
     folder, worker = Path(folder).resolve(), worker or Worker()
     prompts = read_prompts(config.prompts, config.count, config.seed)
     settings = store_settings(teacher, config, prompts_digest(prompts))
+    # Before anything is written: it may refuse to compile.
+    solver = OdeSolver(teacher, config.ode, config.batch_size, config.precision, config.compile, config.negative_prompt)
     agree_on_settings(folder, settings)
     total = shard_count(config.count, config.shard_size)
     present = existing_shards(folder, total)
     for found, path in present.items():
         if found % worker.world == worker.rank:
             verify_shard(path)
-    solver = OdeSolver(teacher, config.ode, config.batch_size, config.precision, config.compile, config.negative_prompt)
 
     def pairs_present() -> int:
         return sum(len(shard_rows(i, config.count, config.shard_size)) for i in present)

@@ -65,19 +65,21 @@ def solve_ode(
     negative: TextCondition,
     config: SolverConfig,
     network: nn.Module | None = None,
+    reuse: bool = True,
 ) -> Tensor:
     """Integrates from z to x.
 
     noise: (B, C, H, W), unit variance. condition: c, B rows. negative: the empty prompt's condition, 1 or B rows.
-    network: the teacher's in another precision, or compiled; it is called as it is.
+    network: the teacher's in another precision, or compiled. reuse: compute once what the steps and both guidance branches
+    share; a compiled network has to be called as it is.
     Returns x (B, C, H, W), scaled latents in noise's dtype (float32 or float64).
     """
     guided = config.guidance > 1
     with torch.inference_mode(), ExitStack() as stack:
         if guided:
             condition = TextCondition.cat(negative.expand(len(noise)) if len(negative) == 1 else negative, condition)
-        if network is None:
-            network = teacher.network
+        network = teacher.network if network is None else network
+        if reuse:
             if guided:
                 stack.enter_context(shared_prefix(network, 2 * len(noise)))
             stack.enter_context(remembered_text(network))
@@ -130,11 +132,12 @@ class OdeSolver:
         self.negative = teacher.encode_prompts([negative_prompt])
         teacher.network.to(memory_format=torch.channels_last)
         self.network: nn.Module | None = None
-        if precision is None and not compiled:
+        dtype = teacher.dtype if precision is None else getattr(torch, precision)
+        if dtype == teacher.dtype and not compiled:
             return
         network = copy.deepcopy(teacher.network)
         # torch's own `to`: diffusers' warns of modules to be kept in float32 and names none.
-        nn.Module.to(network, teacher.dtype if precision is None else getattr(torch, precision))
+        nn.Module.to(network, dtype)
         if compiled:
             plain_attention_on_cpu(network, teacher.latent_shape[1] * teacher.latent_shape[2], teacher.device)
             if config.guidance > 1:
@@ -161,5 +164,7 @@ class OdeSolver:
         z = torch.from_numpy(noise).to(self.teacher.device, state).contiguous(memory_format=torch.channels_last)
         # What the manifest calls float32 is float32, on a GPU as on a CPU.
         with no_tf32():
-            x = solve_ode(self.teacher, z, self.teacher.encode_prompts(prompts), self.negative, self.config, self.network)
+            x = solve_ode(
+                self.teacher, z, self.teacher.encode_prompts(prompts), self.negative, self.config, self.network, not self.compiled
+            )
         return x[:count]

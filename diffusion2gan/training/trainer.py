@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -68,6 +68,12 @@ class TrainingConfig(Section):
     sample_every: int = Field(500, ge=1)
     sample_count: int = Field(16, ge=1)
     seed: int = Field(0, ge=0, lt=1 << 62)
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_no(cls, value: object) -> object:
+        """YAML reads a bare `no` as false."""
+        return "no" if value is False else value
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> TrainingConfig:
@@ -278,7 +284,8 @@ class Trainer:
         total, square, count = 0.0, 0.0, 0
         with self.ema.applied_to(self.bare_generator):
             for pairs in self._held_out(self.config.holdout):
-                fake = self.bare_generator(pairs.noise, self.teacher.encode_prompts(pairs.prompts))
+                with self.accelerator.autocast():  # as in training, compiled or not
+                    fake = self.bare_generator(pairs.noise, self.teacher.encode_prompts(pairs.prompts))
                 total += self.distance(fake, pairs.latent, pairs.uniform).sum().item()
                 square += (fake - pairs.latent).square().flatten(1).mean(1).sum().item()
                 count += len(fake)
@@ -292,9 +299,9 @@ class Trainer:
         targets, fakes, prompts = [], [], []
         with self.ema.applied_to(self.bare_generator):
             for pairs in self._held_out(self.config.sample_count):
-                fakes.append(
-                    self.teacher.decode(self.bare_generator(pairs.noise, self.teacher.encode_prompts(pairs.prompts)).to(self.teacher.dtype))
-                )
+                with self.accelerator.autocast():
+                    fake = self.bare_generator(pairs.noise, self.teacher.encode_prompts(pairs.prompts))
+                fakes.append(self.teacher.decode(fake.to(self.teacher.dtype)))
                 targets.append(self.teacher.decode(pairs.latent.to(self.teacher.dtype)))
                 prompts += pairs.prompts
         images = np.concatenate([to_uint8(torch.cat(targets)), to_uint8(torch.cat(fakes))])

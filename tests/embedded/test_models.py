@@ -11,8 +11,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
-from diffusion2gan.embedded import autoencoder, emoji, perceptual, text_to_image
+from diffusion2gan.embedded import autoencoder, build, emoji, perceptual, text_to_image
 from diffusion2gan.embedded.emoji import EmojiDataset
+from diffusion2gan.errors import UserError
 from diffusion2gan.fit import FitConfig, fit
 from diffusion2gan.perceptual import LatentLPIPS
 
@@ -115,3 +116,43 @@ def test_fit_resumes_exactly(tmp_path: Path) -> None:
         return state["weight"]
 
     assert torch.equal(run(tmp_path / "a", 9), run(tmp_path / "b", 4, 9))
+
+
+def test_unpacked_weights_train_on(dataset: EmojiDataset, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = autoencoder.new_autoencoder().eval()
+    tokenizer = text_to_image.train_tokenizer(emoji.packaged_records(), tmp_path / "tokenizer")
+    text_to_image.save_pipeline(text_to_image.TextToImage(tokenizer), tokenizer, vae, tmp_path / "root" / "teacher")
+    build.unpack(tmp_path / "root", tmp_path / "work", 5)
+    with pytest.raises(UserError, match="is there already"):
+        build.unpack(tmp_path / "root", tmp_path / "work", 5)
+    small = dataclasses.replace(text_to_image.CONFIG, compile=False)
+    again = tmp_path / "work" / "unet"
+    with pytest.raises(UserError, match="stands at step 5, expected at most 4"):
+        text_to_image.train(dataset, vae.float(), again, dataclasses.replace(small, steps=4, decay_steps=0))
+    model = text_to_image.train(dataset, vae, again, dataclasses.replace(small, steps=5, decay_steps=0))
+    shipped = StableDiffusionPipeline.from_pretrained(tmp_path / "root" / "teacher")
+    for name, value in shipped.unet.state_dict().items():
+        assert torch.equal(model.unet.state_dict()[name], value.float()), name
+    assert CLIPTokenizer.from_pretrained(again / "tokenizer").get_vocab() == tokenizer.get_vocab()
+    assert build.training_facts(tmp_path / "work") == {}
+
+
+def test_fit_refuses_other_steps_while_the_rate_falls(tmp_path: Path) -> None:
+    def run(steps: int, stop_after: int | None = None) -> None:
+        model, done = torch.nn.Linear(1, 1), 0
+
+        def loss(_rng: np.random.Generator, _generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            nonlocal done
+            done += 1
+            if stop_after is not None and done > stop_after:
+                raise KeyboardInterrupt
+            return model(torch.ones(1, 1)).square().mean(), {}
+
+        fit(model, loss, FitConfig(steps, 1, 0.01, decay_steps=4, checkpoint_every=1), tmp_path)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(10, stop_after=8)
+    with pytest.raises(UserError, match="at step 8 the learning rate is already falling towards step 10"):
+        run(20)
+    run(10)

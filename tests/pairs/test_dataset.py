@@ -214,3 +214,25 @@ def test_prompts_from_parquet_and_jsonl(tmp_path: Path) -> None:
         read_prompts(PromptsConfig(source=str(tmp_path / "p.parquet")), 3, 0)
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     assert read_prompts(PromptsConfig(source=str(tmp_path / "p.jsonl")), 2, 0) == ["a", "b"]
+
+
+def test_precision_is_in_the_manifest(tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path, store: Path) -> None:
+    """As is what the text was encoded in; a store of the teacher's own precision is as it was before there was a choice."""
+    simulate(tiny_teacher, _config(prompts_file, precision="bfloat16"), tmp_path / "half", progress=False)
+    half, plain = PairDataset(tmp_path / "half").manifest, PairDataset(store).manifest
+    assert (half["precision"], half["text_precision"]) == ("bfloat16", "float32")
+    assert plain["precision"] == "float32" and "text_precision" not in plain and "compile" not in plain
+    with pytest.raises(UserError, match="precision is 'bfloat16' there and 'float32' in the recipe"):
+        simulate(tiny_teacher, _config(prompts_file), tmp_path / "half", progress=False)
+    difference = PairDataset(tmp_path / "half").batch([0]).latent.astype(np.float32) - PairDataset(store).batch([0]).latent
+    assert 0 < np.abs(difference).mean() < 0.1
+
+
+def test_no_compiler_leaves_nothing_behind(
+    tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="set pairs.compile=false"):
+        simulate(tiny_teacher, _config(prompts_file, compile=True), tmp_path / "store", progress=False)
+    simulate(tiny_teacher, _config(prompts_file), tmp_path / "store", progress=False)
+    assert len(PairDataset(tmp_path / "store")) == 20

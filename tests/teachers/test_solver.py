@@ -36,29 +36,52 @@ def test_precision_is_of_the_network_alone(tiny_teacher: StableDiffusionTeacher,
     assert 0 < error < 0.05
 
 
-def test_compiled(tiny_teacher: StableDiffusionTeacher, noise: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One graph for all batches, the short one padded; the same numbers as without, prefix shared between the guidance branches."""
-    graphs, rows = [], []
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """Compiling without code generation; the graphs that are made."""
+    found: list[torch.fx.GraphModule] = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
-        graphs.append(graph)
-
-        def call(*arguments: torch.Tensor) -> object:
-            rows.append(max(len(a) for a in arguments if a.ndim == 4 and a.shape[1:] == (4, 8, 8)))
-            return graph(*arguments)
-
-        return call
+    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> object:
+        found.append(graph)
+        return graph
 
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: compile_(model, dynamic=dynamic, backend=backend))
     torch._dynamo.reset()
+    return found
+
+
+def _rows_of_convolutions(graph: torch.fx.GraphModule) -> list[int]:
+    convolutions = (torch.conv2d, torch.nn.functional.conv2d)
+    return [len(n.meta["example_value"]) for n in graph.graph.nodes if n.op == "call_function" and n.target in convolutions]
+
+
+def test_compiled(tiny_teacher: StableDiffusionTeacher, noise: np.ndarray, graphs: list[torch.fx.GraphModule]) -> None:
+    """One graph for all batches, the short one padded; the same numbers; the prefix on one half of the guidance batch."""
     expected = OdeSolver(tiny_teacher, CONFIG, batch_size=5).solve(noise, PROMPTS)
     found = OdeSolver(tiny_teacher, CONFIG, batch_size=3, compiled=True).solve(noise, PROMPTS)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert len(graphs) == 1
-    assert rows == [6] * 8
+    rows = _rows_of_convolutions(graphs[0])
+    assert rows[0] == 3 and rows[-1] == 6
     # The teacher's own network is left as it was.
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny_teacher.network.modules())
+
+
+def test_compiled_solvers_do_not_share_graphs(
+    tiny_teacher: StableDiffusionTeacher, noise: np.ndarray, graphs: list[torch.fx.GraphModule]
+) -> None:
+    """With guidance 2 pairs make 4 rows of which the prefix sees 2; without it 4 pairs make 4 rows: the same shapes."""
+    unguided = SolverConfig(steps=4, guidance=1.0)
+    expected = OdeSolver(tiny_teacher, unguided).solve(noise[:4], PROMPTS[:4])
+    OdeSolver(tiny_teacher, CONFIG, batch_size=2, compiled=True).solve(noise[:2], PROMPTS[:2])
+    found = OdeSolver(tiny_teacher, unguided, batch_size=4, compiled=True).solve(noise[:4], PROMPTS[:4])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert len(graphs) == 2
+
+
+def test_the_teachers_own_precision_needs_no_copy(tiny_teacher: StableDiffusionTeacher) -> None:
+    assert OdeSolver(tiny_teacher, CONFIG, precision="float32").network is None
 
 
 def test_no_compiler_is_one_clear_line(tiny_teacher: StableDiffusionTeacher, monkeypatch: pytest.MonkeyPatch) -> None:

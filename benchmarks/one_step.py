@@ -1,0 +1,129 @@
+"""One step against fifty, end to end from prompt to pixels, both with the same precision and compilation, in one run.
+
+    python benchmarks/one_step.py --out benchmarks/results/one_step.json
+    python benchmarks/one_step.py --network sd15 --precision float16 --compile        # a GPU; random weights, same cost
+
+Text encoder, network and decoder are timed together and apart; the two take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from diffusion2gan.device import compile_for_one_shape, default_device
+from diffusion2gan.embedded.weights import embedded_folder
+from diffusion2gan.generator import OneStepGenerator
+from diffusion2gan.pairs.seeds import draw_noise
+from diffusion2gan.report import markdown_table
+from diffusion2gan.teachers.attention import plain_attention_on_cpu
+from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
+from diffusion2gan.teachers.protocol import TeacherConfig
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+
+
+def random_sd15(device: str) -> StableDiffusionTeacher:
+    """Stable Diffusion 1.5 from its published configuration, random weights; the embedded tokenizer stands in for CLIP's."""
+    with torch.device(device):
+        unet = UNet2DConditionModel(
+            sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
+            cross_attention_dim=768, attention_head_dim=8,
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        )  # fmt: skip
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=0.18215,
+        )  # fmt: skip
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, bos_token_id=0, eos_token_id=1
+            )
+        )
+    embedded = StableDiffusionPipeline.from_pretrained(embedded_folder("teacher"), safety_checker=None)
+    embedded.tokenizer.model_max_length = 77
+    schedule = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
+    return StableDiffusionTeacher(unet, vae, text, embedded.tokenizer, dict(schedule.config))
+
+
+def timed(act: Callable[[], torch.Tensor]) -> float:
+    """Seconds of one call; reading a value waits for the device."""
+    started = time.perf_counter()
+    act().flatten()[0].item()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=("embedded", "sd15"), default="embedded")
+    parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=None)
+    a = parser.parse_args()
+    device, dtype = default_device(), getattr(torch, a.precision)
+    if a.network == "sd15":
+        teacher = random_sd15(device)
+    else:
+        teacher = StableDiffusionTeacher.from_pretrained(TeacherConfig(), embedded_folder("teacher"), device)
+    for module in (teacher.text_encoder, teacher.vae):
+        torch.nn.Module.to(module, dtype, memory_format=torch.channels_last)
+    student = OneStepGenerator.from_teacher(teacher).requires_grad_(False).eval()
+    student = student.to(dtype).to(memory_format=torch.channels_last)
+    decode = teacher.vae.decode
+    network: torch.nn.Module = student
+    if a.compile:
+        plain_attention_on_cpu(student.network, teacher.latent_shape[1] * teacher.latent_shape[2], teacher.device)
+        network = compile_for_one_shape(student, teacher.device, "--compile")
+        decode = torch.compile(decode, dynamic=False)
+    rows = []
+    for batch in a.batches:
+        solver = OdeSolver(teacher, SolverConfig(), batch, None if a.precision == "float32" else a.precision, a.compile)
+        prompts, noise = ["red heart"] * batch, draw_noise(range(batch), teacher.latent_shape)
+
+        @torch.inference_mode()
+        def pixels(x: torch.Tensor) -> torch.Tensor:
+            return decode(x.to(dtype) / teacher.vae.config.scaling_factor, return_dict=False)[0]
+
+        @torch.inference_mode()
+        def one_step(noise=noise, prompts=prompts) -> torch.Tensor:  # type: ignore[no-untyped-def]
+            z = torch.from_numpy(noise).to(device).contiguous(memory_format=torch.channels_last)
+            return network(z, teacher.encode_prompts(prompts))
+
+        def teacher_latents(solver=solver, noise=noise, prompts=prompts) -> torch.Tensor:  # type: ignore[no-untyped-def]
+            return solver.solve(noise, prompts)
+
+        x = one_step()
+        acts: dict[str, Callable[[], torch.Tensor]] = {
+            "teacher": lambda act=teacher_latents: pixels(act()),
+            "student": lambda act=one_step: pixels(act()),
+            "decoder": lambda x=x: pixels(x),
+        }
+        times: dict[str, list[float]] = {name: [] for name in acts}
+        for act in acts.values():
+            timed(act)
+        for _ in range(a.repeats):
+            for name, act in acts.items():
+                times[name].append(timed(act))
+        row = {name: statistics.median(seconds) / batch for name, seconds in times.items()}
+        ratios = [t / s for t, s in zip(times["teacher"], times["student"], strict=True)]
+        rows.append({"batch": batch, **{f"{k}, s an image": v for k, v in row.items()}, "times as fast": statistics.median(ratios)})
+    print(markdown_table(list(rows[0]), [list(r.values()) for r in rows]))
+    if a.out:
+        name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+        result = {"device": name, "network": a.network, "precision": a.precision, "compile": a.compile, "rows": rows}
+        a.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
