@@ -61,7 +61,9 @@ def released_package(metric: LatentLPIPS, channels: int, augment: str | None, de
         torch.save(state | twice, Path(folder) / "ckpt" / f"{encoder}_latest_vgg16_tuned.pth")
         os.chdir(folder)  # it reads ./ckpt
         try:
-            package = elatentlpips.ELatentLPIPS(encoder=encoder, augment=augment or "bg", verbose=False).to(device)
+            package = elatentlpips.ELatentLPIPS(encoder=encoder, augment=augment or "bg", verbose=False).to(
+                device, memory_format=torch.channels_last
+            )
         finally:
             os.chdir(here)
     metric.to(device)
@@ -74,7 +76,10 @@ def distances(channels: int, device: torch.device, compiled: bool, decoded: bool
     """The methods at one number of channels."""
     torch.manual_seed(0)
     latent = LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=channels))).to(device, memory_format=torch.channels_last)
-    rows: dict[str, Distance] = {"mse": losses.mse, "latent_lpips": latent}
+    # Each shape and letter set is one more graph of the same code.
+    torch._dynamo.config.recompile_limit = 128
+    plain: Distance = torch.compile(latent, dynamic=False) if compiled else latent
+    rows: dict[str, Distance] = {"mse": losses.mse, "latent_lpips": plain}
     for letters in ("bg", "bgo"):
         metric = ELatentLPIPS(latent, letters)
         function: Distance = metric
@@ -151,7 +156,8 @@ def main() -> None:
         for batch in a.batches:
             generator = torch.Generator().manual_seed(0)
             x0, x1 = (torch.randn(batch, *SHAPES[shape], generator=generator).to(device) for _ in range(2))
-            x0 = x0.contiguous(memory_format=torch.channels_last).requires_grad_()
+            x0, x1 = (x.contiguous(memory_format=torch.channels_last) for x in (x0, x1))
+            x0.requires_grad_()
             times: dict[str, list[float]] = {}
             for method, distance in methods.items():
                 try:
@@ -172,10 +178,10 @@ def main() -> None:
                 memory = extra_memory(partial(step, methods[method], x0, x1, a.precision), device)
                 rows.append({"shape": shape, "batch": batch, "method": method, "ms": 1000 * statistics.median(seconds), "MB": memory})
                 print(rows[-1], file=sys.stderr, flush=True)
+                if a.out:  # after each row: what is there stays there
+                    result = {"device": name, "torch": torch.__version__, "precision": a.precision, "compile": a.compile, "rows": rows}
+                    a.out.write_text(json.dumps(result, indent=1) + "\n")
     print(markdown_table(list(rows[0]), [list(r.values()) for r in rows]))
-    if a.out:
-        result = {"device": name, "torch": torch.__version__, "precision": a.precision, "compile": a.compile, "rows": rows}
-        a.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

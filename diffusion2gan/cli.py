@@ -139,8 +139,9 @@ def _perceptual_train(a: argparse.Namespace) -> None:
     from diffusion2gan.perceptual.commands import train_command
 
     accuracy = train_command(
-        a.vae, a.data, a.out, a.resolution, a.crops, a.limit, a.width, a.norm, a.reading, a.epochs, a.batch_size, a.learning_rate, a.compile
-    )
+        a.vae, a.data, a.out, a.resolution, a.crops, a.limit, a.width, a.norm, a.reading, a.epochs, a.batch_size, a.learning_rate,
+        a.compile, a.encode_batch, a.encode_dtype,
+    )  # fmt: skip
     print(f"wrote {a.out / 'metric'} (heads of ones); " + ", ".join(f"{k} {v:.4f}" for k, v in accuracy.items()))
 
 
@@ -154,7 +155,7 @@ def _perceptual_calibrate(a: argparse.Namespace) -> None:
 def _perceptual_score(a: argparse.Namespace) -> None:
     from diffusion2gan.perceptual.commands import score_command
 
-    print(score_command(a.metric, a.vae, a.bapps, a.resolution), end="")
+    print(score_command(a.metric, a.vae, a.bapps, a.resolution, not a.no_clamp), end="")
 
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -280,6 +281,8 @@ def _add_perceptual(commands: Commands) -> None:
     sub.add_argument("--batch-size", type=_positive, default=256, help="over all processes")
     sub.add_argument("--learning-rate", type=float, default=1e-3)
     sub.add_argument("--compile", action="store_true")
+    sub.add_argument("--encode-batch", type=_positive, default=32, help="pictures that go through the autoencoder at once")
+    sub.add_argument("--encode-dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     for name, function, text in (
         ("calibrate", _perceptual_calibrate, "Fit the heads of a metric to BAPPS' training judgements, non-negative"),
         ("score", _perceptual_score, "2AFC of a metric on each validation subset of BAPPS"),
@@ -291,6 +294,8 @@ def _add_perceptual(commands: Commands) -> None:
         sub.add_argument("--resolution", type=_positive, default=64)
         if name == "calibrate":
             sub.add_argument("--out", type=Path, required=True)
+        else:
+            sub.add_argument("--no-clamp", action="store_true", help="keep negative head weights, as the released metric does")
 
     text = "Move a random latent towards a picture by each distance alone (Figure 3)"
     sub = _command(verbs, "reconstruct", _perceptual_reconstruct, text)

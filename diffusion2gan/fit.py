@@ -157,7 +157,7 @@ def _resume(path: Path, model: nn.Module, ema: Ema, optimizer: torch.optim.Optim
         return 0
     saved = torch.load(path, map_location="cpu", weights_only=True)
     for key, value in saved.get("config", {}).items():
-        if key not in ("steps", "decay_steps", "checkpoint_every", "log_every", "compile") and value != asdict(config)[key]:
+        if key not in ("steps", "warmup_steps", "decay_steps", "checkpoint_every", "log_every", "compile") and value != asdict(config)[key]:
             raise UserError(f"{path}: trained with {key} {value}, now it is {asdict(config)[key]}; choose another folder")
     done, planned = saved["step"], saved.get("config", {})
     if done > config.steps:

@@ -40,7 +40,8 @@ class AugmentationParameters(NamedTuple):
     def identity(batch: int, device: torch.device | str | None = None) -> AugmentationParameters:
         """Parameters that change nothing; the cutout lies outside the latent."""
         affine = torch.eye(2, 3, device=device).expand(batch, 2, 3)
-        colour = torch.tensor([0.0, 1.0, 1.0], device=device).expand(batch, 3)
+        # Made on the device: a copy from the host would wait for it.
+        colour = torch.stack([torch.zeros(batch, device=device), *[torch.ones(batch, device=device)] * 2], dim=1)
         return AugmentationParameters(affine, colour, torch.full((batch, 2), -1.0, device=device))
 
 
@@ -124,7 +125,7 @@ class Augmentation:
 
         Differentiable twice with respect to x; no host sync, so it compiles as one graph.
         """
-        affine, colour, cutout = parameters
+        affine, colour, cutout = (value.to(x.device) for value in parameters)
         dtype = x.dtype
         # A bf16 coordinate is off by a quarter of a pixel at 64 x 64.
         x = x.to(torch.promote_types(torch.promote_types(dtype, affine.dtype), torch.float32))
@@ -150,7 +151,8 @@ class Augmentation:
 
 def _normal(u: Tensor) -> Tensor:
     """N(0, 1) by the inverse distribution function; clamped, because u may be 0."""
-    return torch.special.ndtri(u.clamp(2**-24, 1 - 2**-24))
+    # Not `special.ndtri`, which MPS lacks.
+    return math.sqrt(2) * torch.erfinv(2 * u.clamp(2**-24, 1 - 2**-24) - 1)
 
 
 def _matrix(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:

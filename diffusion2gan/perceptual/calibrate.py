@@ -100,9 +100,10 @@ def calibrate(
 ) -> LatentLPIPS:
     """Fits the heads of `metric` to `judgements`, in place, and returns it marked as calibrated.
 
-    As LPIPS: cross entropy of the ranking network on the two distances, dropout on the channels, weights set back to 0
-    after each step where they fell below; the rate falls to 0 over the second half. The heads' scale is left as it was
-    (mean 1), so that calibrated and uncalibrated distances are of one order. UserError for fewer than 100 triplets.
+    As LPIPS: cross entropy of the ranking network on the two distances, weights set back to 0 after each step where they
+    fell below; the rate falls to 0 over the second half. Unlike LPIPS, whose dropout leaves out single locations of a channel
+    and nearly averages out, dropout here leaves out whole channels of a triplet. The heads' scale is left as it was (mean 1),
+    so that calibrated and uncalibrated distances are of one order. UserError for fewer than 100 triplets.
     """
     count = len(judgements.judgement)
     if count < 100:

@@ -31,6 +31,7 @@ from diffusion2gan.report import markdown_table
 from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.protocol import TeacherConfig
+from diffusion2gan.teachers.stable_diffusion import weights_digest
 
 # "Three poolings removed" is read in two ways: as by the released checkpoints, and as by the only public training code.
 READINGS: dict[str, dict[str, Any]] = {
@@ -71,7 +72,7 @@ def open_autoencoder(source: str, device: torch.device, dtype: torch.dtype = tor
     def decode(x: Tensor) -> Tensor:
         return vae.decode((x / space.scale + space.shift).to(dtype), return_dict=False)[0].float()
 
-    name = f"{Path(source).name if Path(source).is_dir() else source}, {vae.config.latent_channels} channels, scale {space.scale:g}, shift {space.shift:g}"
+    name = f"{weights_digest(vae)[:16]}, {vae.config.latent_channels} channels, scale {space.scale:g}, shift {space.shift:g}"
     return Autoencoder(encode, decode, space, vae.config.latent_channels, name)
 
 
@@ -89,6 +90,8 @@ def train_command(
     batch_size: int = 256,
     learning_rate: float = 1e-3,
     compiled: bool = False,
+    encode_batch: int = 32,
+    encode_dtype: str = "float32",
 ) -> dict[str, float]:
     """Encodes the images of `data` once into OUT/latents, trains F on them and writes the uncalibrated distance to OUT/metric.
 
@@ -100,13 +103,13 @@ def train_command(
     if batch_size % world:
         raise UserError(f"--batch-size is {batch_size}, expected a multiple of the {world} processes")
     caches = {split: out / "latents" / split for split in ("train", "val")}
-    encoder = open_autoencoder(vae, device)
+    encoder = open_autoencoder(vae, device, getattr(torch, encode_dtype))
     for split, folder in caches.items():
         images = open_images(data, split)
         views = crops if split == "train" else 0
-        cache_latents(images, encoder.encode, folder, {"vae": encoder.name}, resolution, views, limit, rank=rank, world=world)
-    state.wait_for_everyone()
-    train, val = (LatentCache(folder) for folder in caches.values())
+        cache_latents(images, encoder.encode, folder, {"vae": encoder.name}, resolution, views, limit, encode_batch, rank=rank, world=world)
+    # Not a barrier: the processes may need hours, and are never equally fast.
+    train, val = (LatentCache(folder, wait=world > 1) for folder in caches.values())
     if train.settings["classes"] != val.settings["classes"]:
         raise UserError(f"{data}: train and val have other classes; expected the same subfolders in both")
     steps = max(1, epochs * len(train) // batch_size)
@@ -115,6 +118,8 @@ def train_command(
     )  # fmt: skip
     shape = LatentVGGConfig(in_channels=encoder.channels, width=width, norm=norm, **READINGS[reading])
     share = batch_size // world
+    # About once an epoch: one process looks, the others wait.
+    validate_every = max(500, len(train) // batch_size)
 
     def batches(rng: np.random.Generator, _generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         # The whole batch in every process, so that their number does not change it; each takes its share.
@@ -127,7 +132,7 @@ def train_command(
         return ((x.to(device), {"class": labels.to(device)}) for x, labels in val.in_order())
 
     backbone, accuracy = train_classifier(
-        shape, {"class": len(train.settings["classes"])}, batches, config, out / "run", validation, device
+        shape, {"class": len(train.settings["classes"])}, batches, config, out / "run", validation, device, validate_every
     )
     if rank == 0:
         LatentLPIPS(backbone.cpu(), space=encoder.space).save_pretrained(out / "metric")
@@ -152,10 +157,10 @@ def calibrate_command(metric_source: str, vae: str, bapps: Path, out: Path, reso
     return {name: two_afc(head_vector(metric), j) for name, j in judged.items()}
 
 
-def score_command(metric_source: str, vae: str, bapps: Path, resolution: int = 64) -> str:
+def score_command(metric_source: str, vae: str, bapps: Path, resolution: int = 64, clamp: bool = True) -> str:
     """2AFC of a metric on each validation subset of BAPPS, beside the best that any metric could reach; a Markdown table."""
     device = PartialState().device
-    metric = LatentLPIPS.from_pretrained(metric_source).to(device)
+    metric = LatentLPIPS.from_pretrained(metric_source, clamp).to(device)
     judged = _judged(metric, _encoder_of(metric, vae, device), bapps, "val", resolution)
     heads = head_vector(metric).cpu()
     rows = [[name, len(j.judgement), two_afc(heads, j), best_possible(j)] for name, j in judged.items()]
@@ -199,7 +204,12 @@ def reconstruct_command(
     if encoder.channels != latent.net.config.in_channels:
         raise UserError(f"--vae {vae}: has {encoder.channels} channels, the metric reads {latent.net.config.in_channels}")
     if images:
-        target = torch.cat([encoder.encode(read_picture(path)) for path in images])
+        pictures = [read_picture(path) for path in images]
+        if len({p.shape for p in pictures}) > 1:
+            raise UserError(
+                f"--images: sizes are {', '.join(f'{p.shape[3]} x {p.shape[2]}' for p in pictures)}, expected one size; resize them"
+            )
+        target = torch.cat([encoder.encode(p) for p in pictures])
     elif embedded:
         teacher = load_teacher(TeacherConfig(source="embedded"), device)
         noise = draw_noise([evaluation_seed((1 << 51) + seed + i) for i in range(len(prompts))], teacher.latent_shape)
@@ -216,4 +226,6 @@ def read_picture(path: Path) -> Tensor:
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"{path}: cannot be read as a picture ({error}); name a PNG or JPEG file") from None
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    if min(pixels.shape[2:]) < 8:
+        raise UserError(f"{path}: has {picture.width} x {picture.height} pixels, expected at least 8 x 8")
     return pixels[..., : pixels.shape[2] // 8 * 8, : pixels.shape[3] // 8 * 8]

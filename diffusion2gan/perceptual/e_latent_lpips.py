@@ -41,10 +41,11 @@ class ELatentLPIPS(nn.Module):
         device: torch.device | str | None = None,
         uniform: Tensor | None = None,
     ) -> AugmentationParameters:
-        """Parameters for `batch` samples of `shape` (C, H, W), as `Augmentation.draw`.
+        """Parameters for `batch` samples of `shape` (C, H, W), as `Augmentation.draw`; by default on the network's device.
 
         Every tensor (and `uniform`) has batch x ensemble rows; those of one sample stand together.
         """
+        device = next(self.metric.parameters()).device if device is None else device
         return self.augmentation.draw(batch * self.ensemble, shape, generator, device, uniform)
 
     def forward(
@@ -67,6 +68,11 @@ class ELatentLPIPS(nn.Module):
         """
         if features is not None and parameters is None:
             raise UserError("features were given without the parameters they were computed with; pass both")
+        if spatial and (self.ensemble > 1 or self.metric.l1_weight) and set(self.augmentation.letters) & set("bg"):
+            raise UserError(
+                "spatial=True gives a map in augmented coordinates, which other draws and the L1 term do not share; "
+                "use ensemble=1 and l1_weight=0, or augment without b and g"
+            )
         x0, x1 = self.metric.checked(x0, x1, raw)
         parameters = self._checked_parameters(x0, parameters, generator)
         target = None if x1 is None or features is not None else self._augmented(x1, parameters)
@@ -76,8 +82,8 @@ class ELatentLPIPS(nn.Module):
 
     def target_features(self, x1: Tensor, parameters: AugmentationParameters, raw: bool = False) -> list[Tensor]:
         """Features of a target under `parameters`, for `features=` of calls with the same ones; as `LatentLPIPS.target_features`."""
-        x1, _ = self.metric.checked(x1, None, raw)
-        return self.metric.target_features(self._augmented(x1, self._checked_parameters(x1, parameters, None)))
+        x1 = self.metric.checked(x1, None, raw, "x1")[0]
+        return self.metric.features_of_target(self._augmented(x1, self._checked_parameters(x1, parameters, None)))
 
     def _checked_parameters(
         self, x0: Tensor, parameters: AugmentationParameters | None, generator: torch.Generator | None

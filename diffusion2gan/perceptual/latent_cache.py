@@ -6,7 +6,9 @@ under its own name; the same command goes on where it stopped, with any number o
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +23,8 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.files import atomic_path, disk_errors, sweep_temporaries, write_bytes_atomic
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-SHARD = 1024
+# ImageNet has 313 of them, each open while it is read: below the usual limit of 1,024 open files.
+SHARD = 4096
 _SCALE, _RATIO = (0.25, 1.0), (3 / 4, 4 / 3)
 
 
@@ -29,6 +32,8 @@ class LabelledImages(Protocol):
     """Images with one class each."""
 
     classes: list[str]
+    fingerprint: str
+    """Names the images: another list of files has another."""
 
     def __len__(self) -> int: ...
 
@@ -50,6 +55,8 @@ class ImageFolder:
         self.files = [(p, i) for i, c in enumerate(self.classes) for p in sorted((root / c).rglob("*")) if p.suffix.lower() in EXTENSIONS]
         if not self.files:
             raise UserError(f"{root}: no images in subfolders, expected {root.name}/CLASS/IMAGE; name a folder laid out so")
+        listing = "".join(f"{p.relative_to(root)} {p.stat().st_size}\n" for p, _ in self.files)
+        self.fingerprint = hashlib.sha256(listing.encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -66,42 +73,46 @@ class ImageFolder:
 
 
 class HubImages:
-    """A split of a hub data set with `image` and `label` columns, through `datasets`."""
+    """A split of a hub data set with columns `image` (or `img`) and `label`, through `datasets`."""
 
-    def __init__(self, name: str, split: str):
+    def __init__(self, name: str, splits: tuple[str, ...]):
         try:
             import datasets
         except ImportError:
             raise UserError(f"{name}: is no folder; hub data sets need the package datasets: pip install datasets") from None
         try:
-            self.rows = datasets.load_dataset(name, split=split)
+            available = datasets.get_dataset_split_names(name)
+            self.rows = datasets.load_dataset(name, split=next((s for s in splits if s in available), splits[0]))
+            self._image = next(c for c in ("image", "img", "label") if c in self.rows.features)
             self.classes = list(self.rows.features["label"].names)
+            self._labels = np.asarray(self.rows.with_format("numpy")["label"][:], np.int64)
         except (OSError, ValueError, KeyError, AttributeError, ConnectionError) as error:
             reason = " ".join(str(error).split())[:120]
             raise UserError(
-                f"{name}: split {split} cannot be loaded as images with labels ({reason}); name a folder or another data set"
+                f"{name}: split {splits[0]} cannot be loaded as images with labels ({reason}); name a folder or another data set"
             ) from None
+        self.fingerprint = str(self.rows._fingerprint)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def image(self, index: int) -> Image.Image:
-        return self.rows[index]["image"].convert("RGB")
+        return self.rows[index][self._image].convert("RGB")
 
     def label(self, index: int) -> int:
-        return int(self.rows[index]["label"])
+        return int(self._labels[index])
 
 
 def open_images(source: str, split: str) -> LabelledImages:
     """`SOURCE/SPLIT/CLASS/IMAGE` of a local folder ("val" is also found as "validation" or "test"), or a hub data set's split."""
-    names = {"train": ("train",), "val": ("val", "validation", "test")}[split]
+    names = {"train": ("train",), "val": ("validation", "val", "test")}[split]
     root = Path(source)
     if root.is_dir():
         found = next((root / n for n in names if (root / n).is_dir()), None)
         if found is None:
             raise UserError(f"{source}: has no folder {' or '.join(names)}, expected train and val with a subfolder a class")
         return ImageFolder(found)
-    return HubImages(source, {"train": "train", "val": "validation"}[split])
+    return HubImages(source, names)
 
 
 def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
@@ -148,11 +159,12 @@ def cache_latents(
 ) -> None:
     """Encodes every image into `folder`: the centre crop, or `crops` random ones.
 
-    `encode`: pixels (B, 3, resolution, resolution) in [-1, 1] to scaled latents. `settings` name the autoencoder; a folder of
+    `encode`: pixels (B, 3, resolution, resolution) in [-1, 1] to scaled latents, at most `batch` at once. `settings` name the autoencoder; a folder of
     other settings is refused. `limit`: only so many images, spread evenly. Process `rank` of `world` makes every world-th shard.
     """
     chosen = np.arange(len(images)) if limit is None or limit >= len(images) else np.linspace(0, len(images) - 1, limit).round().astype(int)
-    settings = settings | {"resolution": resolution, "crops": crops, "seed": seed, "images": len(chosen), "classes": images.classes}
+    settings = settings | {"resolution": resolution, "crops": crops, "seed": seed, "images": len(chosen)}
+    settings |= {"source": images.fingerprint, "classes": images.classes}
     path = folder / "settings.json"
     if path.exists():
         theirs = json.loads(path.read_text())
@@ -168,7 +180,10 @@ def cache_latents(
         for number, start in enumerate(shards):
             rows = chosen[start : start + SHARD]
             if number % world == rank and not (folder / f"{number:05d}.npy").exists():
-                latents = [_encode_rows(images, rows[i : i + batch], encode, resolution, crops, seed) for i in range(0, len(rows), batch)]
+                at_once = max(1, batch // max(1, crops))
+                latents = [
+                    _encode_rows(images, rows[i : i + at_once], encode, resolution, crops, seed) for i in range(0, len(rows), at_once)
+                ]
                 _save(folder / f"{number:05d}-labels.npy", np.array([images.label(int(i)) for i in rows], np.int32))
                 _save(folder / f"{number:05d}.npy", np.concatenate(latents))
             bar.update(len(rows))
@@ -202,14 +217,16 @@ def _save(path: Path, array: np.ndarray) -> None:
 class LatentCache:
     """The shards of a folder, memory-mapped. Raises UserError while shards are missing, or for a damaged one."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, wait: bool = False):
+        """`wait`: other processes are still making shards."""
         path = folder / "settings.json"
+        while wait and not (path.exists() and not self._missing(json.loads(path.read_text()), folder)):
+            time.sleep(1)
         if not path.exists():
             raise UserError(f"{folder}: no cached latents (no settings.json); run `diffusion2gan perceptual train` with this --out")
         self.settings: dict[str, Any] = json.loads(path.read_text())
         self.count: int = self.settings["images"]
-        total = -(-self.count // SHARD)
-        missing = [i for i in range(total) if not (folder / f"{i:05d}.npy").exists()]
+        total, missing = -(-self.count // SHARD), self._missing(self.settings, folder)
         if missing:
             raise UserError(f"{folder}: {total - len(missing)} of {total} shards are there; run the same command again to encode the rest")
         with disk_errors(folder):
@@ -225,6 +242,10 @@ class LatentCache:
             )
         self.shape: tuple[int, int, int] = self._shards[0].shape[2:]
         self.views: int = self._shards[0].shape[1]
+
+    @staticmethod
+    def _missing(settings: dict[str, Any], folder: Path) -> list[int]:
+        return [i for i in range(-(-settings["images"] // SHARD)) if not (folder / f"{i:05d}.npy").exists()]
 
     def __len__(self) -> int:
         return self.count

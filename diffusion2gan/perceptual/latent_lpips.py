@@ -65,19 +65,19 @@ class LatentLPIPS(nn.Module):
     Five feature maps are normalised to unit length along the channels; their squared difference is weighted per channel
     by a non-negative head, averaged over locations and summed over maps. `l1_weight` adds mean |x0 - x1|, which is in
     the released package and not in the paper: 0 by default. Heads of ones are the uncalibrated distance.
-    `space` says how raw latents are scaled, for `raw=True`.
+    `space` says how raw latents are scaled, for `raw=True`; None where that is not known.
 
     State-dict names are those of the released checkpoints (`net.slice1.0.weight`, `lin0.model.1.weight`).
     """
 
-    def __init__(self, net: LatentVGG, l1_weight: float = 0.0, calibrated: bool = False, space: LatentSpace | None = None):
+    def __init__(self, net: LatentVGG, l1_weight: float = 0.0, calibrated: bool = False, space: LatentSpace | None = LatentSpace()):
         super().__init__()
         if not l1_weight >= 0:
             raise UserError(f"l1_weight is {l1_weight}, expected 0 or more; 0 is Eq. 3")
         self.net = net
         self.l1_weight = l1_weight
         self.calibrated = calibrated
-        self.space = space or LatentSpace()
+        self.space = space
         self.check_values = True
         """Whether inputs are looked at for NaN and for missing scaling; a trainer, which looks at the loss, switches it off."""
         self._plausible = False
@@ -89,12 +89,19 @@ class LatentLPIPS(nn.Module):
         """The five heads in order."""
         return [self.get_submodule(f"lin{i}") for i in range(len(self.net.channels))]  # type: ignore[misc]
 
-    def target_features(self, x1: Tensor) -> list[Tensor]:
+    def target_features(self, x1: Tensor, raw: bool = False) -> list[Tensor]:
         """Unit-normalised features of a target (B, C, H, W), for `features=`: five maps (B, channels[i], h_i, w_i).
+
+        `raw`: the target is the autoencoder's own latent.
 
         They carry no graph unless `x1` wants gradients (or the network is being trained): a target is data, and its half
         of the pass then keeps nothing for the backward pass.
         """
+        x1 = self.checked(x1, None, raw, "x1")[0]
+        return self.features_of_target(x1)
+
+    def features_of_target(self, x1: Tensor) -> list[Tensor]:
+        """`target_features` of a target that was checked and scaled."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and (x1.requires_grad or self.net.trainable)):
             return self._features(x1)
 
@@ -114,45 +121,51 @@ class LatentLPIPS(nn.Module):
         distance = self.distance(x0, x1, features=features, spatial=spatial)
         return distance + self.l1_weight * self.l1(x0, x1, spatial) if self.l1_weight else distance
 
-    def checked(self, x0: Tensor, x1: Tensor | None, raw: bool) -> tuple[Tensor, Tensor | None]:
-        """The inputs, scaled if `raw`. UserError for integers, a wrong number of channels, different shapes, NaN or infinity.
+    def checked(self, x0: Tensor, x1: Tensor | None, raw: bool, name: str = "x0") -> tuple[Tensor, Tensor | None]:
+        """The inputs, scaled if `raw`. UserError for integers, a wrong number of channels, different shapes, NaN or infinity,
+        and for raw latents of an unknown scale.
 
         What needs the values is looked at in every call on the CPU, and on another device, which would have to be waited
         for, in the first; not inside a compiled graph.
         """
         channels = self.net.config.in_channels
-        for name, x in (("x0", x0), ("x1", x1)):
+        for which, x in ((name, x0), ("x1", x1)):
             if x is None:
                 continue
             if x.ndim != 4 or x.shape[1] != channels:
                 raise UserError(
-                    f"{name} has shape {tuple(x.shape)}, expected (B, {channels}, H, W); use the checkpoint of this autoencoder's latents"
+                    f"{which} has shape {tuple(x.shape)}, expected (B, {channels}, H, W); use the checkpoint of this autoencoder's latents"
                 )
             if not x.is_floating_point():
-                raise UserError(f"{name} is of {x.dtype}, expected floating-point latents; pass what the autoencoder's encode gives")
+                raise UserError(f"{which} is of {x.dtype}, expected floating-point latents; pass what the autoencoder's encode gives")
         if x1 is not None:
             _check_shapes(x0, x1)
         if raw:
+            if self.space is None:
+                raise UserError(
+                    "raw=True, but the scale of this metric's latents is not known; scale them, or set metric.space = LatentSpace(scale, shift)"
+                )
             x0, x1 = self.space.scaled(x0), None if x1 is None else self.space.scaled(x1)
         if self.check_values and not torch.compiler.is_compiling() and not (self._plausible and x0.device.type != "cpu"):
-            self._look_at_values(x0, x1)
+            self._look_at_values(x0, x1, name, raw)
         return x0, x1
 
     @torch.no_grad()
-    def _look_at_values(self, x0: Tensor, x1: Tensor | None) -> None:
-        for name, x in (("x0", x0), ("x1", x1)):
+    def _look_at_values(self, x0: Tensor, x1: Tensor | None, name: str, raw: bool) -> None:
+        for which, x in ((name, x0), ("x1", x1)):
             if x is not None and not x.isfinite().all():
-                raise UserError(f"{name} has NaN or infinite values, expected finite latents; look where they come from")
-        if not self._plausible and x1 is not None and x1.numel() > 1:
-            deviation = x1.float().std().item()
+                raise UserError(f"{which} has NaN or infinite values, expected finite latents; look where they come from")
+        target = x0 if name == "x1" else x1
+        if not self._plausible and target is not None and target.numel() > 1:
+            deviation = target.float().std().item()
             # Scaled latents of real pictures have about 1; those of a flat colour, less.
-            if deviation > 2.5:
-                warnings.warn(
-                    f"x1 has a standard deviation of {deviation:.2f}, expected about 1: these look like unscaled latents; "
-                    "multiply them by the autoencoder's scaling_factor, or pass raw=True",
-                    stacklevel=5,
-                )
-        self._plausible = True
+            if deviation > 2.5 and not raw:
+                advice = "these look like unscaled latents; multiply them by the autoencoder's scaling_factor, or pass raw=True"
+                warnings.warn(f"x1 has a standard deviation of {deviation:.2f}, expected about 1: {advice}", stacklevel=5)
+            elif deviation < 0.3 and raw:
+                advice = "these look like scaled latents; leave raw=True away"
+                warnings.warn(f"x1 has a standard deviation of {deviation:.2f} once scaled, expected about 1: {advice}", stacklevel=5)
+            self._plausible = True
 
     def l1(self, x0: Tensor, x1: Tensor | None, spatial: bool = False) -> Tensor:
         """mean |x0 - x1| over channels and locations, (B,), or over channels, (B, H, W)."""
@@ -168,10 +181,10 @@ class LatentLPIPS(nn.Module):
             if x1 is None:
                 raise UserError("neither x1 nor features were given, expected one of them: the target of the distance")
             _check_shapes(x0, x1)
-            features = self.target_features(x1)
+            features = self.features_of_target(x1)
         total: Tensor | None = None
         for f0, f1, head in zip(self._features(x0), features, self.lins, strict=True):
-            if f0.shape[1:] != f1.shape[1:]:
+            if f0.shape != f1.shape:
                 shapes = f"{tuple(f1.shape)}, expected {tuple(f0.shape)}"
                 raise UserError(f"cached features have shape {shapes}; compute them with target_features of this metric")
             # Not a convolution: autocast would take the small differences down to bf16.
@@ -207,7 +220,7 @@ class LatentLPIPS(nn.Module):
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes network, heads and config to one folder (convolutions as `dtype`, if given)."""
-        own = {"l1_weight": self.l1_weight, "calibrated": self.calibrated, "space": asdict(self.space)}
+        own = {"l1_weight": self.l1_weight, "calibrated": self.calibrated, "space": self.space and asdict(self.space)}
         save_folder(self, {"class": "LatentLPIPS", **own, "net": asdict(self.net.config)}, folder, dtype)
 
     @classmethod
@@ -225,7 +238,10 @@ class LatentLPIPS(nn.Module):
 
         resolved = resolve(source)
         if resolved.state is not None:
-            channels = resolved.state["net.slice1.0.weight"].shape[1]
+            first = resolved.state["net.slice1.0.weight"]
+            if first.ndim != 4:
+                raise UserError(f"{source}: net.slice1.0.weight has shape {tuple(first.shape)}, expected (64, C, 3, 3); download it again")
+            channels = first.shape[1]
             metric = cls(LatentVGG(LatentVGGConfig(in_channels=channels)), calibrated=True, space=resolved.space)
             metric.load_weights(resolved.state, source, clamp)
         else:
@@ -238,11 +254,11 @@ class LatentLPIPS(nn.Module):
     def _from_folder(cls, folder: Path, clamp: bool) -> Self:
         config = read_config(folder, "LatentLPIPS")
         net, space = config.pop("net", None), config.pop("space", {})
-        if not isinstance(net, dict) or config.keys() != {"l1_weight", "calibrated"} or space.keys() - {"scale", "shift"}:
+        if not isinstance(net, dict) or config.keys() != {"l1_weight", "calibrated"} or set(space or {}) - {"scale", "shift"}:
             raise UserError(
                 f"{folder}: config.json lacks or adds a key, expected class, l1_weight, calibrated, space, net; save the metric again"
             )
-        metric = cls(LatentVGG(LatentVGGConfig.from_dict(net, folder)), space=LatentSpace(**space), **config)
+        metric = cls(LatentVGG(LatentVGGConfig.from_dict(net, folder)), space=None if space is None else LatentSpace(**space), **config)
         metric.load_weights(read_weights(folder), folder, clamp)
         return metric
 

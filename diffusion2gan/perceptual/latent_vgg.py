@@ -148,6 +148,8 @@ class LatentVGG(nn.Module):
                 f"the input of LatentVGG has shape {tuple(x.shape)}, expected (B, {self.config.in_channels}, H, W); "
                 "use the network of this latent space"
             )
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(next(self.parameters()).dtype)
         features = []
         for block in self.slices:
             x = block[:-1](x) if self.trainable or self.config.norm == "group" else _frozen_layers(block, x)

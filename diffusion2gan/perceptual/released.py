@@ -30,7 +30,7 @@ SPACES = {
     "flux": LatentSpace(0.3611, 0.1159),
 }
 _FILE = "{}_latest_vgg16_tuned.pth"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class LicenceNotice(UserWarning):
@@ -43,20 +43,22 @@ class Resolved:
 
     folder: Path = field(default_factory=Path)
     state: dict[str, Tensor] | None = None
-    space: LatentSpace = field(default_factory=LatentSpace)
+    space: LatentSpace | None = None
 
 
 def resolve(source: str | Path) -> Resolved:
     """Finds `source`: see `LatentLPIPS.from_pretrained`. Raises UserError in one line."""
     path = Path(source)
-    if path.is_dir():
-        return Resolved(folder=path)
-    if path.is_file():
-        name = next((n for n in SPACES if path.name == _FILE.format(n)), None)
-        return Resolved(state=read_released(path), space=SPACES[name] if name else LatentSpace())
     if str(source) in SPACES:
         downloaded = _from_hub(REPOSITORY, f"elatentlpips_ckpt/{_FILE.format(source)}")
         return Resolved(state=read_released(downloaded), space=SPACES[str(source)])
+    if path.is_dir():
+        return Resolved(folder=path)
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            raise UserError(f"{path}: is one file of a folder, expected the folder that also holds {CONFIG}; name {path.parent}")
+        name = next((n for n in SPACES if path.name == _FILE.format(n)), None)
+        return Resolved(state=read_released(path), space=SPACES[name] if name else None)
     if isinstance(source, str) and _HUB_ID.fullmatch(source):
         return Resolved(folder=[_from_hub(source, name) for name in (WEIGHTS, CONFIG)][-1].parent)
     names = ", ".join(SPACES)
@@ -65,11 +67,11 @@ def resolve(source: str | Path) -> Resolved:
 
 def _from_hub(repository: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         path = Path(hf_hub_download(repository, name))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{repository}: {name} could not be downloaded ({reason}); go online once, or give the path of a copy") from None
     # The hub's cache names a large file by its sha256; a file that was changed there since is not what was downloaded.
@@ -86,7 +88,11 @@ def read_released(path: Path) -> dict[str, Tensor]:
     """The tensors of a released checkpoint. UserError for a file that is none, or that holds more than tensors."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        if "Unsupported" not in str(error) and "GLOBAL" not in str(error):
+            raise UserError(
+                f"{path}: is no torch checkpoint, expected a file named like {_FILE.format('ENCODER')}; download it again"
+            ) from None
         raise UserError(
             f"{path}: holds objects other than tensors, expected a state dict; do not load it: such a file can run code"
         ) from None

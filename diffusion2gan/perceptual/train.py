@@ -29,9 +29,6 @@ class Classifier(nn.Module):
         super().__init__()
         self.vgg = LatentVGG(config).for_training()
         self.heads = nn.ModuleDict({name: nn.Linear(self.vgg.channels[-1], size) for name, size in heads.items()})
-        for module in self.vgg.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, C, H, W) -> logits (B, classes) of each head."""
@@ -55,7 +52,8 @@ def accuracies(model: Classifier, batches: Iterable[tuple[Tensor, Mapping[str, T
         for name, logits in model(x).items():
             known, classes[name] = labels[name] >= 0, logits.shape[1]
             right = logits[known].gather(1, labels[name][known, None])
-            ranks[name].append((logits[known] > right).sum(1))
+            # A tie or a NaN is no right answer: the class itself is the one that may be as large as it is.
+            ranks[name].append((~(logits[known] < right)).sum(1) - 1)
     result = {}
     for name, parts in ranks.items():
         rank = torch.cat(parts)

@@ -302,10 +302,36 @@ def test_cached_features_and_maps() -> None:
     expected = loss(x0, x1, parameters)
     features = loss.target_features(x1, parameters)
     torch.testing.assert_close(loss(x0, x1, parameters, features=features), expected)
-    picture = loss(x0, x1, parameters, spatial=True)
-    assert picture.shape == (2, 12, 8) and (picture >= 0).all()
+    with pytest.raises(UserError, match="map in augmented coordinates"):
+        loss(x0, x1, parameters, spatial=True)
+    with pytest.raises(UserError, match="cached features"):
+        loss(x0, x1, parameters, features=[f[:2] for f in features])
     with pytest.raises(UserError, match="pass both"):
         loss(x0, x1, features=features)
+
+
+def test_maps_of_augmented_latents() -> None:
+    """A map is that of the augmented latents, and its mean nearly the distance; without geometry L1 and ensembles join in."""
+    loss = ELatentLPIPS(metric_of(), "bgo")
+    x0, x1 = torch.randn(2, 2, 4, 12, 8)
+    parameters = loss.draw(2, x0.shape[1:])
+    picture = loss(x0, x1, parameters, spatial=True)
+    augmented = [loss.augmentation.apply(x, parameters) for x in (x0, x1)]
+    torch.testing.assert_close(picture, loss.metric(*augmented, spatial=True))
+    torch.testing.assert_close(picture.mean((1, 2)), loss(x0, x1, parameters), rtol=0.1, atol=0)
+    still = ELatentLPIPS(metric_of(l1_weight=0.5), "co", ensemble=2)
+    assert still(x0, x1, spatial=True).shape == (2, 12, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_inputs_of_any_precision(dtype: torch.dtype) -> None:
+    """A float32 metric takes latents as an autoencoder in another precision makes them."""
+    loss = ELatentLPIPS(metric_of(), "bgco")
+    x0, x1 = torch.randn(2, 2, 4, 8, 8)
+    parameters = loss.draw(2, x0.shape[1:])
+    expected = loss(x0, x1, parameters)
+    torch.testing.assert_close(loss(x0.to(dtype), x1.to(dtype), parameters).float(), expected, rtol=0.1, atol=1e-3)
+    torch.testing.assert_close(loss(x0, x1.to(dtype), parameters).float(), expected, rtol=0.1, atol=1e-3)
 
 
 def test_raw_latents() -> None:
@@ -317,6 +343,13 @@ def test_raw_latents() -> None:
     torch.testing.assert_close(
         loss.target_features(2 * x1 + 0.25, parameters, raw=True)[0], loss.target_features(x1, parameters)[0], rtol=1e-4, atol=1e-5
     )
+    torch.testing.assert_close(metric(2 * x0 + 0.25, features=metric.target_features(2 * x1 + 0.25, raw=True), raw=True), metric(x0, x1))
+    metric.space = None
+    with pytest.raises(UserError, match="scale of this metric's latents is not known"):
+        metric(x0, x1, raw=True)
+    metric.space, metric._plausible = LatentSpace(0.18215), False
+    with pytest.warns(UserWarning, match="look like scaled latents"):
+        metric(x0, x1, raw=True)
 
 
 def test_what_cannot_be_a_latent() -> None:

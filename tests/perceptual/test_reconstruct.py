@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from diffusion2gan.perceptual import LatentLPIPS, LatentVGG
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.perceptual.reconstruct import distances_of_figure_3, reconstruct
 from tests.conftest import tiny_pipeline
+from tests.helpers import ROOT
 
 torch.set_num_threads(1)
 
@@ -27,7 +29,7 @@ def test_mse_arrives_and_blindness_shows() -> None:
     def blind(a: Tensor, b: Tensor, _: torch.Generator) -> Tensor:
         return losses.mse(a[:, :2], b[:, :2])
 
-    half = reconstruct(blind, target, steps=300)
+    half = reconstruct(blind, target, steps=600)
     assert torch.allclose(half.latent[:, :2], target[:, :2], atol=0.05)
     start = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
     assert torch.equal(half.latent[:, 2:], start[:, 2:])
@@ -69,5 +71,16 @@ def test_the_command(embedded: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     capsys.readouterr()
     assert cli.main(["perceptual", "reconstruct", "--out", str(out), "--metric", "sd15"]) == 2
     assert "must be of the autoencoder's own latents" in capsys.readouterr().err
+    other = tmp_path / "y.png"
+    for size, message in (((32, 16), "expected one size"), ((4, 16), "expected at least 8 x 8")):
+        Image.new("RGB", size, "red").save(other)
+        assert cli.main(["perceptual", "reconstruct", "--out", str(out), "--images", str(picture), str(other)]) == 2
+        assert message in capsys.readouterr().err
     assert cli.main(["perceptual", "reconstruct", "--out", str(out), "--images", str(tmp_path / "no.png")]) == 2
     assert "cannot be read as a picture" in capsys.readouterr().err
+
+
+def test_the_example_runs(embedded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / "reconstruct_one_latent.py"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["LatentLPIPS", "E-LatentLPIPS"]

@@ -106,8 +106,15 @@ def test_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         LatentLPIPS.from_pretrained(path)
     assert "code ran" not in capsys.readouterr().out
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="cannot be read|other than tensors"):
+    with pytest.raises(UserError, match="is no torch checkpoint|cannot be read"):
         LatentLPIPS.from_pretrained(path)
+    with pytest.raises(UserError, match="no such folder or file"):
+        LatentLPIPS.from_pretrained("./metrc")
+    with pytest.raises(UserError, match="could not be downloaded"):
+        LatentLPIPS.from_pretrained("some--body/x")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="one file of a folder"):
+        LatentLPIPS.from_pretrained(tmp_path / "model.safetensors")
     torch.save({"features.0.weight": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="lacks net.slice1.0.weight"):
         LatentLPIPS.from_pretrained(path)
