@@ -186,6 +186,8 @@ def train(dataset: EmojiDataset, vae: AutoencoderKL, folder: Path, config: FitCo
 
 def save_pipeline(model: TextToImage, tokenizer: CLIPTokenizer, vae: AutoencoderKL, folder: Path) -> None:
     """Writes an ordinary `StableDiffusionPipeline` folder in fp16 safetensors."""
+    # Where it was loaded from is of no use elsewhere.
+    vae.register_to_config(_name_or_path="")
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=model.text_encoder,
