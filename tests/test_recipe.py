@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.pairs.simulate import settings_difference
 from diffusion2gan.recipe import builtin_recipes, check_same_experiment, dump_recipe, load_recipe
 from tests.helpers import recipe_values, write_recipe
 
@@ -23,12 +24,27 @@ def test_every_builtin_recipe_is_valid_and_survives_saving(name: str, tmp_path: 
 
 
 def test_rows_of_table_1_differ_by_the_distance_alone() -> None:
-    rows = [load_recipe(n) for n in builtin_recipes() if n.startswith("ablations/")]
-    assert len(rows) == 6
+    distances = ("mse", "l1", "pseudo_huber", "lpips", "latent_lpips", "e_latent_lpips")
+    rows = [load_recipe(f"ablations/{name}") for name in distances]
     plain = [r.model_dump() | {"name": "", "loss": ""} for r in rows]
     assert all(p == plain[0] for p in plain)
     assert len({r.loss.distance for r in rows}) == 6
     assert len({(r.loss.perceptual, r.loss.augment) for r in rows}) == 1
+
+
+def test_other_ablations_differ_from_their_base_in_one_thing() -> None:
+    base = load_recipe("ablations/e_latent_lpips")
+    images = base.training.steps * base.training.batch_size
+    for name in (n for n in builtin_recipes() if n.startswith(("ablations/e_latent_lpips_", "ablations/pairs_"))):
+        row = load_recipe(name)
+        different = {
+            key.split(".")[0] + "." + key.split(".")[1]
+            for key, _, _ in settings_difference(row.model_dump(), base.model_dump())
+            if "." in key
+        }
+        expected = {"training.batch_size", "training.steps", "training.decay_steps"} if "batch" in name else None
+        assert different == expected or len(different) == 1, name
+        assert row.training.steps * row.training.batch_size == images, name
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,8 @@ class TrainingConfig(Section):
     validate_every: int = Field(500, ge=1)
     holdout: int = Field(256, ge=1)
     """The last so many pairs of the store are never trained on: validation loss and sample grids use them."""
+    first_pairs: int | None = Field(None, ge=1)
+    """Trains on only the first so many pairs of the store: how much do more pairs help?"""
     sample_every: int = Field(500, ge=1)
     sample_count: int = Field(16, ge=1)
     seed: int = Field(0, ge=0, lt=1 << 62)
@@ -127,7 +129,12 @@ class Trainer:
                 f"training.batch_size is {config.batch_size}, expected a multiple of processes x micro_batch_size ({world} x {self.micro})"
             )
         self.accumulation = config.batch_size // (world * self.micro)
-        self.order = SampleOrder(len(pairs) - config.holdout, config.seed)
+        available = len(pairs) - config.holdout
+        if config.first_pairs is not None and config.first_pairs > available:
+            raise UserError(
+                f"training.first_pairs is {config.first_pairs}, expected at most {available} ({len(pairs)} pairs, {config.holdout} held out)"
+            )
+        self.order = SampleOrder(config.first_pairs or available, config.seed)
         generator.to(self.device).to(memory_format=torch.channels_last)
         plain_attention_on_cpu(generator.network, teacher.latent_shape[1] * teacher.latent_shape[2], self.device)
         self.ema = Ema(generator, config.ema_decay)

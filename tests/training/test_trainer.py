@@ -222,3 +222,10 @@ def test_compiled_training_is_one_graph_and_the_same(
     whole.run(progress=False)
     assert compiled == [OneStepGenerator, Distance]
     torch.testing.assert_close(_weights(whole), _weights(plain), atol=1e-4, rtol=1e-4)
+
+
+def test_only_the_first_pairs(store: Path, tmp_path: Path) -> None:
+    trainer = _trainer(store, tmp_path, first_pairs=5)
+    assert {int(r) for step in range(20) for r in trainer.order.rows(step, 4)} == set(range(5))
+    with pytest.raises(UserError, match="first_pairs is 17, expected at most 16"):
+        _trainer(store, tmp_path, first_pairs=17)
