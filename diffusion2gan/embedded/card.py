@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from diffusion2gan.benchmark import autoencode_with, teacher_subject
 from diffusion2gan.device import default_device
@@ -99,9 +98,8 @@ def neighbours_picture(folder: Path, work: Path, out: Path) -> None:
 
 def write_card(folder: Path, work: Path, docs: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Measures the gate and writes `docs/embedded_teacher.md` with its pictures. `facts`: what the training log says."""
-    with torch.inference_mode():
-        gate = measure_gate(folder, work)
-        neighbours_picture(folder, work, docs / "images" / "embedded_teacher_neighbours.png")
+    gate = measure_gate(folder, work)
+    neighbours_picture(folder, work, docs / "images" / "embedded_teacher_neighbours.png")
     write_bytes_atomic(docs / "embedded_teacher.json", (json.dumps(gate | {"training": facts}, indent=1) + "\n").encode())
     rows = [[name, entry["value"], entry["needed"], "yes" if entry["passed"] else "no"] for name, entry in gate["gate"].items()]
     text = f"""# The embedded teacher
