@@ -89,7 +89,7 @@ def read_released(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error) and "GLOBAL" not in str(error):
+        if "GLOBAL" not in str(error):
             raise UserError(
                 f"{path}: is no torch checkpoint, expected a file named like {_FILE.format('ENCODER')}; download it again"
             ) from None
