@@ -14,11 +14,10 @@ import torch
 
 from diffusion2gan.compare import teacher_pictures
 from diffusion2gan.device import can_compile, default_device
-from diffusion2gan.embedded.autoencoder import to_tensor
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.emoji10k import Subject, evaluate_emoji10k
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
-from diffusion2gan.images import to_uint8
+from diffusion2gan.images import to_tensor, to_uint8
 from diffusion2gan.pipeline import STUDENT_FILE, Student
 from diffusion2gan.report import cell, markdown_table
 from diffusion2gan.teachers.load import teacher_folder
@@ -34,7 +33,8 @@ def teacher_subject(teacher: StableDiffusionTeacher, ode: SolverConfig, precisio
     # A compiled network gives the same pictures; where it cannot be compiled, they take longer.
     compiled = compiled and can_compile(teacher.device)
     own = str(teacher.dtype).removeprefix("torch.")
-    settings = [teacher.identity(), ode.model_dump(), precision or own]
+    # The store's identity of a teacher has no autoencoder: latents do not depend on it, pictures do.
+    settings = [teacher.identity(), weights_digest(teacher.vae), ode.model_dump(), precision or own]
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     solver = OdeSolver(teacher, ode, _TEACHER_BATCH, precision, compiled)
     how = f"{precision or own}, compiled" if compiled else precision or own

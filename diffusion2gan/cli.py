@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -340,6 +341,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     # transformers says at import which torchvision classes it replaces; nothing here uses them.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # One line that says what is the matter, not where in the code it was noticed.
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"diffusion2gan: warning: {message}\n"
     try:
         arguments.function(arguments)
     except UserError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from diffusion2gan.compare import teacher_pictures
-from diffusion2gan.device import default_device
+from diffusion2gan.device import default_device, has_bf16
 from diffusion2gan.embedded.weights import embedded_student, weights_root
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import disk_errors, write_bytes_atomic
@@ -83,7 +84,10 @@ def measure_speed(teacher: StableDiffusionTeacher, batch: int = 32) -> Speed:
         x.square().mean().backward()
 
     rates = []
-    for act in (forward, partial(train, False), partial(train, True)):
+    acts: list[Callable[[], None]] = [forward, partial(train, False)]
+    if has_bf16(teacher.device):
+        acts.append(partial(train, True))
+    for act in acts:
         act()
         _wait(teacher)
         started, count = time.perf_counter(), 0
@@ -92,8 +96,9 @@ def measure_speed(teacher: StableDiffusionTeacher, batch: int = 32) -> Speed:
             count += 1
         _wait(teacher)
         rates.append(batch * count / (time.perf_counter() - started))
-    evaluations, full, half = rates
-    return Speed(evaluations, max(full, half), half > full)
+    evaluations, full, *half = rates
+    fastest = max([full, *half])
+    return Speed(evaluations, fastest, fastest > full)
 
 
 def _wait(teacher: StableDiffusionTeacher) -> None:

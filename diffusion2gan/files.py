@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import pickle
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -114,6 +116,50 @@ def torch_save_atomic(path: Path, value: Any) -> None:
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
             raise cause or error from None
+
+
+def torch_load_safe(path: Path) -> Any:
+    """What `torch_save_atomic` wrote, on the CPU; no pickled code is run. Raises UserError for a damaged file or another's."""
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
+        raise UserError(f"{path}: cannot be read as a checkpoint ({reason}); delete it to go on from the one before, or anew") from None
+    except pickle.UnpicklingError as error:  # a file that would have run code
+        raise UserError(
+            f"{path}: not a checkpoint of ours ({type(error).__name__}); delete it to go on from the one before, or anew"
+        ) from None
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yields a path beside `folder` to fill; on success what was made there takes the place of `folder`.
+
+    An interrupted replacement leaves the old folder or the new one whole; a process killed in the one moment between two
+    renames leaves the old one as `.NAME.old`, and the next call puts it back before anything else.
+    """
+    aside = folder.with_name(f".{folder.name}.old")
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if aside.exists():
+            if folder.exists():
+                shutil.rmtree(aside)
+            else:
+                aside.rename(folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+            draft = Path(scratch) / folder.name
+            yield draft
+            try:
+                if folder.exists():
+                    folder.rename(aside)
+                draft.rename(folder)
+            except BaseException:
+                if aside.exists() and not folder.exists():
+                    aside.rename(folder)
+                raise
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def fsync_dir(path: Path) -> None:

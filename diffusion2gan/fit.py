@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from diffusion2gan.ema import Ema
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import disk_errors, torch_save_atomic
+from diffusion2gan.files import disk_errors, sweep_temporaries, torch_load_safe, torch_save_atomic
 from diffusion2gan.interrupt import stop_requests
-from diffusion2gan.run_log import RunLog
+from diffusion2gan.run_log import RunLog, refuse_lost_checkpoint
 from diffusion2gan.schedule import warmup_and_decay
 
 
@@ -153,13 +153,17 @@ def fit(
 
 def _resume(path: Path, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, config: FitConfig) -> int:
     """Loads a checkpoint, if there is one; returns the step to go on from. Raises UserError for one of other settings."""
+    sweep_temporaries(path.parent)
     if not path.exists():
+        refuse_lost_checkpoint(path.parent, path.name, config.checkpoint_every)
         return 0
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    for key, value in saved.get("config", {}).items():
+    saved = torch_load_safe(path)
+    if not isinstance(saved, dict) or not {"model", "ema", "optimizer", "step"} <= saved.keys():
+        raise UserError(f"{path}: not a checkpoint of this training; move it away, or choose another folder")
+    done, planned = saved["step"], saved.get("config", {})
+    for key, value in planned.items():
         if key not in ("steps", "warmup_steps", "decay_steps", "checkpoint_every", "log_every", "compile") and value != asdict(config)[key]:
             raise UserError(f"{path}: trained with {key} {value}, now it is {asdict(config)[key]}; choose another folder")
-    done, planned = saved["step"], saved.get("config", {})
     if done > config.steps:
         raise UserError(f"{path}: stands at step {done}, expected at most {config.steps}; ask for more steps")
     falling = planned.get("steps", config.steps) - planned.get("decay_steps", config.decay_steps)

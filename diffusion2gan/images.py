@@ -4,16 +4,37 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+import torch
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
+
+from diffusion2gan.errors import UserError
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
     """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounded to nearest (eval_spec's `round`)."""
+    if not pixels.isfinite().all():
+        raise UserError(
+            "pictures have NaN or infinite pixels: the network that drew them is damaged, or its precision too low; try float32"
+        )
     scaled = (pixels.detach().float() * 127.5 + 127.5).round().clamp(0, 255)
     return scaled.byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """The inverse of `to_uint8`: (B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1], channels-last."""
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def open_rgb(path: Path, remedy: str) -> Image.Image:
+    """A picture file as RGB. Raises UserError, ending with `remedy`, for what is none."""
+    try:
+        return Image.open(path).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a picture ({error}); {remedy}") from None
 
 
 def grid(

@@ -8,7 +8,6 @@ conversion from prediction to x.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import disk_errors, write_bytes_atomic
+from diffusion2gan.files import atomic_folder, write_bytes_atomic
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import to_uint8
 from diffusion2gan.pairs.dataset import canonical_json
@@ -67,17 +66,10 @@ def export_student(
     network = pipeline.unet.float()
     network.load_state_dict({k.removeprefix("network."): v for k, v in generator_weights.items()})
     pipeline.scheduler = student_scheduler(dict(pipeline.scheduler.config))
-    with disk_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-            target = Path(scratch) / "student"
-            _save(pipeline, target, dtype)
-            write_bytes_atomic(target / STUDENT_FILE, canonical_json({"format": FORMAT, "timestep": timestep} | facts))
-            write_bytes_atomic(target / "README.md", _card(facts, dtype).encode())
-            if folder.exists():
-                # Aside first: whenever this is interrupted, the old student or the new one is there whole.
-                folder.rename(Path(scratch) / "old")
-            target.rename(folder)
+    with atomic_folder(folder) as target:
+        _save(pipeline, target, dtype)
+        write_bytes_atomic(target / STUDENT_FILE, canonical_json({"format": FORMAT, "timestep": timestep} | facts))
+        write_bytes_atomic(target / "README.md", _card(facts, dtype).encode())
 
 
 def _save(pipeline: StableDiffusionPipeline, folder: Path, dtype: torch.dtype) -> None:

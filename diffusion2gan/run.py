@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from diffusion2gan.device import warn_of_slow_bf16
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import disk_errors, sweep_temporaries, write_bytes_atomic
 from diffusion2gan.generator import OneStepGenerator
@@ -55,6 +56,8 @@ def open_run(recipe: Recipe, folder: Path) -> None:
 def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = True, deadline: Callable[[], bool] | None = None) -> Trainer:
     """Trains `recipe` on the pairs of `store` in the run `folder`, going on from its last checkpoint."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=recipe.training.mixed_precision)
+    if recipe.training.mixed_precision == "bf16":
+        warn_of_slow_bf16(accelerator.device, "training.mixed_precision=no")
     pairs = PairDataset(store)
     teacher = load_teacher(recipe.teacher, accelerator.device)
     settings = store_settings(teacher, recipe.pairs, _prompts_digest(recipe, pairs))
@@ -74,7 +77,12 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
 def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance) -> None:
     """Writes what the run was fed with to `RUN/inputs.json`, or raises UserError when it was fed with something else before."""
     perceptual = None if distance.network is None else weights_digest(distance.network)
-    inputs = {"pairs": {k: v for k, v in pairs.manifest.items() if k != "shards"}, "perceptual_weights": perceptual}
+    inputs = {
+        "pairs": {k: v for k, v in pairs.manifest.items() if k != "shards"},
+        "perceptual_weights": perceptual,
+        "perceptual_settings": distance.settings,
+    }
+    written = canonical_json(inputs)
     path = folder / "inputs.json"
     if path.exists():
         # The same pairs may be kept otherwise: noise stored or not, shards of another size.
@@ -88,10 +96,10 @@ def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance) -> None:
             "pairs.text_precision",
             "pairs.compile",
         )
-        for key, ours, theirs in settings_difference(inputs, json.loads(path.read_text())):
+        for key, ours, theirs in settings_difference(json.loads(written), json.loads(path.read_text())):
             if key not in kept:
                 raise UserError(f"{folder}: this run was begun with {key} {theirs!r}, now it is {ours!r}; choose a new --out")
-    write_bytes_atomic(path, canonical_json(inputs))
+    write_bytes_atomic(path, written)
 
 
 def _prompts_digest(recipe: Recipe, pairs: PairDataset) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from diffusion2gan.errors import UserError
 from diffusion2gan.files import atomic_path, disk_errors, write_bytes_atomic
 from diffusion2gan.images import png_bytes
 
@@ -34,6 +35,16 @@ class RunLog:
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
         if self.enabled:
             write_bytes_atomic(self.folder / "samples" / f"{name}-{step:08d}.png", png_bytes(picture))
+
+
+def refuse_lost_checkpoint(folder: Path, expected: str, checkpoint_every: int) -> None:
+    """Raises UserError where the log of `folder` goes beyond its first checkpoint, and no checkpoint is left to go on from."""
+    last = max((row["step"] for row in read_scalars(folder / "metrics.jsonl")), default=0)
+    # Not equal: a process may have been killed while it wrote its first one.
+    if last > checkpoint_every:
+        raise UserError(
+            f"{folder}: metrics.jsonl goes to step {last}, but there is no checkpoint ({expected}); put it back, or remove the folder to begin anew"
+        )
 
 
 def _step_of(line: str) -> float:

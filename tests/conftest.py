@@ -6,6 +6,8 @@ import os
 
 # Before torch starts: one thread makes every result reproducible, and leaves the other core to the process tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing here may reach for the network; the processes that tests start inherit this.
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from diffusion2gan.training.state import checkpoints, load_state
 from tests.conftest import tiny_pipeline
 from tests.helpers import metrics, recipe_values, run_command, tree_digest, write_recipe
 
@@ -36,6 +39,23 @@ def test_the_run_leaves_what_one_looks_for(world: Path) -> None:
     assert (world / "run" / "samples" / "held-out-00000012.png").exists()
     assert (world / "run" / "recipe.yaml").exists()
     assert (world / "run" / "inputs.json").exists()
+
+
+def test_which_weights_are_exported(world: Path) -> None:
+    state = load_state(checkpoints(world / "run" / "checkpoints")[-1])
+    done = run_command("export", world / "run", world / "last", "--dtype", "float32", "--last")
+    assert done.returncode == 0, done.stderr
+    assert any(not torch.equal(v, state.model[k]) for k, v in state.ema.items())
+    for name, weights in (("student", state.ema), ("last", state.model)):
+        exported = UNet2DConditionModel.from_pretrained(world / name / "unet").state_dict()
+        for key, value in exported.items():
+            assert torch.equal(value, weights[f"network.{key}"]), (name, key)
+
+
+def test_recipes_are_listed() -> None:
+    done = run_command("recipes")
+    assert done.returncode == 0, done.stderr
+    assert {"emoji", "demo", "ablations/mse"} <= {line.split()[0] for line in done.stdout.splitlines() if line.strip()}
 
 
 def test_generate_and_compare(world: Path, tiny_teacher_folder: Path) -> None:

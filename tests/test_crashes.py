@@ -80,6 +80,17 @@ def test_simulate_killed_at(point: str, number: int, tmp_path: Path, world: dict
     assert tree_digest(tmp_path / "store") == tree_digest(world["store"])
 
 
+@pytest.mark.parametrize(("point", "number"), [("before-rename", 2), ("after-rename", 3), ("before-rename", 5)])
+def test_store_noise_killed_at(point: str, number: int, tmp_path: Path, world: dict[str, Path]) -> None:
+    for name in ("unbroken", "killed"):
+        command = ("pairs", "store-noise", world["store"], "--out", tmp_path / name)
+        if name == "killed":
+            _kill_at(point, number, *command)
+        done = run_command(*command)
+        assert done.returncode == 0, done.stderr
+    assert tree_digest(tmp_path / "killed") == tree_digest(tmp_path / "unbroken")
+
+
 # Renames of a training: recipe (1), inputs.json (2), picture (3), checkpoint of step 3 (4), picture (5), checkpoints of steps 6
 # and 9 (6, 7), picture (8), checkpoint of step 12 (9).
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from diffusion2gan.embedded import autoencoder, emoji, perceptual, text_to_image
 from diffusion2gan.embedded.triplets import DISTORTIONS, synthetic_triplets
 from diffusion2gan.embedded.weights import package_root
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.files import atomic_folder, write_bytes_atomic
 from diffusion2gan.fit import save_start
 from diffusion2gan.perceptual import LatentLPIPS
 from diffusion2gan.perceptual.calibrate import Encode, Judgements, calibrate, head_vector, judge, two_afc
@@ -117,8 +116,7 @@ def pack(work: Path, root: Path) -> list[str]:
         parts.append("student")
     lines = []
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root.parent, prefix=".pack-") as scratch:
-        draft = Path(scratch) / "weights"
+    with atomic_folder(root) as draft:
         shutil.copytree(root, draft)
         for name in parts:
             shutil.rmtree(draft / name, ignore_errors=True)
@@ -131,8 +129,6 @@ def pack(work: Path, root: Path) -> list[str]:
             raise UserError(
                 f"{work}: {sum(sizes):,} bytes, largest file {max(sizes):,}, expected at most {MAX_TOTAL:,} and {MAX_FILE:,}; pack less"
             )
-        root.rename(Path(scratch) / "old")
-        draft.rename(root)
     records = "".join(json.dumps(asdict(r), sort_keys=True) + "\n" for r in emoji.load().records)
     write_bytes_atomic(root.parent / "data" / "records.jsonl.gz", gzip.compress(records.encode(), mtime=0))
     return [*lines, f"total {sum(sizes):,} bytes"]

@@ -31,7 +31,7 @@ from diffusion2gan.recipe import load_recipe
 from diffusion2gan.report import markdown_table
 from diffusion2gan.teachers.ode import SolverConfig
 from diffusion2gan.teachers.protocol import TeacherConfig
-from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher, weights_digest
 
 NEIGHBOURS = 32
 
@@ -46,12 +46,20 @@ def _emoji_subject(teacher: StableDiffusionTeacher) -> Subject:
     return teacher_subject(teacher, pairs.ode, pairs.precision, pairs.compile)
 
 
+def _references(
+    teacher: StableDiffusionTeacher, dataset: emoji.EmojiDataset, work: Path, network: ScoringNetwork
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features of R and of R_rec, kept in `work`."""
+    name = f"autoencoder {weights_digest(teacher.vae)[:16]}"
+    return reference_features(dataset, autoencode_with(teacher), name, work / "reference", network)
+
+
 def progress(folder: Path, work: Path, count: int = 3000) -> dict[str, float]:
     """FD_inf to R_rec of a teacher folder on the validation prompts, with a fast solver: what its training is stopped by."""
     teacher, network, dataset = _load(folder), ScoringNetwork(), emoji.load()
     subject = teacher_subject(teacher, SolverConfig(solver="dpmpp", steps=12, spacing="trailing", guidance=3.0))
     target = work / "progress" / subject.identity.replace(" ", "-")
-    _, reference_rec = reference_features(dataset, autoencode_with(teacher), "autoencoder", work / "reference", network)
+    _, reference_rec = _references(teacher, dataset, work, network)
     # The validation list twice, from noises A and then B: nothing is decided on the test list.
     texts = [p.prompt for p in drawn_prompt_list("validation")]
     prompts = [*texts, *texts][:count]
@@ -66,7 +74,7 @@ def measure_gate(folder: Path, work: Path, count: int = 2000, preservation: int 
     teacher, network, dataset = _load(folder), ScoringNetwork(), emoji.load()
     subject = _emoji_subject(teacher)
     target = work / "gate" / subject.identity.replace(" ", "-")
-    reference, reference_rec = reference_features(dataset, autoencode_with(teacher), "autoencoder", work / "reference", network)
+    reference, reference_rec = _references(teacher, dataset, work, network)
     prompts = drawn_prompt_list("validation", count)
     seeds = noise_seeds("validation", "A", count)
     pictures = extract_samples(subject.sample, [p.prompt for p in prompts], seeds, target, "validation-A", network, subject.identity)

@@ -16,9 +16,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusion2gan.embedded.autoencoder import to_tensor
 from diffusion2gan.embedded.emoji import STYLES, TONES, EmojiDataset
 from diffusion2gan.fit import FitConfig
+from diffusion2gan.images import to_tensor
 from diffusion2gan.perceptual import LatentLPIPS
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.perceptual.train import train_classifier

@@ -16,22 +16,22 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffusion2gan.device import compile_for_one_shape
-from diffusion2gan.embedded.autoencoder import to_tensor
+from diffusion2gan.device import compile_for_one_shape, has_bf16
 from diffusion2gan.embedded.emoji import EmojiDataset, EmojiRecord, all_captions, draw_caption
 from diffusion2gan.files import write_bytes_atomic
 from diffusion2gan.fit import FitConfig, fit
+from diffusion2gan.images import to_tensor
 from diffusion2gan.teachers.attention import plain_attention_on_cpu
 
 VOCABULARY = 2048
 MAX_TOKENS = 24
 HIDDEN = 128
 CONFIG = FitConfig(
-    steps=18_500,
+    steps=25_000,
     batch_size=128,
-    learning_rate=6e-4,
+    learning_rate=4e-4,
     warmup_steps=500,
-    decay_steps=6_000,
+    decay_steps=6_500,
     ema_decay=0.9995,
     checkpoint_every=250,
     log_every=50,
@@ -165,6 +165,8 @@ def train(dataset: EmojiDataset, vae: AutoencoderKL, folder: Path, config: FitCo
 
     compiled = compile_for_one_shape(objective, torch.device(device), "compile") if config.compile else objective
 
+    bf16 = has_bf16(device)
+
     def loss_of_step(rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         n = config.batch_size
         rows = dataset.draw_training_rows(rng, n)
@@ -175,7 +177,7 @@ def train(dataset: EmojiDataset, vae: AutoencoderKL, folder: Path, config: FitCo
         timestep = torch.from_numpy(((np.arange(n) + rng.random(n)) / n * len(alphas)).astype(np.int64)).to(device)
         # Drawn on the CPU whatever the device: the same run everywhere.
         noise = torch.randn(latents[rows].shape, generator=generator).to(device).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             error = compiled(latents[rows].contiguous(memory_format=torch.channels_last), noise, timestep, ids)
         return (error * weights[timestep]).mean(), {"mse": error.detach().mean()}
 

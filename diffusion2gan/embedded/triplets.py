@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusion2gan.embedded.autoencoder import to_tensor
 from diffusion2gan.embedded.emoji import EmojiDataset
+from diffusion2gan.images import to_tensor, to_uint8
 from diffusion2gan.perceptual.calibrate import TripletBatch
 
 # (pictures (B, 3, H, W) in [-1, 1], strength (B,) in [0, 1], generator) -> distorted pictures
@@ -73,9 +73,8 @@ def _erase(x: Tensor, strength: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _jpeg(x: Tensor, strength: Tensor, _generator: torch.Generator) -> Tensor:
-    pictures = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     parts = []
-    for picture, s in zip(pictures, strength.tolist(), strict=True):
+    for picture, s in zip(to_uint8(x), strength.tolist(), strict=True):
         file = io.BytesIO()
         Image.fromarray(picture).save(file, "JPEG", quality=max(1, round(60 * (1 - s) ** 1.5)))
         parts.append(np.asarray(Image.open(file)))

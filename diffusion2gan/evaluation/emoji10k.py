@@ -50,7 +50,7 @@ from diffusion2gan.evaluation.metrics import (
     variance_within,
     within_prompt_diversity,
 )
-from diffusion2gan.files import atomic_path, disk_errors, write_bytes_atomic
+from diffusion2gan.files import atomic_path, disk_errors, sweep_temporaries, write_bytes_atomic
 from diffusion2gan.pairs.seeds import evaluation_seed
 
 PROTOCOL = "emoji10k-v1"
@@ -335,6 +335,7 @@ def extract(
     spans = [(start, min(start + SHARD, count)) for start in range(0, count, SHARD)]
     total = len(spans)
     manifest = folder / f"features-{block}-of-{total:05d}.json"
+    sweep_temporaries(folder)
     if manifest.exists():
         found = json.loads(manifest.read_text())
         for key in sorted({*found, *described}):

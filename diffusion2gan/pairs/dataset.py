@@ -112,8 +112,11 @@ def existing_shards(folder: Path, total: int) -> dict[int, Path]:
         if of != "of" or int(count) != total or int(index) >= total:
             raise UserError(f"{folder / name}: not a shard of this store of {total}; move it away and run again")
         if int(index) in found:
-            verify_shard(found[int(index)])
-            verify_shard(folder / name)
+            try:
+                verify_shard(found[int(index)])
+                verify_shard(folder / name)
+            except FileNotFoundError:  # another worker just looked, too
+                continue
             (folder / name).unlink(missing_ok=True)
         else:
             found[int(index)] = folder / name

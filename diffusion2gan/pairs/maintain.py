@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.files import sweep_temporaries, write_bytes_atomic
 from diffusion2gan.images import grid, to_uint8
 from diffusion2gan.pairs.dataset import (
     PairDataset,
@@ -73,6 +73,7 @@ def store_noise(folder: Path, out: Path) -> dict[str, Any]:
     if out.resolve() == folder.resolve():
         raise UserError(f"{out}: is the store itself; choose a new folder")
     agree_on_settings(out, settings)
+    sweep_temporaries(out)
     for index in tqdm(range(total), unit="shard", desc="store-noise"):
         rows = shard_rows(index, settings["count"], settings["shard_size"])
         batch = source.batch(rows)

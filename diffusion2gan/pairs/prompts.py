@@ -96,4 +96,7 @@ def _parquet(path: Path, column: str) -> list[str]:
         raise UserError(f"{path}: cannot read column {column!r}; is it a Parquet file that has it? Set pairs.prompts.column") from None
     if table.num_columns != 1:
         raise UserError(f"{path}: no column {column!r}; set pairs.prompts.column to one of {pq.read_schema(path).names}")
-    return [str(value or "").strip() for value in table.column(0).to_pylist()]
+    kind = table.column(0).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+        raise UserError(f"{path}: column {column!r} holds {kind}, expected strings; set pairs.prompts.column to one that does")
+    return [(value or "").strip() for value in table.column(0).to_pylist()]

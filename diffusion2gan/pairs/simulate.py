@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from diffusion2gan.config import Section
+from diffusion2gan.device import warn_of_slow_bf16
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import disk_errors, sweep_temporaries, write_bytes_atomic
 from diffusion2gan.pairs.dataset import (
@@ -148,6 +148,8 @@ def simulate(
     folder, worker = Path(folder).resolve(), worker or Worker()
     prompts = read_prompts(config.prompts, config.count, config.seed)
     settings = store_settings(teacher, config, prompts_digest(prompts))
+    if config.precision == "bfloat16":
+        warn_of_slow_bf16(teacher.device, "pairs.precision=float32")
     # Before anything is written: it may refuse to compile.
     solver = OdeSolver(teacher, config.ode, config.batch_size, config.precision, config.compile, config.negative_prompt)
     agree_on_settings(folder, settings)
@@ -206,13 +208,18 @@ def _make_shard(
         if stored is not None:
             noise = noise.astype(stored)
             noises.append(noise)
-        x = solver.solve(noise.astype(np.float32), [prompts[i] for i in part])
-        if not torch.isfinite(x).all():
-            bad = part[int((~torch.isfinite(x).flatten(1).all(1)).nonzero()[0])]
+        x = solver.solve(noise.astype(np.float32), [prompts[i] for i in part]).cpu().numpy()
+        with np.errstate(over="ignore"):
+            x = x.astype(LATENT_DTYPE)
+        # As it is stored: what is beyond float16's range would be infinite there.
+        finite = np.isfinite(x).reshape(len(x), -1).all(1)
+        if not finite.all():
+            bad = part[int(np.flatnonzero(~finite)[0])]
             raise UserError(
-                f"pair {bad} ({prompts[bad]!r}): the teacher's solution is not finite in {config.precision or solver.teacher.dtype}; try pairs.precision: bfloat16 or float32"
+                f"pair {bad} ({prompts[bad]!r}): the teacher's solution is not finite, or beyond float16's range, in "
+                f"{config.precision or solver.teacher.dtype}; try pairs.precision: bfloat16 or float32"
             )
-        latents.append(x.cpu().numpy().astype(LATENT_DTYPE))
+        latents.append(x)
     return encode_shard(seeds, [prompts[i] for i in rows], np.concatenate(latents), np.concatenate(noises) if noises else None)
 
 

@@ -125,11 +125,10 @@ class Augmentation:
 
         Differentiable twice with respect to x; no host sync, so it compiles as one graph.
         """
-        affine, colour, cutout = (value.to(x.device) for value in parameters)
         dtype = x.dtype
         # A bf16 coordinate is off by a quarter of a pixel at 64 x 64.
-        x = x.to(torch.promote_types(torch.promote_types(dtype, affine.dtype), torch.float32))
-        affine, colour, cutout = affine.to(x.dtype), colour.to(x.dtype), cutout.to(x.dtype)
+        x = x.to(torch.promote_types(torch.promote_types(dtype, parameters.affine.dtype), torch.float32))
+        affine, colour, cutout = (value.to(x.device, x.dtype) for value in parameters)
         if "g" in self.letters:
             x = _smoothed(x, _linear_in_pixels(affine, x))
             x = F.grid_sample(x, _grid(affine, x), mode="bicubic", padding_mode="reflection", align_corners=False)

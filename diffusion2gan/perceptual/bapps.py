@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
+from PIL import Image
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.images import open_rgb, to_tensor
 from diffusion2gan.perceptual.calibrate import TripletBatch
 
 PARTS = ("ref", "p0", "p1")
@@ -30,6 +30,9 @@ class TripletFolder:
             if not (folder / part).is_dir():
                 raise UserError(f"{folder}: has no folder {part}, expected ref, p0, p1 and judge; name an unpacked BAPPS 2afc subset")
         self.names = sorted(p.stem for p in (folder / "judge").glob("*.npy"))
+        unjudged = sorted({p.stem for part in PARTS for p in (folder / part).glob("*.png")} - set(self.names))
+        if unjudged:
+            raise UserError(f"{folder / 'judge' / unjudged[0]}.npy: is missing, expected one for each picture; unpack the data set again")
         for part in PARTS:
             missing = next((n for n in self.names if not (folder / part / f"{n}.png").is_file()), None)
             if missing is not None:
@@ -42,18 +45,14 @@ class TripletFolder:
         """Triplets in order, `size` at a time."""
         for start in range(0, len(self.names), size):
             names = self.names[start : start + size]
-            first, second, third = (torch.stack([self._picture(part, n) for n in names]) for part in PARTS)
+            first, second, third = (to_tensor(np.stack([self._picture(part, n) for n in names])) for part in PARTS)
             yield first, second, third, torch.tensor([self._judgement(n) for n in names])
 
-    def _picture(self, part: str, name: str) -> Tensor:
-        path = self.folder / part / f"{name}.png"
-        try:
-            picture = Image.open(path).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); unpack the data set again") from None
+    def _picture(self, part: str, name: str) -> np.ndarray:
+        picture = open_rgb(self.folder / part / f"{name}.png", "unpack the data set again")
         if picture.size != (self.resolution, self.resolution):
             picture = picture.resize((self.resolution, self.resolution), Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+        return np.asarray(picture)
 
     def _judgement(self, name: str) -> float:
         path = self.folder / "judge" / f"{name}.npy"

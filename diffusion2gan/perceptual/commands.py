@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from diffusion2gan.embedded.weights import embedded_folder
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import write_bytes_atomic
 from diffusion2gan.fit import FitConfig
+from diffusion2gan.images import open_rgb, to_tensor
 from diffusion2gan.pairs.seeds import draw_noise, evaluation_seed
 from diffusion2gan.perceptual.bapps import subsets
 from diffusion2gan.perceptual.calibrate import Encode, Judgements, best_possible, calibrate, head_vector, judge, two_afc
@@ -171,11 +171,15 @@ def _encoder_of(metric: LatentLPIPS, vae: str, device: torch.device) -> Encode:
     if vae == "pixels":
         return lambda x: x.to(device)
     encoder = open_autoencoder(vae, device)
+    _check_channels(encoder, metric, vae)
+    return encoder.encode
+
+
+def _check_channels(encoder: Autoencoder, metric: LatentLPIPS, vae: str) -> None:
     if encoder.channels != metric.net.config.in_channels:
         raise UserError(
             f"--vae {vae}: has {encoder.channels} channels, the metric reads {metric.net.config.in_channels}; name the metric's own autoencoder"
         )
-    return encoder.encode
 
 
 def reconstruct_command(
@@ -201,8 +205,7 @@ def reconstruct_command(
     encoder = open_autoencoder(str(embedded_folder("teacher")) if embedded else vae, device)
     pixel_source = str(embedded_folder("pixel_vgg")) if pixel_metric is None and embedded else pixel_metric
     pixel = None if pixel_source is None else LatentLPIPS.from_pretrained(pixel_source).to(device)
-    if encoder.channels != latent.net.config.in_channels:
-        raise UserError(f"--vae {vae}: has {encoder.channels} channels, the metric reads {latent.net.config.in_channels}")
+    _check_channels(encoder, latent, vae)
     if images:
         pictures = [read_picture(path) for path in images]
         if len({p.shape for p in pictures}) > 1:
@@ -221,11 +224,8 @@ def reconstruct_command(
 
 def read_picture(path: Path) -> Tensor:
     """A picture file as (1, 3, H, W) in [-1, 1], cut to multiples of 8. Raises UserError."""
-    try:
-        picture = Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error}); name a PNG or JPEG file") from None
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    picture = open_rgb(path, "name a PNG or JPEG file")
+    pixels = to_tensor(np.asarray(picture)[None])
     if min(pixels.shape[2:]) < 8:
         raise UserError(f"{path}: has {picture.width} x {picture.height} pixels, expected at least 8 x 8")
     return pixels[..., : pixels.shape[2] // 8 * 8, : pixels.shape[3] // 8 * 8]

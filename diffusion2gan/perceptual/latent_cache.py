@@ -9,18 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import atomic_path, disk_errors, sweep_temporaries, write_bytes_atomic
+from diffusion2gan.images import open_rgb, to_tensor
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # ImageNet has 313 of them, each open while it is read: below the usual limit of 1,024 open files.
@@ -52,7 +54,14 @@ class ImageFolder:
     def __init__(self, root: Path):
         self.root = root
         self.classes = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-        self.files = [(p, i) for i, c in enumerate(self.classes) for p in sorted((root / c).rglob("*")) if p.suffix.lower() in EXTENSIONS]
+        present = [(p, i) for i, c in enumerate(self.classes) for p in sorted((root / c).rglob("*")) if p.is_file()]
+        self.files = [(p, i) for p, i in present if p.suffix.lower() in EXTENSIONS]
+        others = sorted({p.suffix.lower() or p.name for p, _ in present} - EXTENSIONS)
+        if others:
+            warnings.warn(
+                f"{root}: {len(present) - len(self.files)} files are not read ({', '.join(others[:5])}): no images of {', '.join(sorted(EXTENSIONS))}",
+                stacklevel=2,
+            )
         if not self.files:
             raise UserError(f"{root}: no images in subfolders, expected {root.name}/CLASS/IMAGE; name a folder laid out so")
         listing = "".join(f"{p.relative_to(root)} {p.stat().st_size}\n" for p, _ in self.files)
@@ -62,11 +71,7 @@ class ImageFolder:
         return len(self.files)
 
     def image(self, index: int) -> Image.Image:
-        path = self.files[index][0]
-        try:
-            return Image.open(path).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); mend or remove the file") from None
+        return open_rgb(self.files[index][0], "mend or remove the file")
 
     def label(self, index: int) -> int:
         return self.files[index][1]
@@ -83,7 +88,10 @@ class HubImages:
         try:
             available = datasets.get_dataset_split_names(name)
             self.rows = datasets.load_dataset(name, split=next((s for s in splits if s in available), splits[0]))
-            self._image = next(c for c in ("image", "img", "label") if c in self.rows.features)
+            columns = [c for c in ("image", "img") if c in self.rows.features]
+            if not columns:
+                raise KeyError(f"no column image or img among {', '.join(self.rows.features)}")
+            self._image = columns[0]
             self.classes = list(self.rows.features["label"].names)
             self._labels = np.asarray(self.rows.with_format("numpy")["label"][:], np.int64)
         except (OSError, ValueError, KeyError, AttributeError, ConnectionError) as error:
@@ -97,7 +105,10 @@ class HubImages:
         return len(self.rows)
 
     def image(self, index: int) -> Image.Image:
-        return self.rows[index][self._image].convert("RGB")
+        try:
+            return self.rows[index][self._image].convert("RGB")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"row {index}, column {self._image}: cannot be read as a picture ({error}); choose another data set") from None
 
     def label(self, index: int) -> int:
         return int(self._labels[index])
@@ -138,10 +149,6 @@ def random_crop(image: Image.Image, resolution: int, rng: np.random.Generator) -
     left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
     image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def cache_latents(
@@ -199,14 +206,14 @@ def _encode_rows(
     for index in rows:
         image = images.image(int(index))
         if crops == 0:
-            views.append(_pixels(centre_crop(image, resolution)))
+            views.append(np.asarray(centre_crop(image, resolution)))
         for crop in range(crops):
             rng = np.random.Generator(np.random.Philox(key=[seed, int(index) << 16 | crop]))
-            views.append(_pixels(random_crop(image, resolution, rng)))
-    latents = encode(torch.stack(views)).float().cpu()
+            views.append(np.asarray(random_crop(image, resolution, rng)))
+    latents = encode(to_tensor(np.stack(views))).cpu().half()
     if not latents.isfinite().all():
-        raise UserError(f"the latents of images {rows[0]} to {rows[-1]} are not finite; encode in float32")
-    return latents.unflatten(0, (len(rows), -1)).numpy().astype(np.float16)
+        raise UserError(f"the latents of images {rows[0]} to {rows[-1]} are not finite, or beyond float16's range; encode in float32")
+    return latents.unflatten(0, (len(rows), -1)).numpy()
 
 
 def _save(path: Path, array: np.ndarray) -> None:

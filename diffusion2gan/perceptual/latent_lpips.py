@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -72,10 +72,8 @@ class LatentLPIPS(nn.Module):
 
     def __init__(self, net: LatentVGG, l1_weight: float = 0.0, calibrated: bool = False, space: LatentSpace | None = LatentSpace()):
         super().__init__()
-        if not l1_weight >= 0:
-            raise UserError(f"l1_weight is {l1_weight}, expected 0 or more; 0 is Eq. 3")
         self.net = net
-        self.l1_weight = l1_weight
+        self.l1_weight = _checked_l1_weight(l1_weight)
         self.calibrated = calibrated
         self.space = space
         self.check_values = True
@@ -83,6 +81,12 @@ class LatentLPIPS(nn.Module):
         self._plausible = False
         for i, channels in enumerate(net.channels):
             self.add_module(f"lin{i}", Head(channels).requires_grad_(False))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the distance beside the weights, as it is saved."""
+        space = self.space and asdict(self.space)
+        return {"l1_weight": self.l1_weight, "calibrated": self.calibrated, "space": space, "net": asdict(self.net.config)}
 
     @property
     def lins(self) -> list[Head]:
@@ -220,8 +224,7 @@ class LatentLPIPS(nn.Module):
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes network, heads and config to one folder (convolutions as `dtype`, if given)."""
-        own = {"l1_weight": self.l1_weight, "calibrated": self.calibrated, "space": self.space and asdict(self.space)}
-        save_folder(self, {"class": "LatentLPIPS", **own, "net": asdict(self.net.config)}, folder, dtype)
+        save_folder(self, {"class": "LatentLPIPS", **self.settings}, folder, dtype)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, clamp: bool = True, l1_weight: float | None = None) -> Self:
@@ -247,7 +250,7 @@ class LatentLPIPS(nn.Module):
         else:
             metric = cls._from_folder(resolved.folder, clamp)
         if l1_weight is not None:
-            metric.l1_weight = cls(metric.net, l1_weight).l1_weight
+            metric.l1_weight = _checked_l1_weight(l1_weight)
         return metric
 
     @classmethod
@@ -261,6 +264,12 @@ class LatentLPIPS(nn.Module):
         metric = cls(LatentVGG(LatentVGGConfig.from_dict(net, folder)), space=None if space is None else LatentSpace(**space), **config)
         metric.load_weights(read_weights(folder), folder, clamp)
         return metric
+
+
+def _checked_l1_weight(value: float) -> float:
+    if not value >= 0:
+        raise UserError(f"l1_weight is {value}, expected 0 or more; 0 is Eq. 3")
+    return value
 
 
 def _check_shapes(x0: Tensor, x1: Tensor) -> None:

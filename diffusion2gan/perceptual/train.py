@@ -6,16 +6,21 @@ which label heads there are. Linear calibration of the distance comes afterwards
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion2gan.device import compile_for_one_shape
-from diffusion2gan.fit import FitConfig, fit
+from diffusion2gan.device import compile_for_one_shape, has_bf16
+from diffusion2gan.errors import UserError
+from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.fit import FitConfig, fit, process_rank
 from diffusion2gan.perceptual.latent_vgg import LatentVGG, LatentVGGConfig
 
 # One training batch: x (B, C, H, W) and for every head its labels (B,) int64; -1 marks a label to be left out.
@@ -63,6 +68,20 @@ def accuracies(model: Classifier, batches: Iterable[tuple[Tensor, Mapping[str, T
     return result
 
 
+def _check_same_network(folder: Path, described: dict[str, Any]) -> None:
+    """Writes what is trained to `folder/network.json`, or raises UserError when something else was trained there before."""
+    path, described = folder / "network.json", json.loads(json.dumps(described))
+    if path.exists():
+        saved = json.loads(path.read_text())
+        for section in described:
+            for key in sorted(described[section].keys() | saved.get(section, {}).keys()):
+                ours, theirs = described[section].get(key), saved.get(section, {}).get(key)
+                if ours != theirs:
+                    raise UserError(f"{folder}: a training with {section}.{key} {theirs!r}, now it is {ours!r}; choose another folder")
+    elif process_rank()[0] == 0:
+        write_bytes_atomic(path, (json.dumps(described, indent=1) + "\n").encode())
+
+
 def train_classifier(
     vgg: LatentVGGConfig,
     heads: Mapping[str, int],
@@ -77,15 +96,17 @@ def train_classifier(
 
     In several processes `batches` gives each its own share.
     """
+    _check_same_network(folder, {"vgg": asdict(vgg), "heads": dict(heads)})
     torch.manual_seed(config.seed)
     device = torch.device(device)
     model = Classifier(vgg, heads).to(device).to(memory_format=torch.channels_last)
     average = Classifier(vgg, heads).to(device).to(memory_format=torch.channels_last)
     network = compile_for_one_shape(model, device, "compile") if config.compile else model
+    bf16 = has_bf16(device)
 
     def loss_of_step(rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         x, labels = batches(rng, generator)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = network(x.contiguous(memory_format=torch.channels_last))
         right = {f"train_top1_{k}": (v.argmax(1) == labels[k]).float().mean() for k, v in logits.items()}
         return classification_loss(logits, labels), right

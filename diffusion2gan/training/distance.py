@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -28,24 +28,39 @@ class LossConfig(Section):
     """Weights of the perceptual network: `embedded`, or a folder written by `LatentLPIPS.save_pretrained`."""
     augment: str = Field("bgo", pattern="^[bgco]*$")
     """Augmentation letters of E-LatentLPIPS: b blit, g geometry, c colour, o cutout. The paper's set is `go`."""
+    l1_weight: float = Field(0.0, ge=0)
+    """Weight of mean |x0 - x1| added to a perceptual distance (0: Eq. 3), whatever the folder of the network says."""
     pseudo_huber_c: float | None = Field(None, gt=0)
 
 
 class Distance(nn.Module):
-    """d(x0, x1): (B, C, H, W) twice -> (B,). `n_uniform` random numbers a sample in [0, 1) decide its augmentation."""
+    """d(x0, x1): (B, C, H, W) twice -> (B,). `n_uniform` random numbers a sample in [0, 1) decide its augmentation.
 
-    def __init__(self, function: Callable[[Tensor, Tensor, Tensor | None], Tensor], n_uniform: int = 0, network: nn.Module | None = None):
+    `settings`: those of `network` that are not in its weights.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        n_uniform: int = 0,
+        network: nn.Module | None = None,
+        settings: dict[str, Any] | None = None,
+    ):
         super().__init__()
         self._function = function
         self.n_uniform = n_uniform
         self.network = network
+        self.settings = settings
 
     def forward(self, x0: Tensor, x1: Tensor, uniform: Tensor | None = None) -> Tensor:
         return self._function(x0, x1, uniform)
 
 
-def _perceptual(source: str, embedded_name: str, channels: int) -> LatentLPIPS:
-    metric = LatentLPIPS.from_pretrained(embedded_folder(embedded_name) if source == "embedded" else Path(source))
+def _perceptual(config: LossConfig, embedded_name: str, channels: int) -> LatentLPIPS:
+    source = config.perceptual
+    metric = LatentLPIPS.from_pretrained(
+        embedded_folder(embedded_name) if source == "embedded" else Path(source), l1_weight=config.l1_weight
+    )
     expected = metric.net.config.in_channels
     if expected != channels:
         raise UserError(f"loss.perceptual: {source} reads {expected} channels, expected {channels}; name a network of this latent space")
@@ -63,14 +78,14 @@ def build_distance(config: LossConfig, teacher: Teacher, device: torch.device | 
     if name == "pseudo_huber":
         return Distance(lambda a, b, _: losses.pseudo_huber(a, b, config.pseudo_huber_c))
     if name == "lpips":
-        pixel = DecodedLPIPS(teacher.decode, _perceptual(config.perceptual, "pixel_vgg", 3).to(device))
-        return Distance(lambda a, b, _: pixel(a, b), network=pixel)
-    metric = _perceptual(config.perceptual, "latent_vgg", teacher.latent_shape[0]).to(device)
+        pixel = DecodedLPIPS(teacher.decode, _perceptual(config, "pixel_vgg", 3).to(device))
+        return Distance(lambda a, b, _: pixel(a, b), network=pixel, settings=pixel.metric.settings)
+    metric = _perceptual(config, "latent_vgg", teacher.latent_shape[0]).to(device)
     if name == "latent_lpips":
-        return Distance(lambda a, b, _: metric(a, b), network=metric)
+        return Distance(lambda a, b, _: metric(a, b), network=metric, settings=metric.settings)
     ensembled = ELatentLPIPS(metric, config.augment)
 
     def e_latent_lpips(a: Tensor, b: Tensor, uniform: Tensor | None) -> Tensor:
         return ensembled(a, b, parameters=ensembled.draw(len(a), a.shape[1:], uniform=uniform, device=a.device))
 
-    return Distance(e_latent_lpips, Augmentation.N_UNIFORM, ensembled)
+    return Distance(e_latent_lpips, Augmentation.N_UNIFORM, ensembled, metric.settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import platform
 import warnings
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import sweep_temporaries, torch_save_atomic
+from diffusion2gan.files import sweep_temporaries, torch_load_safe, torch_save_atomic
 
 FORMAT = "diffusion2gan-state-1"
 
@@ -70,14 +69,7 @@ def save_state(state: TrainingState, folder: Path, keep: int) -> Path:
 
 def load_state(path: Path, here: dict[str, str] | None = None) -> TrainingState:
     """Reads a checkpoint (no pickled code is run). Warns, naming each, of differences between its environment and `here`."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0][:80]}); delete it to go on from the one before"
-        ) from None
-    except pickle.UnpicklingError as error:  # a file that would have run code
-        raise UserError(f"{path}: not a checkpoint of ours ({type(error).__name__}); delete it to go on from the one before") from None
+    saved = torch_load_safe(path)
     if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT:
         raise UserError(f"{path}: not a checkpoint of format {FORMAT}; delete it to go on from the one before")
     state = TrainingState(**saved)

@@ -31,7 +31,7 @@ from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import grid, to_uint8
 from diffusion2gan.interrupt import stop_requests
 from diffusion2gan.pairs.dataset import PairDataset
-from diffusion2gan.run_log import RunLog
+from diffusion2gan.run_log import RunLog, refuse_lost_checkpoint
 from diffusion2gan.schedule import warmup_and_decay
 from diffusion2gan.teachers.attention import plain_attention_on_cpu
 from diffusion2gan.teachers.protocol import Teacher
@@ -332,4 +332,6 @@ class Trainer:
             self.ema.load(state.ema)
             self.optimizer.load_state_dict(state.optimizer)
             self.step, self.gradient_scale = state.step, state.gradient_scale
+        else:
+            refuse_lost_checkpoint(self.folder, "checkpoints/step-*.pt", self.config.checkpoint_every)
         self.log.rewind(self.step)

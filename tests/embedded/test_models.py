@@ -15,6 +15,7 @@ from diffusion2gan.embedded import autoencoder, build, emoji, perceptual, text_t
 from diffusion2gan.embedded.emoji import EmojiDataset
 from diffusion2gan.errors import UserError
 from diffusion2gan.fit import FitConfig, fit
+from diffusion2gan.images import to_tensor
 from diffusion2gan.perceptual import LatentLPIPS
 
 
@@ -32,7 +33,7 @@ def test_latent_statistics_are_folded_without_changing_the_pictures(dataset: Emo
     torch.manual_seed(0)
     model = autoencoder.new_autoencoder().eval()
     images = np.random.default_rng(1).integers(0, 255, (8, 64, 64, 3)).astype(np.uint8)
-    x = autoencoder.to_tensor(images)
+    x = to_tensor(images)
     with torch.no_grad():
         before, posterior = model(x).sample, model.encode(x).latent_dist
         autoencoder.fold_latent_statistics(model, images)
@@ -46,7 +47,7 @@ def test_latent_statistics_are_folded_without_changing_the_pictures(dataset: Emo
 
 
 def test_pixels_map_to_minus_one_and_one() -> None:
-    x = autoencoder.to_tensor(np.array([[[[0, 255, 128]]]], np.uint8))
+    x = to_tensor(np.array([[[[0, 255, 128]]]], np.uint8))
     assert x.flatten().tolist() == pytest.approx([-1, 1, 1 / 255], abs=1e-6)
 
 
@@ -75,7 +76,7 @@ def test_the_saved_pipeline_is_an_ordinary_one(tmp_path: Path) -> None:
 
 
 def test_distortion_keeps_white_white_and_is_reproducible(dataset: EmojiDataset) -> None:
-    x = autoencoder.to_tensor(dataset.images[:8])
+    x = to_tensor(dataset.images[:8])
     a, b = (perceptual.distort(x, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(a, b)
     assert a.shape == x.shape
@@ -116,6 +117,29 @@ def test_fit_resumes_exactly(tmp_path: Path) -> None:
         return state["weight"]
 
     assert torch.equal(run(tmp_path / "a", 9), run(tmp_path / "b", 4, 9))
+
+
+def test_fit_without_or_with_a_damaged_checkpoint(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 1)
+
+    def loss(_rng: np.random.Generator, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return model(torch.randn(8, 3, generator=generator)).square().mean(), {}
+
+    config = FitConfig(6, 8, 0.05, checkpoint_every=2, log_every=1)
+    fit(model, loss, config, tmp_path)
+    path, log = tmp_path / "checkpoint.pt", (tmp_path / "metrics.jsonl").read_bytes()
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"not what torch writes"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="a checkpoint"):
+            fit(model, loss, config, tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        fit(model, loss, config, tmp_path)
+    torch.save({"weights": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="not a checkpoint of this training"):
+        fit(model, loss, config, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == log
 
 
 def test_unpacked_weights_train_on(dataset: EmojiDataset, tmp_path: Path) -> None:

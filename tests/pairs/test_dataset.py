@@ -1,22 +1,27 @@
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.pairs import maintain
-from diffusion2gan.pairs.dataset import PairDataset
+from diffusion2gan.pairs.dataset import PairDataset, encode_shard, shard_name
 from diffusion2gan.pairs.prompts import PromptsConfig, read_prompts
 from diffusion2gan.pairs.seeds import draw_noise, pair_seed
 from diffusion2gan.pairs.simulate import PairsConfig, Worker, _next_shard, simulate
+from diffusion2gan.recipe import Recipe, check_pairs
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from tests.conftest import tiny_pipeline
-from tests.helpers import tree_digest
+from tests.helpers import recipe_values, tree_digest
 
 
 def _config(prompts: Path, **changes: object) -> PairsConfig:
@@ -236,3 +241,74 @@ def test_no_compiler_leaves_nothing_behind(
         simulate(tiny_teacher, _config(prompts_file, compile=True), tmp_path / "store", progress=False)
     simulate(tiny_teacher, _config(prompts_file), tmp_path / "store", progress=False)
     assert len(PairDataset(tmp_path / "store")) == 20
+
+
+def test_a_shard_that_two_workers_made_is_kept_once(store: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path) -> None:
+    (made,) = store.glob("shard-00001-*")
+    pairs = PairDataset(store)
+    batch = pairs.batch(range(8, 16))
+    other = batch.latent.copy()
+    other.view(np.uint16)[0, 0, 0, 0] ^= 1  # arithmetic of another machine: the last bit
+    data = encode_shard(batch.seeds.tolist(), batch.prompts, other, None)
+    (store / shard_name(1, 3, hashlib.sha256(data).hexdigest())).write_bytes(data)
+    (store / "manifest.json").unlink()
+    simulate(tiny_teacher, _config(prompts_file), store, progress=False)
+    assert len(list(store.glob("shard-00001-*"))) == 1
+    assert made.parent == store
+    maintain.check(store)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e5])
+def test_a_solution_that_cannot_be_stored(
+    value: float, tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solve, calls = OdeSolver.solve, []
+
+    def broken(self: OdeSolver, noise: np.ndarray, prompts: list[str]) -> torch.Tensor:
+        x = solve(self, noise, prompts)
+        calls.append(1)
+        if len(calls) == 2:
+            x[2, 0, 0, 0] = value
+        return x
+
+    monkeypatch.setattr(OdeSolver, "solve", broken)
+    with pytest.raises(UserError, match=r"pair 6 \('"):
+        simulate(tiny_teacher, _config(prompts_file), tmp_path / "store", progress=False)
+    assert not list((tmp_path / "store").glob("shard-*"))
+    assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> list[str]:
+    return [
+        leaf for k, v in values.items() for leaf in (_leaves(v, f"{prefix}{k}.") if isinstance(v, dict) else [f"{prefix}{k}"])
+    ]  # fmt: skip
+
+
+def test_every_setting_of_a_store_is_compared(store: Path, tmp_path: Path, prompts_file: Path) -> None:
+    recipe = Recipe.model_validate(recipe_values(tmp_path, prompts_file))
+    manifest = json.loads((store / "manifest.json").read_text())
+    settings = {k: v for k, v in manifest.items() if k not in ("shards", "fingerprint")}
+    accepted = set()
+    for leaf in _leaves(settings):
+        changed = copy.deepcopy(settings)
+        *sections, last = leaf.split(".")
+        part = changed
+        for section in sections:
+            part = part[section]
+        part[last] = "another"
+        try:
+            check_pairs(recipe, changed, manifest, store)
+        except UserError as error:
+            assert f"pairs.{leaf}: " in str(error)  # noqa: PT017
+        else:
+            accepted.add(leaf)
+    assert {a.split(".")[0] for a in accepted} == {"batch_size", "shard_size", "noise_storage", "precision", "noise_recipe"}
+    assert settings["ode"].keys() == {"solver", "steps", "spacing", "guidance"}
+    assert {"weights", "tokenizer", "schedule", "prediction_type", "latent_scaling"} <= settings["teacher"].keys()
+
+
+def test_parquet_of_numbers_is_no_prompt_list(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"prompt": [1, 2, 3]}), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match="holds int64, expected strings"):
+        read_prompts(PromptsConfig(source=str(tmp_path / "p.parquet"), column="prompt"), 3, 0)

@@ -106,6 +106,11 @@ def test_bad_bapps_folders(bapps: Path) -> None:
     np.save(folder / "judge" / "000001.npy", np.array([{"a": 1}]))
     with pytest.raises(UserError, match="cannot be read"):
         list(TripletFolder(folder, 16).batches())
+    judged = (folder / "judge" / "000002.npy").read_bytes()
+    (folder / "judge" / "000002.npy").unlink()
+    with pytest.raises(UserError, match="000002.npy: is missing"):
+        TripletFolder(folder)
+    (folder / "judge" / "000002.npy").write_bytes(judged)
     (folder / "p0" / "000003.png").unlink()
     with pytest.raises(UserError, match="000003.png: is missing"):
         TripletFolder(folder)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,3 +182,49 @@ def test_bad_input_is_one_line(vae: Path, images: Path, tmp_path: Path, capsys: 
         assert _train(*arguments) == 2  # type: ignore[arg-type]
         error = capsys.readouterr().err
         assert message in error.splitlines()[-1] and "Traceback" not in error
+
+
+def test_another_network_is_not_trained_in_the_same_folder(
+    vae: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _train(vae, images, tmp_path, "--epochs", "1") == 0
+    before = tree_digest(tmp_path)
+    for option, value, key in (("--reading", "before", "kept_poolings"), ("--norm", "group", "norm"), ("--width", "0.25", "width")):
+        assert _train(vae, images, tmp_path, "--epochs", "1", option, value) == 2
+        assert f"vgg.{key}" in capsys.readouterr().err
+    assert tree_digest(tmp_path) == before
+
+
+def test_files_that_are_no_images_are_counted(images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images / "train", tmp_path / "train")
+    (tmp_path / "train" / "red" / "notes.txt").write_text("no picture")
+    (tmp_path / "train" / "blue" / "clip.tiff").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"2 files are not read \(\.tiff, \.txt\)"):
+        found = ImageFolder(tmp_path / "train")
+    assert len(found) == 24
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ImageFolder(images / "train")
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [({"image": None, "label": 1}, ""), ({"img": None, "label": 1}, ""), ({"x": 1, "label": 1}, "no column image or img")],
+)
+def test_a_hub_data_set(columns: dict[str, Any], said: str, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    files = sorted((images / "train" / "red").glob("*.png"))[:3]
+    features = {k: datasets.Image() if v is None else datasets.Value("int64") for k, v in columns.items()} | {
+        "label": datasets.ClassLabel(names=["a", "b"])
+    }
+    rows = [{k: str(f) if v is None else 1 for k, v in columns.items()} for f in files]
+    made = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda _name: ["train"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda _name, split: made)
+    if said:
+        with pytest.raises(UserError, match=said):
+            latent_cache.HubImages("owner/name", ("train",))
+        return
+    found = latent_cache.HubImages("owner/name", ("train",))
+    assert (len(found), found.classes, found.label(2)) == (3, ["a", "b"], 1)
+    assert np.array_equal(np.asarray(found.image(1)), np.asarray(Image.open(files[1]).convert("RGB")))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.pairs.dataset import PairDataset
 from diffusion2gan.pairs.simulate import PairsConfig, simulate
 from diffusion2gan.perceptual import LatentLPIPS, LatentVGG
+from diffusion2gan.perceptual.augmentations import Augmentation
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.run_log import read_scalars
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
@@ -229,3 +231,57 @@ def test_only_the_first_pairs(store: Path, tmp_path: Path) -> None:
     assert {int(r) for step in range(20) for r in trainer.order.rows(step, 4)} == set(range(5))
     with pytest.raises(UserError, match="first_pairs is 17, expected at most 16"):
         _trainer(store, tmp_path, first_pairs=17)
+
+
+@pytest.mark.parametrize("letters", ["", "b", "go", "bgco"])
+def test_the_distance_of_a_recipe_is_eq_3(
+    letters: str, perceptual_folder: Path, tmp_path: Path, tiny_teacher: StableDiffusionTeacher
+) -> None:
+    metric = LatentLPIPS.from_pretrained(perceptual_folder)
+    with_l1 = LatentLPIPS.from_pretrained(perceptual_folder, l1_weight=3.0)
+    with_l1.save_pretrained(tmp_path)
+    x0, x1, uniform = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.rand(3, Augmentation.N_UNIFORM)
+    augmentation = Augmentation(letters)
+    drawn = augmentation.draw(3, x0.shape[1:], uniform=uniform)
+    expected = metric.distance(augmentation.apply(x0, drawn), augmentation.apply(x1, drawn))
+    # What the folder says of an L1 term does not slip into the loss of a recipe that does not ask for one.
+    for folder, weight in ((perceptual_folder, 0.0), (tmp_path, 0.0), (perceptual_folder, 2.0)):
+        config = LossConfig(distance="e_latent_lpips", perceptual=str(folder), augment=letters, l1_weight=weight)
+        found = build_distance(config, tiny_teacher)(x0, x1, uniform)
+        torch.testing.assert_close(found, expected + weight * (x0 - x1).abs().mean((1, 2, 3)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 2), (2, 1), (2, 2), (4, 1)])
+def test_each_sample_keeps_its_pair_and_draw(world: int, micro: int, store: Path, tmp_path: Path, perceptual_folder: Path) -> None:
+    loss = LossConfig(distance="e_latent_lpips", perceptual=str(perceptual_folder))
+    (whole,) = _trainer(store, tmp_path / "whole", loss)._load(5)
+    trainer = _trainer(store, tmp_path / "parts", loss, micro_batch_size=micro)
+    trainer.accumulation = 4 // (world * micro)
+    parts = []
+    for rank in range(world):
+        trainer.accelerator = SimpleNamespace(process_index=rank, device=torch.device("cpu"))  # type: ignore[assignment]
+        parts += trainer._load(5)
+    for name in ("noise", "latent", "uniform"):
+        assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name)), name
+    assert [c for p in parts for c in p.prompts] == whole.prompts
+
+
+def test_the_perceptual_network_stays_as_it_is(store: Path, tmp_path: Path, perceptual_folder: Path) -> None:
+    trainer = _trainer(store, tmp_path, LossConfig(distance="e_latent_lpips", perceptual=str(perceptual_folder)), steps=2)
+    network = trainer.distance.network
+    assert network is not None
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    assert any("running_mean" in k for k in before)
+    trainer.run(progress=False)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_lost_checkpoint_is_not_a_new_run(store: Path, tmp_path: Path) -> None:
+    _trainer(store, tmp_path).run(progress=False)
+    log = (tmp_path / "metrics.jsonl").read_bytes()
+    for path in checkpoints(tmp_path / "checkpoints"):
+        path.unlink()
+    with pytest.raises(UserError, match="no checkpoint"):
+        _trainer(store, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == log

@@ -1,0 +1,64 @@
+"""The loss in two processes: under DDP and FSDP2 it gives the gradients of one process with the whole batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from diffusion2gan.perceptual import ELatentLPIPS, LatentLPIPS, LatentVGG
+from diffusion2gan.perceptual.augmentations import AugmentationParameters
+from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
+
+WORLD, BATCH = 2, 4
+
+
+def _networks() -> tuple[nn.Module, ELatentLPIPS]:
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 4, 3, padding=1)).double()
+    return generator, ELatentLPIPS(LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=4, width=0.125))), "bgco").double()
+
+
+def _data(loss: ELatentLPIPS) -> tuple[Tensor, Tensor, AugmentationParameters]:
+    random = torch.Generator().manual_seed(1)
+    z, x = torch.randn(2, BATCH, 4, 8, 8, generator=random, dtype=torch.float64)
+    return z, x, loss.draw(BATCH, x.shape[1:], random)
+
+
+def _gradients(generator: nn.Module, loss: ELatentLPIPS, rows: slice) -> list[Tensor]:
+    z, x, parameters = _data(loss)
+    loss(generator(z[rows]), x[rows], AugmentationParameters(*(value[rows] for value in parameters))).mean().backward()
+    return [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in generator.parameters()]  # type: ignore[union-attr,misc]
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+    rows = slice(rank * BATCH // WORLD, (rank + 1) * BATCH // WORLD)
+    generator, loss = _networks()
+    ddp = _gradients(DistributedDataParallel(generator), loss, rows)
+    generator, loss = _networks()
+    mesh = init_device_mesh("cpu", (WORLD,))
+    fully_shard(generator, mesh=mesh)
+    fully_shard(loss, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in loss.parameters())
+    fsdp = _gradients(generator, loss, rows)
+    if rank == 0:
+        torch.save({"ddp": ddp, "fsdp": fsdp}, Path(folder) / "gradients.pt")
+    dist.destroy_process_group()
+
+
+def test_gradients_equal_those_of_one_process(tmp_path: Path) -> None:
+    mp.spawn(_worker, args=(str(tmp_path),), nprocs=WORLD)
+    expected = _gradients(*_networks(), slice(None))
+    assert all(g.abs().max() > 1e-6 for g in expected)
+    for kind, gradients in torch.load(tmp_path / "gradients.pt", weights_only=True).items():
+        for found, wanted in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12, msg=kind)
