@@ -95,7 +95,7 @@ def train_command(
 ) -> dict[str, float]:
     """Encodes the images of `data` once into OUT/latents, trains F on them and writes the uncalibrated distance to OUT/metric.
 
-    Runs in any number of processes (`torchrun -m diffusion2gan perceptual train ...`). Returns top-1 and top-5 on the validation
+    Runs in any number of processes (`torchrun --nproc-per-node N -m diffusion2gan perceptual train ...`). Returns top-1 and top-5 on the validation
     images. The same command goes on where it stopped.
     """
     state = PartialState()

@@ -65,17 +65,26 @@ class LatentLPIPS(nn.Module):
     Five feature maps are normalised to unit length along the channels; their squared difference is weighted per channel
     by a non-negative head, averaged over locations and summed over maps. `l1_weight` adds mean |x0 - x1|, which is in
     the released package and not in the paper: 0 by default. Heads of ones are the uncalibrated distance.
-    `space` says how raw latents are scaled, for `raw=True`; None where that is not known.
+    `space` says how raw latents are scaled, for `raw=True`; None where that is not known. `licence`: of weights that are not
+    this project's; it is saved with them and shown whenever they are loaded.
 
     State-dict names are those of the released checkpoints (`net.slice1.0.weight`, `lin0.model.1.weight`).
     """
 
-    def __init__(self, net: LatentVGG, l1_weight: float = 0.0, calibrated: bool = False, space: LatentSpace | None = LatentSpace()):
+    def __init__(
+        self,
+        net: LatentVGG,
+        l1_weight: float = 0.0,
+        calibrated: bool = False,
+        space: LatentSpace | None = LatentSpace(),
+        licence: str | None = None,
+    ):
         super().__init__()
         self.net = net
         self.l1_weight = _checked_l1_weight(l1_weight)
         self.calibrated = calibrated
         self.space = space
+        self.licence = licence
         self.check_values = True
         """Whether inputs are looked at for NaN and for missing scaling; a trainer, which looks at the loss, switches it off."""
         self._plausible = False
@@ -86,7 +95,8 @@ class LatentLPIPS(nn.Module):
     def settings(self) -> dict[str, Any]:
         """All that decides the distance beside the weights, as it is saved."""
         space = self.space and asdict(self.space)
-        return {"l1_weight": self.l1_weight, "calibrated": self.calibrated, "space": space, "net": asdict(self.net.config)}
+        own = {"l1_weight": self.l1_weight, "calibrated": self.calibrated, "space": space, "net": asdict(self.net.config)}
+        return own | ({"licence": self.licence} if self.licence else {})
 
     @property
     def lins(self) -> list[Head]:
@@ -237,7 +247,7 @@ class LatentLPIPS(nn.Module):
 
         `clamp`: see `load_weights`. `l1_weight` replaces the stored one. UserError for anything that cannot be loaded.
         """
-        from diffusion2gan.perceptual.released import resolve
+        from diffusion2gan.perceptual.released import LICENCE, LicenceNotice, resolve
 
         resolved = resolve(source)
         if resolved.state is not None:
@@ -245,10 +255,12 @@ class LatentLPIPS(nn.Module):
             if first.ndim != 4:
                 raise UserError(f"{source}: net.slice1.0.weight has shape {tuple(first.shape)}, expected (64, C, 3, 3); download it again")
             channels = first.shape[1]
-            metric = cls(LatentVGG(LatentVGGConfig(in_channels=channels)), calibrated=True, space=resolved.space)
+            metric = cls(LatentVGG(LatentVGGConfig(in_channels=channels)), calibrated=True, space=resolved.space, licence=LICENCE)
             metric.load_weights(resolved.state, source, clamp)
         else:
             metric = cls._from_folder(resolved.folder, clamp)
+        if metric.licence:
+            warnings.warn(f"{Path(source).name}: these weights are not this project's ({metric.licence})", LicenceNotice, stacklevel=2)
         if l1_weight is not None:
             metric.l1_weight = _checked_l1_weight(l1_weight)
         return metric
@@ -256,12 +268,17 @@ class LatentLPIPS(nn.Module):
     @classmethod
     def _from_folder(cls, folder: Path, clamp: bool) -> Self:
         config = read_config(folder, "LatentLPIPS")
-        net, space = config.pop("net", None), config.pop("space", {})
+        net, space, licence = config.pop("net", None), config.pop("space", {}), config.pop("licence", None)
         if not isinstance(net, dict) or config.keys() != {"l1_weight", "calibrated"} or set(space or {}) - {"scale", "shift"}:
             raise UserError(
                 f"{folder}: config.json lacks or adds a key, expected class, l1_weight, calibrated, space, net; save the metric again"
             )
-        metric = cls(LatentVGG(LatentVGGConfig.from_dict(net, folder)), space=None if space is None else LatentSpace(**space), **config)
+        metric = cls(
+            LatentVGG(LatentVGGConfig.from_dict(net, folder)),
+            space=None if space is None else LatentSpace(**space),
+            licence=licence,
+            **config,
+        )
         metric.load_weights(read_weights(folder), folder, clamp)
         return metric
 

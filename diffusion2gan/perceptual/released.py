@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def resolve(source: str | Path) -> Resolved:
             raise UserError(f"{path}: is one file of a folder, expected the folder that also holds {CONFIG}; name {path.parent}")
         name = next((n for n in SPACES if path.name == _FILE.format(n)), None)
         return Resolved(state=read_released(path), space=SPACES[name] if name else None)
-    if isinstance(source, str) and _HUB_ID.fullmatch(source):
+    if isinstance(source, str) and _HUB_ID.fullmatch(source) and not path.parent.is_dir():
         return Resolved(folder=[_from_hub(source, name) for name in (WEIGHTS, CONFIG)][-1].parent)
     names = ", ".join(SPACES)
     raise UserError(f"{source}: no such folder or file, and none of {names}; name one of these, a path or a hub repository")
@@ -105,5 +104,4 @@ def read_released(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path}: lacks net.slice1.0.weight, expected network and heads in one file; give the one named {_FILE.format('ENCODER')}"
         )
-    warnings.warn(f"{path.name}: these weights are not this project's ({LICENCE})", LicenceNotice, stacklevel=4)
     return state

@@ -50,6 +50,19 @@ def test_zero_at_equal_inputs(channels: int) -> None:
         assert torch.equal(loss(y, x), torch.zeros(2)), letters
 
 
+@pytest.mark.parametrize("size", [(4, 4), (4, 256), (256, 96), (256, 256)])
+def test_sizes(size: tuple[int, int]) -> None:
+    loss = ELatentLPIPS(metric_of(), "bgco")
+    x0, x1 = torch.randn(2, 1, 4, *size)
+    x0.requires_grad_()
+    distance = loss(x0, x1, generator=torch.Generator().manual_seed(0))
+    distance.sum().backward()
+    assert distance.item() > 0
+    assert x0.grad is not None
+    assert x0.grad.isfinite().all()
+    assert x0.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("letters", ["", "bgo", "bgco"])
 def test_positive_and_symmetric(letters: str) -> None:
     loss = ELatentLPIPS(metric_of(), letters)

@@ -57,6 +57,18 @@ def test_a_released_file_loads_strictly(checkpoint: Path) -> None:
     torch.testing.assert_close(metric(raw0, raw1, raw=True), metric(x0, x1))
 
 
+def test_the_licence_goes_with_the_weights(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.warns(LicenceNotice):
+        LatentLPIPS.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    with pytest.warns(LicenceNotice, match="CC BY-NC"):
+        again = LatentLPIPS.from_pretrained(tmp_path)
+    again.licence = None
+    again.save_pretrained(tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LicenceNotice)
+        LatentLPIPS.from_pretrained(tmp_path / "ours")
+
+
 def test_the_hub_is_asked_for_the_released_name(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -121,7 +133,7 @@ def test_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     state = released_state(4)
     del state["net.slice4.24.bias"]
     torch.save(state, path)
-    with pytest.warns(LicenceNotice), pytest.raises(UserError, match="lacks net.slice4.24.bias"):
+    with pytest.raises(UserError, match="lacks net.slice4.24.bias"):
         LatentLPIPS.from_pretrained(path)
 
 
