@@ -1,20 +1,24 @@
 """Recipes beside each other on one pair store: trains, exports and scores each, then a table and a picture.
 
-    python benchmarks/ablation.py ablations/mse ablations/pseudo_huber --store runs/pairs --out runs/table1
+    python benchmarks/ablation.py ablations/mse ablations/pseudo_huber --seeds 0 1 2 --store runs/pairs --out runs/table1
 
 Protocol emoji10k-v1; teacher, untrained and reference features are computed once, in OUT/shared. The same command again
-goes on where it stopped. Writes OUT/table.md, OUT/table.json and OUT/pictures.png.
+goes on where it stopped. Writes OUT/table.md, OUT/table.json and OUT/pictures.png; with two seeds or more also
+OUT/differences.md: each recipe minus the first one, seed by seed, with Student's 95 % interval of the mean difference.
+Seeds change the order of the pairs and the augmentations; the pairs and the start (the teacher) are the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from diffusion2gan.benchmark import evaluate_student
 from diffusion2gan.compare import teacher_pictures
@@ -34,6 +38,7 @@ from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 
 COLUMNS = [
     "row",
+    "seed",
     "images seen",
     "gap closed",
     "FD(student, T_B)",
@@ -48,10 +53,17 @@ COLUMNS = [
 ]
 
 
-def one_row(name: str, overrides: list[str], store: Path, out: Path, shared: Path, list_name: str) -> dict[str, Any]:
+COMPARED = ("gap closed", "FD(student, T_B)", "FD_inf ratio", "retrieval", "diversity", "prompt agreement", "held-out MSE")
+
+
+def row_folder(out: Path, name: str, seed: int) -> Path:
+    return out / f"{name.replace('/', '-')}-seed{seed}"
+
+
+def one_row(name: str, seed: int, overrides: list[str], store: Path, out: Path, shared: Path, list_name: str) -> dict[str, Any]:
     """Trains, exports and scores one recipe; what is already there is not done again."""
-    recipe = load_recipe(name, overrides)
-    folder = out / name.replace("/", "-")
+    recipe = load_recipe(name, [*overrides, f"training.seed={seed}"])
+    folder = row_folder(out, name, seed)
     train_recipe(recipe, store, folder / "run")
     # A student of fewer steps than the run now has is of another row.
     card = folder / "student" / STUDENT_FILE
@@ -64,6 +76,7 @@ def one_row(name: str, overrides: list[str], store: Path, out: Path, shared: Pat
     whole, kept = result["scores"]["all"], result["preservation"]
     row = [
         name.removeprefix("ablations/"),
+        seed,
         recipe.training.steps * recipe.training.batch_size,
         whole["gap_closed"],
         whole["fd_student_TB"],
@@ -79,7 +92,25 @@ def one_row(name: str, overrides: list[str], store: Path, out: Path, shared: Pat
     return dict(zip(COLUMNS, row, strict=True)) | {"floors": result["floors"], "sha256": result["sha256"], "list": list_name}
 
 
-def side_by_side(names: list[str], overrides: list[str], out: Path, count: int) -> None:
+def differences(rows: list[dict[str, Any]]) -> list[list[Any]]:
+    """Of every recipe but the first: the mean over seeds of (its value - the first recipe's at that seed), with the interval
+    in which Student's t puts the mean in 95 % of cases. Empty for less than two seeds."""
+    values = {(r["row"], r["seed"]): r for r in rows}
+    names, seeds = list(dict.fromkeys(r["row"] for r in rows)), list(dict.fromkeys(r["seed"] for r in rows))
+    if len(seeds) < 2:
+        return []
+    table = []
+    for name in names[1:]:
+        cells: list[Any] = [f"{name} - {names[0]}"]
+        for column in COMPARED:
+            d = np.array([values[name, s][column] - values[names[0], s][column] for s in seeds])
+            half = student_t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / len(d) ** 0.5
+            cells.append(f"{d.mean():+.4g} ({d.mean() - half:+.4g} to {d.mean() + half:+.4g})")
+        table.append(cells)
+    return table
+
+
+def side_by_side(names: list[str], seed: int, overrides: list[str], out: Path, count: int) -> None:
     """The teacher, the untrained one step and every row's student from the same noises, on the validation list."""
     recipe = load_recipe(names[0], overrides)
     teacher = load_teacher(recipe.teacher, default_device())
@@ -92,7 +123,7 @@ def side_by_side(names: list[str], overrides: list[str], out: Path, count: int) 
         ("untrained", Student(teacher, untrained).generate(prompts, seeds)),
     ]
     for name in names:
-        student = Student.from_pretrained(out / name.replace("/", "-") / "student", "float32", default_device())
+        student = Student.from_pretrained(row_folder(out, name, seed) / "student", "float32", default_device())
         rows.append((name.removeprefix("ablations/"), student.generate(prompts, seeds)))
     pictures = np.concatenate([images for _, images in rows])
     captions = [*prompts, *[""] * (len(pictures) - count)]
@@ -102,6 +133,7 @@ def side_by_side(names: list[str], overrides: list[str], out: Path, count: int) 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("recipes", nargs="+")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shared", type=Path, default=None, help="features that other evaluations left (default: OUT/shared)")
@@ -110,13 +142,19 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=12)
     a = parser.parse_args()
     rows = []
-    for name in a.recipes:
-        rows.append(one_row(name, a.set, a.store, a.out, a.shared or a.out / "shared", a.list))
+    # All recipes of one seed before the next: an interrupted table compares like with like.
+    for seed, name in itertools.product(a.seeds, a.recipes):
+        rows.append(one_row(name, seed, a.set, a.store, a.out, a.shared or a.out / "shared", a.list))
         table = markdown_table(COLUMNS, [[r[c] for c in COLUMNS] for r in rows])
         write_bytes_atomic(a.out / "table.md", table.encode())
         write_bytes_atomic(a.out / "table.json", (json.dumps(rows, indent=1) + "\n").encode())
         print(table, flush=True)
-    side_by_side(a.recipes, a.set, a.out, a.pictures)
+    compared = differences(rows)
+    if compared:
+        text = markdown_table(["difference", *COMPARED], compared)
+        write_bytes_atomic(a.out / "differences.md", text.encode())
+        print(text)
+    side_by_side(a.recipes, a.seeds[0], a.set, a.out, a.pictures)
 
 
 if __name__ == "__main__":

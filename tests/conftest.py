@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing here may reach for the network; the processes that tests start inherit this.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffusion2gan.perceptual import LatentLPIPS, LatentVGG
+from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
+from diffusion2gan.pipeline import export_student
+from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 
 torch.set_num_threads(1)
@@ -79,3 +84,23 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     path.write_text("".join(f"{a} {b}\n" for a in ("red", "blue", "green") for b in ("heart", "cat", "sun")))
     return path
+
+
+@pytest.fixture
+def tiny_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """$DIFFUSION2GAN_EMBEDDED with a teacher, a latent VGG and a shipped student."""
+    root = tmp_path / "embedded"
+    tiny_pipeline().save_pretrained(root / "teacher")
+    torch.manual_seed(0)
+    LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=4, width=0.125))).save_pretrained(root / "latent_vgg")
+    teacher = StableDiffusionTeacher.from_pretrained(TeacherConfig(source="embedded"), root / "teacher")
+    weights = {f"network.{k}": v + 0.01 * torch.randn_like(v) for k, v in tiny_pipeline().unet.state_dict().items()}
+    facts = {
+        "recipe": "emoji", "pairs": 1, "steps": 1, "batch_size": 1, "distance": "mse",
+        "ode": {"solver": "ddim", "steps": 2, "spacing": "leading", "guidance": 2.0}, "precision": "bfloat16", "teacher_weights": teacher.identity()["weights"],
+    }  # fmt: skip
+    export_student(tiny_pipeline(), weights, 999, tmp_path / "whole", facts, torch.float16)
+    shutil.copytree(tmp_path / "whole", root / "student", ignore=shutil.ignore_patterns("vae", "text_encoder", "tokenizer"))
+    monkeypatch.setenv("DIFFUSION2GAN_EMBEDDED", str(root))
+    monkeypatch.setenv("DIFFUSION2GAN_CACHE", str(tmp_path / "cache"))
+    return root

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from diffusion2gan import demo
 from diffusion2gan.benchmark import evaluate_student, result_table
@@ -16,34 +14,10 @@ from diffusion2gan.embedded import emoji
 from diffusion2gan.embedded.emoji import EmojiDataset
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation import emoji10k
-from diffusion2gan.perceptual import LatentLPIPS, LatentVGG
-from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
-from diffusion2gan.pipeline import export_student
 from diffusion2gan.recipe import load_recipe
 from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
-from tests.conftest import tiny_pipeline
 from tests.helpers import tree_digest
-
-
-@pytest.fixture
-def tiny_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """$DIFFUSION2GAN_EMBEDDED with a teacher, a latent VGG and a shipped student."""
-    root = tmp_path / "embedded"
-    tiny_pipeline().save_pretrained(root / "teacher")
-    torch.manual_seed(0)
-    LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=4, width=0.125))).save_pretrained(root / "latent_vgg")
-    teacher = StableDiffusionTeacher.from_pretrained(TeacherConfig(source="embedded"), root / "teacher")
-    weights = {f"network.{k}": v + 0.01 * torch.randn_like(v) for k, v in tiny_pipeline().unet.state_dict().items()}
-    facts = {
-        "recipe": "emoji", "pairs": 1, "steps": 1, "batch_size": 1, "distance": "mse",
-        "ode": {"solver": "ddim", "steps": 2, "spacing": "leading", "guidance": 2.0}, "precision": "bfloat16", "teacher_weights": teacher.identity()["weights"],
-    }  # fmt: skip
-    export_student(tiny_pipeline(), weights, 999, tmp_path / "whole", facts, torch.float16)
-    shutil.copytree(tmp_path / "whole", root / "student", ignore=shutil.ignore_patterns("vae", "text_encoder", "tokenizer"))
-    monkeypatch.setenv("DIFFUSION2GAN_EMBEDDED", str(root))
-    monkeypatch.setenv("DIFFUSION2GAN_CACHE", str(tmp_path / "cache"))
-    return root
 
 
 def test_demo_from_nothing_to_report(tiny_embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,56 @@
+"""The scripts of `benchmarks/` run, and what they compute from measurements is right."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tests.helpers import ROOT
+
+
+def _script(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("one_step", ["--batches", "1", "--repeats", "1"]),
+        ("simulate", ["--batch", "2", "--steps", "2", "--repeats", "2"]),
+        ("solver_distance", ["--count", "4", "--reference-steps", "100"]),
+        ("student_dtypes", ["--count", "4", "--student", "WHOLE"]),
+        ("pair_store", ["--pairs", "256", "--seconds", "0.1"]),
+    ],
+)
+def test_scripts_write_what_they_measured(
+    name: str, arguments: list[str], tiny_embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "result.json"
+    given = [str(tmp_path / "whole") if a == "WHOLE" else a for a in arguments]
+    monkeypatch.setattr(sys, "argv", [name, *given, "--out", str(out)])
+    runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
+    assert json.loads(out.read_text())
+
+
+def test_differences_of_seeds() -> None:
+    script = _script("ablation")
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3, 2))
+    rows = [
+        {"row": row, "seed": seed} | {c: float(values[seed, k]) for c in script["COMPARED"]}
+        for seed in range(3)
+        for k, row in enumerate(("mse", "e_latent_lpips"))
+    ]
+    ((label, *cells),) = script["differences"](rows)
+    assert label == "e_latent_lpips - mse"
+    d = values[:, 1] - values[:, 0]
+    interval = stats.ttest_rel(values[:, 1], values[:, 0]).confidence_interval(0.95)
+    assert cells == [f"{d.mean():+.4g} ({interval.low:+.4g} to {interval.high:+.4g})"] * len(script["COMPARED"])
+    assert script["differences"](rows[:2]) == []
