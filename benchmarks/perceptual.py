@@ -1,12 +1,15 @@
 """Forward and backward of each latent distance: time and extra memory, in one run.
 
     python benchmarks/perceptual.py --out benchmarks/results/perceptual_cpu.json
-    python benchmarks/perceptual.py --precision bfloat16 --compile --out ...   # on a GPU
+    python benchmarks/perceptual.py --precision float32 bfloat16 --compile --unet --out ...   # on a GPU
 
 Random weights at full width: time and memory do not depend on them. The gradient is taken with respect to one input, as in
 training. The released package (`pip install elatentlpips torchvision`) is built offline with the very weights of ours.
 Methods take turns within each shape, so that a drifting machine cancels out; times are medians. Extra memory is what a call
-allocates beyond its inputs and weights (GPU: torch's peak; CPU: the allocator's peak by the profiler).
+allocates beyond its inputs and weights (GPU: torch's peak; CPU: the allocator's peak by the profiler). A method that fails at a
+shape (the package compiles a CUDA extension; memory) is recorded with its error.
+
+The ratios say how many times the package's, or decode + LPIPS', time and memory ours are taken in; above 1, ours is better.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,9 +41,15 @@ from diffusion2gan.report import markdown_table
 Distance = Callable[[Tensor, Tensor], Tensor]
 SHAPES = {"4x64x64": (4, 64, 64), "4x128x128": (4, 128, 128), "16x64x64": (16, 64, 64)}
 ENCODERS = {4: "sd15", 16: "flux"}
+# What the released package does instead.
+THEIRS = {
+    "latent_lpips": "package, no augmentation",
+    "e_latent_lpips bg": "package bg",
+    "augmentation bg alone": "package, augmentation bg alone",
+}
 
 
-def released_package(metric: LatentLPIPS, channels: int, augment: str | None, device: torch.device) -> Distance | None:
+def released_package(metric: LatentLPIPS, channels: int, device: torch.device) -> Any | None:
     """The released package with the weights of `metric`, or None where it is not installed."""
     if "pkg_resources" not in sys.modules:
         from packaging import version
@@ -61,18 +71,34 @@ def released_package(metric: LatentLPIPS, channels: int, augment: str | None, de
         torch.save(state | twice, Path(folder) / "ckpt" / f"{encoder}_latest_vgg16_tuned.pth")
         os.chdir(folder)  # it reads ./ckpt
         try:
-            package = elatentlpips.ELatentLPIPS(encoder=encoder, augment=augment or "bg", verbose=False).to(
-                device, memory_format=torch.channels_last
-            )
+            package = elatentlpips.ELatentLPIPS(encoder=encoder, augment="bg", verbose=False).to(device, memory_format=torch.channels_last)
         finally:
             os.chdir(here)
     metric.to(device)
     for parameter in package.parameters():
         parameter.requires_grad_(False)
-    return lambda a, b: package(a, b, ensembling=augment is not None, add_l1_loss=False).flatten()
+    return package
 
 
-def distances(channels: int, device: torch.device, compiled: bool, decoded: bool) -> dict[str, Distance]:
+def unet_step(device: torch.device) -> Distance:
+    """Stable Diffusion 1.5's U-Net, random weights: forward and backward to its weights, as a step of distillation has it."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device(device):
+        unet = UNet2DConditionModel(
+            sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
+            cross_attention_dim=768, attention_head_dim=8,
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        ).to(memory_format=torch.channels_last)  # fmt: skip
+
+    def run(x0: Tensor, _x1: Tensor) -> Tensor:
+        unet.zero_grad(set_to_none=True)
+        return unet(x0, 999, x0.new_zeros(len(x0), 77, 768), return_dict=False)[0]
+
+    return run
+
+
+def distances(channels: int, device: torch.device, compiled: bool, decoded: bool, unet: bool) -> dict[str, Distance]:
     """The methods at one number of channels."""
     torch.manual_seed(0)
     latent = LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=channels))).to(device, memory_format=torch.channels_last)
@@ -87,10 +113,18 @@ def distances(channels: int, device: torch.device, compiled: bool, decoded: bool
             graph = torch.compile(lambda a, b, p, metric=metric: metric(a, b, p), dynamic=False)
             function = lambda a, b, metric=metric, graph=graph: graph(a, b, metric.draw(len(a), a.shape[1:], device=a.device))  # noqa: E731
         rows[f"e_latent_lpips {letters}"] = function
-    for name, augment in (("package, no augmentation", None), ("package bg", "bg")):
-        package = released_package(latent, channels, augment, device)
-        if package is not None:
-            rows[name] = package
+    metric = ELatentLPIPS(latent, "bg")
+
+    def augmentation(a: Tensor, b: Tensor) -> Tensor:
+        drawn = metric.draw(len(a), a.shape[1:], device=a.device)
+        return metric.augmentation.apply(a, drawn) + metric.augmentation.apply(b, drawn)
+
+    rows["augmentation bg alone"] = augmentation
+    package = released_package(latent, channels, device)
+    if package is not None:
+        rows["package, no augmentation"] = lambda a, b: package(a, b, ensembling=False, add_l1_loss=False)
+        rows["package bg"] = lambda a, b: package(a, b, ensembling=True, add_l1_loss=False)
+        rows["package, augmentation bg alone"] = lambda a, b: torch.add(*package.augment(a, b))
     if decoded:
         from diffusers import AutoencoderKL
 
@@ -100,7 +134,33 @@ def distances(channels: int, device: torch.device, compiled: bool, decoded: bool
         ).requires_grad_(False).eval().to(device, memory_format=torch.channels_last)  # fmt: skip
         pixel = LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=3, kept_poolings=(1, 2, 3, 4, 5), tap="before"))).to(device)
         rows["decode + lpips"] = DecodedLPIPS(lambda x: vae.decode(x, return_dict=False)[0], pixel)
+    if unet and channels == 4:
+        rows["sd15 U-Net"] = unet_step(device)
     return rows
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each of our methods, at each shape, batch and precision: the others' time and memory over its own."""
+    found = {(r["shape"], r["batch"], r["precision"], r["method"]): r for r in rows if "error" not in r}
+    table = []
+    for (shape, batch, precision, method), ours in found.items():
+        if method not in THEIRS:
+            continue
+
+        def over(column: str, other: str, at: str, key: tuple[str, int] = (shape, batch), ours: dict[str, Any] = ours) -> float | None:
+            theirs = found.get((*key, at, other))
+            return None if theirs is None or not ours[column] else theirs[column] / ours[column]
+
+        table.append(
+            {
+                "shape": shape, "batch": batch, "precision": precision, "method": method,
+                "package, time": over("ms", THEIRS[method], precision), "package, MB": over("MB", THEIRS[method], precision),
+                "package float32, time": over("ms", THEIRS[method], "float32"),
+                "decode + lpips, time": over("ms", "decode + lpips", precision), "decode + lpips, MB": over("MB", "decode + lpips", precision),
+                "U-Net step, time": over("ms", "sd15 U-Net", precision),
+            }
+        )  # fmt: skip
+    return table
 
 
 def step(distance: Distance, x0: Tensor, x1: Tensor, precision: str) -> None:
@@ -140,48 +200,59 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"), nargs="+", default=["float32"])
     parser.add_argument("--compile", action="store_true", help="compile our distances (the package does not compile)")
     parser.add_argument("--skip-decoded", action="store_true", help="leave decode + LPIPS out (0.5 TB of traffic a CPU call)")
+    parser.add_argument("--unet", action="store_true", help="also a training step of Stable Diffusion 1.5's U-Net, at 4 channels")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None)
     a = parser.parse_args()
     warnings.filterwarnings("ignore", module="torchvision")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    rows = []
+    rows: list[dict[str, Any]] = []
     for shape in a.shapes:
-        channels = SHAPES[shape][0]
-        methods = distances(channels, device, a.compile, not a.skip_decoded)
+        methods = distances(SHAPES[shape][0], device, a.compile, not a.skip_decoded, a.unet)
         for batch in a.batches:
             generator = torch.Generator().manual_seed(0)
             x0, x1 = (torch.randn(batch, *SHAPES[shape], generator=generator).to(device) for _ in range(2))
             x0, x1 = (x.contiguous(memory_format=torch.channels_last) for x in (x0, x1))
             x0.requires_grad_()
-            times: dict[str, list[float]] = {}
-            for method, distance in methods.items():
+            acts = {(m, p): partial(step, distance, x0, x1, p) for m, distance in methods.items() for p in a.precision}
+            times: dict[tuple[str, str], list[float]] = {}
+            failed: dict[tuple[str, str], str] = {}
+            for key, act in acts.items():
                 try:
-                    step(distance, x0, x1, a.precision)
-                except torch.OutOfMemoryError:
-                    print(f"{shape}, batch {batch}: {method} needs more memory than there is", file=sys.stderr)
-                    torch.cuda.empty_cache()
-                    continue
-                times[method] = []
+                    act()
+                    times[key] = []
+                except (RuntimeError, OSError, ImportError) as error:  # out of memory is a RuntimeError
+                    failed[key] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                    if device.type == "cuda":
+                        torch.cuda.empty_cache()
             for _ in range(a.repeats):
-                for method in times:
+                for key in times:
                     synchronise(device)
                     started = time.perf_counter()
-                    step(methods[method], x0, x1, a.precision)
+                    acts[key]()
                     synchronise(device)
-                    times[method].append(time.perf_counter() - started)
-            for method, seconds in times.items():
-                memory = extra_memory(partial(step, methods[method], x0, x1, a.precision), device)
-                rows.append({"shape": shape, "batch": batch, "method": method, "ms": 1000 * statistics.median(seconds), "MB": memory})
-                print(rows[-1], file=sys.stderr, flush=True)
+                    times[key].append(time.perf_counter() - started)
+            for method, precision in acts:
+                row: dict[str, Any] = {"shape": shape, "batch": batch, "precision": precision, "method": method}
+                key = (method, precision)
+                row |= (
+                    {"error": failed[key]}
+                    if key in failed
+                    else {"ms": 1000 * statistics.median(times[key]), "MB": extra_memory(acts[key], device)}
+                )
+                rows.append(row)
+                print(row, file=sys.stderr, flush=True)
                 if a.out:  # after each row: what is there stays there
-                    result = {"device": name, "torch": torch.__version__, "precision": a.precision, "compile": a.compile, "rows": rows}
+                    result = {"device": name, "torch": torch.__version__, "compile": a.compile, "rows": rows, "ratios": ratios(rows)}
                     a.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(markdown_table(list(rows[0]), [list(r.values()) for r in rows]))
+    columns = ("shape", "batch", "precision", "method", "ms", "MB", "error")
+    print(markdown_table(list(columns), [[r.get(c, "") for c in columns] for r in rows]))
+    compared = ratios(rows)
+    print(markdown_table(list(compared[0]), [["" if v is None else v for v in r.values()] for r in compared]))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,22 @@ def test_scripts_write_what_they_measured(
     assert json.loads(out.read_text())
 
 
+def test_ratios_of_the_perceptual_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, out = _script("perceptual"), tmp_path / "result.json"
+    monkeypatch.setitem(script["main"].__globals__, "SHAPES", {"tiny": (4, 8, 8)})
+    monkeypatch.setattr(sys, "argv", ["perceptual", "--batches", "1", "--repeats", "1", "--skip-decoded", "--out", str(out)])
+    script["main"]()
+    result = json.loads(out.read_text())
+    of = {row["method"]: row for row in result["rows"]}
+    assert not [row for row in of.values() if "error" in row]
+    theirs = {"latent_lpips": "package, no augmentation", "e_latent_lpips bg": "package bg"}
+    ratios = {row["method"]: row for row in result["ratios"]}
+    for name, other in theirs.items() if "package bg" in of else ():
+        assert ratios[name]["package, time"] == pytest.approx(of[other]["ms"] / of[name]["ms"])
+        assert ratios[name]["package, MB"] == pytest.approx(of[other]["MB"] / of[name]["MB"])
+        assert ratios[name]["U-Net step, time"] is None
+
+
 def test_differences_of_seeds() -> None:
     script = _script("ablation")
     rng = np.random.default_rng(0)
