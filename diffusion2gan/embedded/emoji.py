@@ -79,7 +79,7 @@ class EmojiDataset:
     records: list[EmojiRecord]
 
     def indices(self, split: str) -> np.ndarray:
-        return np.array([i for i, r in enumerate(self.records) if r.split == split])
+        return np.array([i for i, r in enumerate(self.records) if r.split == split], np.int64)
 
     @cached_property
     def _training_cells(self) -> list[list[int]]:

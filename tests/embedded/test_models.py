@@ -17,6 +17,7 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.fit import FitConfig, fit
 from diffusion2gan.images import to_tensor
 from diffusion2gan.perceptual import LatentLPIPS
+from diffusion2gan.run_log import read_scalars
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,27 @@ def test_distortion_keeps_white_white_and_is_reproducible(dataset: EmojiDataset)
     plain = perceptual.distort(torch.ones(64, 3, 64, 64), torch.Generator().manual_seed(0))
     assert plain.min() > 0.65  # tint and contrast alone: nothing dark comes in from outside
     assert (a - x).abs().mean() > 0.01
+
+
+def test_the_autoencoder_learns(dataset: EmojiDataset, tmp_path: Path) -> None:
+    config = dataclasses.replace(autoencoder.CONFIG, steps=30, batch_size=8, decay_steps=0, warmup_steps=2, ema_decay=0.9, compile=False)
+    torch.manual_seed(config.seed)
+    pictures = dataset.images[dataset.indices("cell")]
+    before = autoencoder.psnr(autoencoder.new_autoencoder().eval(), pictures)
+    trained = autoencoder.train(dataset, tmp_path, "f4", config)
+    assert autoencoder.psnr(trained, pictures) > before + 3
+    assert [r["psnr"] > before for r in read_scalars(tmp_path / "metrics.jsonl") if "psnr" in r] == [True]
+
+
+def test_text_encoder_and_u_net_learn(dataset: EmojiDataset, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(
+        text_to_image.CONFIG, steps=20, batch_size=8, decay_steps=0, warmup_steps=2, learning_rate=1e-3, log_every=1, compile=False
+    )
+    text_to_image.train(dataset, autoencoder.new_autoencoder().eval(), tmp_path, config)
+    errors = [r["mse"] for r in read_scalars(tmp_path / "metrics.jsonl")]
+    assert len(errors) == 20
+    assert np.mean(errors[-5:]) < 0.8 * np.mean(errors[:3])
 
 
 @pytest.mark.parametrize("space", ["latent", "pixel"])
