@@ -31,10 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sd15 import random_unet, random_vae
 from torch import Tensor
 
 from diffusion2gan import losses
-from diffusion2gan.perceptual import DecodedLPIPS, ELatentLPIPS, LatentLPIPS, LatentVGG
+from diffusion2gan.perceptual import Augmentation, DecodedLPIPS, ELatentLPIPS, LatentLPIPS, LatentVGG
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.report import markdown_table
 
@@ -82,14 +83,7 @@ def released_package(metric: LatentLPIPS, channels: int, device: torch.device) -
 
 def unet_step(device: torch.device) -> Distance:
     """Stable Diffusion 1.5's U-Net, random weights: forward and backward to its weights, as a step of distillation has it."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device(device):
-        unet = UNet2DConditionModel(
-            sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
-            cross_attention_dim=768, attention_head_dim=8,
-            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        ).to(memory_format=torch.channels_last)  # fmt: skip
+    unet = random_unet(device).to(memory_format=torch.channels_last)
 
     def run(x0: Tensor, _x1: Tensor) -> Tensor:
         unet.zero_grad(set_to_none=True)
@@ -113,25 +107,20 @@ def distances(channels: int, device: torch.device, compiled: bool, decoded: bool
             graph = torch.compile(lambda a, b, p, metric=metric: metric(a, b, p), dynamic=False)
             function = lambda a, b, metric=metric, graph=graph: graph(a, b, metric.draw(len(a), a.shape[1:], device=a.device))  # noqa: E731
         rows[f"e_latent_lpips {letters}"] = function
-    metric = ELatentLPIPS(latent, "bg")
+    augmentation = Augmentation("bg")
 
-    def augmentation(a: Tensor, b: Tensor) -> Tensor:
-        drawn = metric.draw(len(a), a.shape[1:], device=a.device)
-        return metric.augmentation.apply(a, drawn) + metric.augmentation.apply(b, drawn)
+    def augmented(a: Tensor, b: Tensor) -> Tensor:
+        drawn = augmentation.draw(len(a), a.shape[1:], device=a.device)
+        return augmentation.apply(a, drawn) + augmentation.apply(b, drawn)
 
-    rows["augmentation bg alone"] = augmentation
+    rows["augmentation bg alone"] = augmented
     package = released_package(latent, channels, device)
     if package is not None:
         rows["package, no augmentation"] = lambda a, b: package(a, b, ensembling=False, add_l1_loss=False)
         rows["package bg"] = lambda a, b: package(a, b, ensembling=True, add_l1_loss=False)
         rows["package, augmentation bg alone"] = lambda a, b: torch.add(*package.augment(a, b))
     if decoded:
-        from diffusers import AutoencoderKL
-
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=channels,
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-        ).requires_grad_(False).eval().to(device, memory_format=torch.channels_last)  # fmt: skip
+        vae = random_vae(device, channels).requires_grad_(False).eval().to(memory_format=torch.channels_last)
         pixel = LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=3, kept_poolings=(1, 2, 3, 4, 5), tap="before"))).to(device)
         rows["decode + lpips"] = DecodedLPIPS(lambda x: vae.decode(x, return_dict=False)[0], pixel)
     if unet and channels == 4:

@@ -1,6 +1,8 @@
-"""The base of every configuration section: typed, closed, immutable."""
+"""The base of every configuration section: typed, closed, immutable; and how settings that were saved are compared."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -9,3 +11,15 @@ class Section(BaseModel):
     """An unknown key or a wrong type is an error; a value is never changed after it was checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+def settings_difference(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, ours, theirs) for every setting that differs."""
+    rows: list[tuple[str, Any, Any]] = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            rows += settings_difference(a, b, f"{prefix}{key}.")
+        elif a != b:
+            rows.append((prefix + key, a, b))
+    return rows

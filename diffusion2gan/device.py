@@ -30,6 +30,11 @@ def has_bf16(device: torch.device | str) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def bf16_autocast(device: torch.device | str) -> torch.autocast:
+    """Autocast to bfloat16 where `device` has it, and nothing elsewhere."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_bf16(device))
+
+
 def warn_of_slow_bf16(device: torch.device | str, setting: str) -> None:
     """Says so when the bfloat16 that `setting` asks for is slow on `device`."""
     if not has_bf16(device):

@@ -15,10 +15,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError, model_validator
 
-from diffusion2gan.config import Section
+from diffusion2gan.config import Section, settings_difference
 from diffusion2gan.errors import UserError
 from diffusion2gan.generator import GeneratorConfig
-from diffusion2gan.pairs.simulate import PairsConfig, settings_difference
+from diffusion2gan.pairs.simulate import PairsConfig
 from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.training.distance import LossConfig
 from diffusion2gan.training.trainer import TrainingConfig

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from diffusion2gan.config import settings_difference
 from diffusion2gan.device import warn_of_slow_bf16
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import disk_errors, sweep_temporaries, write_bytes_atomic
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.pairs.dataset import PairDataset, canonical_json
 from diffusion2gan.pairs.prompts import prompts_digest, read_prompts
-from diffusion2gan.pairs.simulate import Worker, settings_difference, simulate, store_settings
+from diffusion2gan.pairs.simulate import Worker, simulate, store_settings
 from diffusion2gan.pipeline import export_student
 from diffusion2gan.recipe import Recipe, check_pairs, check_same_experiment, dump_recipe, load_recipe
 from diffusion2gan.teachers.load import load_teacher, teacher_folder

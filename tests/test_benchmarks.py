@@ -15,6 +15,12 @@ from scipy import stats
 from tests.helpers import ROOT
 
 
+@pytest.fixture(autouse=True)
+def _beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script finds its neighbours as `python benchmarks/NAME.py` does."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+
+
 def _script(name: str) -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))
 

@@ -109,7 +109,8 @@ def test_stock_pipeline_gives_the_same_latents(tmp_path: Path, dtype: str, limit
     ).images
     ours = Student.from_pretrained(student_folder, dtype).latents(PROMPTS, noise)
     assert (ours - stock).abs().max().item() < limit
-    assert ours.std() > 0.01
+    # A random network's v is small; its epsilon is divided by sqrt(abar).
+    assert ours.std() > (0.1 if prediction_type == "epsilon" else 0.01)
 
 
 def test_a_picture_depends_on_its_own_seed_and_prompt_alone(student_folder: Path) -> None:

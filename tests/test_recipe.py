@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from diffusion2gan.config import settings_difference
 from diffusion2gan.errors import UserError
-from diffusion2gan.pairs.simulate import settings_difference
 from diffusion2gan.recipe import builtin_recipes, check_same_experiment, dump_recipe, load_recipe
 from tests.helpers import recipe_values, write_recipe
 

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from diffusion2gan.device import compile_for_one_shape, has_bf16
+from diffusion2gan.device import bf16_autocast, compile_for_one_shape
 from diffusion2gan.embedded.emoji import EmojiDataset
 from diffusion2gan.fit import FitConfig, fit
 from diffusion2gan.images import to_tensor
@@ -75,7 +75,6 @@ def train(dataset: EmojiDataset, folder: Path, form: str = "f4", config: FitConf
         return (y - x).abs().mean() + mse + _gradient_l1(y, x) + KL_WEIGHT * kl, mse, kl
 
     compiled = compile_for_one_shape(objective, torch.device("cpu"), "compile") if config.compile else objective
-    bf16 = has_bf16("cpu")
     latent = (FORMS[form][1], *(2 * [64 // 2 ** (len(FORMS[form][0]) - 1)]))
 
     def loss_of_step(rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -83,7 +82,7 @@ def train(dataset: EmojiDataset, folder: Path, form: str = "f4", config: FitConf
         x = to_tensor(dataset.images[rows])
         noise = torch.randn((len(x), *latent), generator=generator)
         # 1.5x on a Zen 4.
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with bf16_autocast("cpu"):
             loss, mse, kl = compiled(x, noise)
         return loss, {"mse": mse.detach(), "kl": kl.detach()}
 

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffusion2gan.device import compile_for_one_shape, has_bf16
+from diffusion2gan.device import bf16_autocast, compile_for_one_shape
 from diffusion2gan.embedded.emoji import EmojiDataset, EmojiRecord, all_captions, draw_caption
 from diffusion2gan.files import write_bytes_atomic
 from diffusion2gan.fit import FitConfig, fit
@@ -165,8 +165,6 @@ def train(dataset: EmojiDataset, vae: AutoencoderKL, folder: Path, config: FitCo
 
     compiled = compile_for_one_shape(objective, torch.device(device), "compile") if config.compile else objective
 
-    bf16 = has_bf16(device)
-
     def loss_of_step(rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         n = config.batch_size
         rows = dataset.draw_training_rows(rng, n)
@@ -177,7 +175,7 @@ def train(dataset: EmojiDataset, vae: AutoencoderKL, folder: Path, config: FitCo
         timestep = torch.from_numpy(((np.arange(n) + rng.random(n)) / n * len(alphas)).astype(np.int64)).to(device)
         # Drawn on the CPU whatever the device: the same run everywhere.
         noise = torch.randn(latents[rows].shape, generator=generator).to(device).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        with bf16_autocast(device):
             error = compiled(latents[rows].contiguous(memory_format=torch.channels_last), noise, timestep, ids)
         return (error * weights[timestep]).mean(), {"mse": error.detach().mean()}
 

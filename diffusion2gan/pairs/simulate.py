@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from diffusion2gan.config import Section
+from diffusion2gan.config import Section, settings_difference
 from diffusion2gan.device import warn_of_slow_bf16
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import disk_errors, sweep_temporaries, write_bytes_atomic
@@ -104,18 +104,6 @@ def store_settings(teacher: Teacher, config: PairsConfig, prompts_sha256: str) -
         "noise_recipe": {"name": NOISE_RECIPE, "fingerprint": noise_fingerprint()},
         "noise_storage": config.noise_storage,
     }
-
-
-def settings_difference(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, ours, theirs) for every setting that differs."""
-    rows: list[tuple[str, Any, Any]] = []
-    for key in sorted(ours.keys() | theirs.keys()):
-        a, b = ours.get(key), theirs.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            rows += settings_difference(a, b, f"{prefix}{key}.")
-        elif a != b:
-            rows.append((prefix + key, a, b))
-    return rows
 
 
 def agree_on_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -54,12 +54,12 @@ class ImageFolder:
     def __init__(self, root: Path):
         self.root = root
         self.classes = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-        present = [(p, i) for i, c in enumerate(self.classes) for p in sorted((root / c).rglob("*")) if p.is_file()]
+        present = [(p, i) for i, c in enumerate(self.classes) for p in sorted((root / c).rglob("*"))]
         self.files = [(p, i) for p, i in present if p.suffix.lower() in EXTENSIONS]
-        others = sorted({p.suffix.lower() or p.name for p, _ in present} - EXTENSIONS)
+        others = [p.suffix.lower() or p.name for p, _ in present if p.suffix.lower() not in EXTENSIONS and p.is_file()]
         if others:
             warnings.warn(
-                f"{root}: {len(present) - len(self.files)} files are not read ({', '.join(others[:5])}): no images of {', '.join(sorted(EXTENSIONS))}",
+                f"{root}: {len(others)} files are not read ({', '.join(sorted(set(others))[:5])}): no images of {', '.join(sorted(EXTENSIONS))}",
                 stacklevel=2,
             )
         if not self.files:

@@ -93,7 +93,7 @@ class LatentLPIPS(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides the distance beside the weights, as it is saved."""
+        """All there is beside the weights, as it is saved."""
         space = self.space and asdict(self.space)
         own = {"l1_weight": self.l1_weight, "calibrated": self.calibrated, "space": space, "net": asdict(self.net.config)}
         return own | ({"licence": self.licence} if self.licence else {})

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion2gan.device import compile_for_one_shape, has_bf16
+from diffusion2gan.config import settings_difference
+from diffusion2gan.device import bf16_autocast, compile_for_one_shape
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import write_bytes_atomic
 from diffusion2gan.fit import FitConfig, fit, process_rank
@@ -72,12 +73,8 @@ def _check_same_network(folder: Path, described: dict[str, Any]) -> None:
     """Writes what is trained to `folder/network.json`, or raises UserError when something else was trained there before."""
     path, described = folder / "network.json", json.loads(json.dumps(described))
     if path.exists():
-        saved = json.loads(path.read_text())
-        for section in described:
-            for key in sorted(described[section].keys() | saved.get(section, {}).keys()):
-                ours, theirs = described[section].get(key), saved.get(section, {}).get(key)
-                if ours != theirs:
-                    raise UserError(f"{folder}: a training with {section}.{key} {theirs!r}, now it is {ours!r}; choose another folder")
+        for key, ours, theirs in settings_difference(described, json.loads(path.read_text())):
+            raise UserError(f"{folder}: a training with {key} {theirs!r}, now it is {ours!r}; choose another folder")
     elif process_rank()[0] == 0:
         write_bytes_atomic(path, (json.dumps(described, indent=1) + "\n").encode())
 
@@ -102,11 +99,10 @@ def train_classifier(
     model = Classifier(vgg, heads).to(device).to(memory_format=torch.channels_last)
     average = Classifier(vgg, heads).to(device).to(memory_format=torch.channels_last)
     network = compile_for_one_shape(model, device, "compile") if config.compile else model
-    bf16 = has_bf16(device)
 
     def loss_of_step(rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         x, labels = batches(rng, generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with bf16_autocast(device):
             logits = network(x.contiguous(memory_format=torch.channels_last))
         right = {f"train_top1_{k}": (v.argmax(1) == labels[k]).float().mean() for k, v in logits.items()}
         return classification_loss(logits, labels), right

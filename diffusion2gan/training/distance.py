@@ -34,23 +34,18 @@ class LossConfig(Section):
 
 
 class Distance(nn.Module):
-    """d(x0, x1): (B, C, H, W) twice -> (B,). `n_uniform` random numbers a sample in [0, 1) decide its augmentation.
+    """d(x0, x1): (B, C, H, W) twice -> (B,). `n_uniform` random numbers a sample in [0, 1) decide its augmentation."""
 
-    `settings`: those of `network` that are not in its weights.
-    """
-
-    def __init__(
-        self,
-        function: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-        n_uniform: int = 0,
-        network: nn.Module | None = None,
-        settings: dict[str, Any] | None = None,
-    ):
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor | None], Tensor], n_uniform: int = 0, network: nn.Module | None = None):
         super().__init__()
         self._function = function
         self.n_uniform = n_uniform
         self.network = network
-        self.settings = settings
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """All there is to the perceptual network beside its weights."""
+        return next((module.settings for module in self.modules() if isinstance(module, LatentLPIPS)), None)
 
     def forward(self, x0: Tensor, x1: Tensor, uniform: Tensor | None = None) -> Tensor:
         return self._function(x0, x1, uniform)
@@ -79,13 +74,13 @@ def build_distance(config: LossConfig, teacher: Teacher, device: torch.device | 
         return Distance(lambda a, b, _: losses.pseudo_huber(a, b, config.pseudo_huber_c))
     if name == "lpips":
         pixel = DecodedLPIPS(teacher.decode, _perceptual(config, "pixel_vgg", 3).to(device))
-        return Distance(lambda a, b, _: pixel(a, b), network=pixel, settings=pixel.metric.settings)
+        return Distance(lambda a, b, _: pixel(a, b), network=pixel)
     metric = _perceptual(config, "latent_vgg", teacher.latent_shape[0]).to(device)
     if name == "latent_lpips":
-        return Distance(lambda a, b, _: metric(a, b), network=metric, settings=metric.settings)
+        return Distance(lambda a, b, _: metric(a, b), network=metric)
     ensembled = ELatentLPIPS(metric, config.augment)
 
     def e_latent_lpips(a: Tensor, b: Tensor, uniform: Tensor | None) -> Tensor:
         return ensembled(a, b, parameters=ensembled.draw(len(a), a.shape[1:], uniform=uniform, device=a.device))
 
-    return Distance(e_latent_lpips, Augmentation.N_UNIFORM, ensembled, metric.settings)
+    return Distance(e_latent_lpips, Augmentation.N_UNIFORM, ensembled)
