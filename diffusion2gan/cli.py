@@ -59,7 +59,7 @@ def _train(a: argparse.Namespace) -> None:
 def _export(a: argparse.Namespace) -> None:
     from diffusion2gan.run import export_run
 
-    export_run(a.run, a.out, a.dtype, use_ema=not a.last)
+    export_run(a.run, a.out, a.dtype, use_ema=not a.last, step=a.step)
     print(f"wrote {a.out}: an ordinary diffusers folder, one step, guidance 1")
 
 
@@ -208,6 +208,7 @@ def _add_stages(commands: Commands) -> None:
     sub.add_argument("out", type=Path)
     sub.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
     sub.add_argument("--last", action="store_true", help="the last weights instead of their average")
+    sub.add_argument("--step", type=int, default=None, help="of the checkpoint after so many steps instead of the last")
 
     text = "Score a student of the embedded teacher by protocol emoji10k-v1 (goes on where it stopped)"
     sub = _command(commands, "evaluate", _evaluate, text)

@@ -36,6 +36,8 @@ class GeneratorConfig(Section):
     timestep: int = Field(999, ge=0)
     """The timestep at which the network is evaluated, recorded in the student. DDIM-50 with `leading` spacing starts at 981."""
     gradient_checkpointing: bool = False
+    start: str | None = None
+    """A run's or a student's folder from whose weights the generator starts, instead of the teacher's."""
 
 
 class Float32Conv2d(nn.Conv2d):

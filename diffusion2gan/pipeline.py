@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,8 @@ class Student:
 
     teacher: StableDiffusionTeacher
     generator: OneStepGenerator
+    facts: dict[str, Any] = field(default_factory=dict)
+    """How it was made: what `export` wrote beside the weights."""
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: str = "float32", device: str = "cpu") -> Student:
@@ -124,7 +126,7 @@ class Student:
         teacher = StableDiffusionTeacher.from_pretrained(config, folder, device)
         # The folder's network is the student's own; "teacher" here lends it text encoder, decoder and schedule.
         generator = OneStepGenerator.around(teacher.network, teacher, facts["timestep"])
-        return cls(teacher, generator.to(memory_format=torch.channels_last))
+        return cls(teacher, generator.to(memory_format=torch.channels_last), facts)
 
     @torch.inference_mode()
     def latents(self, prompts: Sequence[str], noise: np.ndarray) -> Tensor:

@@ -16,10 +16,12 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from diffusion2gan.config import Section, settings_difference
+from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig
 from diffusion2gan.errors import UserError
 from diffusion2gan.generator import GeneratorConfig
 from diffusion2gan.pairs.simulate import PairsConfig
 from diffusion2gan.teachers.protocol import TeacherConfig
+from diffusion2gan.training.adversarial import AdversarialConfig
 from diffusion2gan.training.distance import LossConfig
 from diffusion2gan.training.trainer import TrainingConfig
 
@@ -34,6 +36,9 @@ class Recipe(Section):
     generator: GeneratorConfig = GeneratorConfig()
     loss: LossConfig = LossConfig()
     training: TrainingConfig
+    adversarial: AdversarialConfig | None = None
+    """Phase 2; without it, ODE distillation is all."""
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
     @model_validator(mode="after")
     def _across_sections(self) -> Recipe:
@@ -41,6 +46,8 @@ class Recipe(Section):
             raise ValueError(f"training.holdout is {self.training.holdout}, expected fewer than pairs.count ({self.pairs.count})")
         if self.teacher.dtype == "float64" and self.training.mixed_precision != "no":
             raise ValueError("training.mixed_precision is bf16 with a float64 teacher, expected no")
+        if self.training.steps == 0 and self.adversarial is None:
+            raise ValueError("training.steps is 0 and there is no adversarial section, expected at least 1: nothing would be trained")
         return self
 
 
@@ -160,13 +167,23 @@ def dump_recipe(recipe: Recipe) -> str:
 
 # What may differ when a run is continued: how far it goes, how often it reports, how it fits into memory. Everything else is
 # another experiment.
-_FREE_TO_CHANGE = {"name", "description", "training.steps", "training.checkpoint_every", "training.keep_checkpoints", "training.log_every"}
+_FREE_TO_CHANGE = {
+    "name",
+    "description",
+    "training.steps",
+    "adversarial.steps",
+    "generator.start",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.log_every",
+}
 _FREE_TO_CHANGE |= {
     "pairs.precision",
     "pairs.compile",
     "training.micro_batch_size",
     "training.compile",
     "generator.gradient_checkpointing",
+    "discriminator.gradient_checkpointing",
     "training.validate_every",
     "training.sample_every",
     "training.sample_count",

@@ -96,3 +96,47 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_labe
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
+
+
+def discriminator_picture(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """How D did, from the rows of a run's metrics: accuracy by kind of sample; accuracy and logits by map; its loss and R1."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    told = [(r["step"], r["discriminator"]) for r in rows if "discriminator" in r]
+    figure = Figure(figsize=(11, 7), dpi=100, layout="constrained")
+    (by_kind, losses), (by_map, logits) = figure.subplots(2, 2)
+    for kind in ("real", "generated", "other_latent", "other_text", "other_noise"):
+        of_kind = [(step, t[kind]["accuracy"][0]) for step, t in told if kind in t]
+        if of_kind:
+            by_kind.plot(*zip(*of_kind, strict=True), label=kind.replace("_", " "), linewidth=1.2)
+    by_kind.set_ylim(-0.02, 1.02)
+    by_kind.set_ylabel("accuracy of D's score")
+    for name, label in (
+        ("discriminator_loss", "D, Eq. 5"),
+        ("adversarial_loss", "G, weight x Eq. 6"),
+        ("loss", "G, regression"),
+        ("r1", "R1"),
+    ):
+        of_name = [(r["step"], r[name]) for r in rows if name in r and "discriminator" in r]
+        if of_name:
+            losses.plot(*zip(*of_name, strict=True), label=label, linewidth=1.2)
+    losses.set_yscale("log")
+    losses.set_ylabel("loss")
+    for i, name in enumerate(told[-1][1]["columns"][1:] if told else [], start=1):
+        both = [(step, t) for step, t in told if "real" in t and "generated" in t]
+        steps = [step for step, _ in both]
+        by_map.plot(steps, [(t["real"]["accuracy"][i] + t["generated"]["accuracy"][i]) / 2 for _, t in both], label=name, linewidth=1)
+        logits.plot(steps, [t["real"]["logit"][i] - t["generated"]["logit"][i] for _, t in both], label=name, linewidth=1)
+    by_map.set_ylabel("accuracy by map, real and generated")
+    logits.set_ylabel("logit of real - generated, by map")
+    for axes in (by_kind, losses, by_map, logits):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=7, ncols=2)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")

@@ -10,21 +10,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from diffusion2gan.config import settings_difference
 from diffusion2gan.device import warn_of_slow_bf16
+from diffusion2gan.discriminator.build import build_discriminator
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import disk_errors, sweep_temporaries, write_bytes_atomic
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.pairs.dataset import PairDataset, canonical_json
 from diffusion2gan.pairs.prompts import prompts_digest, read_prompts
 from diffusion2gan.pairs.simulate import Worker, simulate, store_settings
-from diffusion2gan.pipeline import export_student
+from diffusion2gan.pipeline import Student, export_student
 from diffusion2gan.recipe import Recipe, check_pairs, check_same_experiment, dump_recipe, load_recipe
 from diffusion2gan.teachers.load import load_teacher, teacher_folder
 from diffusion2gan.teachers.stable_diffusion import load_pipeline, stored_weights, weights_digest
 from diffusion2gan.training.distance import Distance, build_distance
-from diffusion2gan.training.state import checkpoint_step, checkpoints, load_state
+from diffusion2gan.training.state import checkpoint_path, checkpoint_step, checkpoints, load_state
 from diffusion2gan.training.trainer import Trainer
 
 
@@ -41,17 +43,32 @@ def open_run(recipe: Recipe, folder: Path) -> None:
     if path.exists():
         saved = load_recipe(str(path))
         check_same_experiment(recipe, saved, folder)
-        decay_began = saved.training.steps - saved.training.decay_steps
-        done = max((checkpoint_step(p) for p in checkpoints(folder / "checkpoints")), default=0)
-        if recipe.training.steps != saved.training.steps and saved.training.decay_steps and done > decay_began:
-            raise UserError(
-                f"{folder}: training.steps is {saved.training.steps} there and {recipe.training.steps} now, but at step {done} the learning rate "
-                f"is already falling (since {decay_began}); choose a new --out, or raise steps before the fall"
-            )
+        _check_lengths(recipe, saved, folder)
     elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise UserError(f"{folder}: not empty and no run (no recipe.yaml); choose a new --out")
     sweep_temporaries(folder)
     write_bytes_atomic(path, dump_recipe(recipe).encode())
+
+
+def _check_lengths(recipe: Recipe, saved: Recipe, folder: Path) -> None:
+    """Raises UserError when a phase that is already ending, or has ended, is to be of another length."""
+    done = max((checkpoint_step(p) for p in checkpoints(folder / "checkpoints")), default=0)
+    begins = 0
+    for key in ("training", "adversarial"):
+        ours, theirs = getattr(recipe, key), getattr(saved, key)
+        if ours is None or theirs is None:
+            return
+        ends = begins + theirs.steps
+        # Phase 2 begins where phase 1 ended.
+        over = key == "training" and theirs.steps and saved.adversarial is not None and done > ends
+        falling = theirs.decay_steps and done > ends - theirs.decay_steps
+        if ours.steps != theirs.steps and (over or falling):
+            why = "phase 2 has begun" if over else f"the learning rate is already falling (since {ends - theirs.decay_steps})"
+            raise UserError(
+                f"{folder}: {key}.steps is {theirs.steps} there and {ours.steps} now, but at step {done} {why}; choose a new --out, or "
+                "raise steps before the fall"
+            )
+        begins = ends
 
 
 def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = True, deadline: Callable[[], bool] | None = None) -> Trainer:
@@ -64,25 +81,53 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     settings = store_settings(teacher, recipe.pairs, _prompts_digest(recipe, pairs))
     check_pairs(recipe, settings, pairs.manifest, store)
     distance = build_distance(recipe.loss, teacher, accelerator.device)
+    generator = OneStepGenerator.from_teacher(teacher, recipe.generator)
+    if recipe.generator.start is not None:
+        generator.load_state_dict(generator_weights(Path(recipe.generator.start), recipe))
     with disk_errors(folder):
         if accelerator.is_main_process:
             open_run(recipe, folder)
-            _check_inputs(folder, pairs, distance)
+            _check_inputs(folder, pairs, distance, generator if recipe.generator.start else None)
         accelerator.wait_for_everyone()
-        generator = OneStepGenerator.from_teacher(teacher, recipe.generator)
-        trainer = Trainer(teacher, pairs, generator, distance, recipe.training, folder, accelerator)
+        adversarial = recipe.adversarial
+        with_d = adversarial is not None and adversarial.weight > 0
+        discriminator = build_discriminator(recipe.discriminator, teacher, recipe.training.seed) if with_d else None
+        trainer = Trainer(teacher, pairs, generator, distance, recipe.training, folder, accelerator, adversarial, discriminator)
         trainer.run(progress, deadline)
     return trainer
 
 
-def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance) -> None:
+def generator_weights(start: Path, recipe: Recipe) -> dict[str, Tensor]:
+    """The weights at which a generator starts: the average of a run's last checkpoint, or those of an exported student.
+
+    Raises UserError when `start` is neither, or was made for another teacher, latent space or timestep.
+    """
+    if (start / "recipe.yaml").exists():
+        found = checkpoints(start / "checkpoints")
+        if not found:
+            raise UserError(f"generator.start: {start} has no checkpoint yet; run `diffusion2gan train` with that --out first")
+        timestep = load_recipe(str(start / "recipe.yaml")).generator.timestep
+        teacher_weights = json.loads((start / "inputs.json").read_text())["pairs"]["teacher"]["weights"]
+        weights = load_state(found[-1]).ema
+    else:
+        student = Student.from_pretrained(start)
+        timestep, teacher_weights = student.generator.timestep, student.facts.get("teacher_weights")
+        weights = student.generator.state_dict()
+    ours = stored_weights(recipe.teacher, teacher_folder(recipe.teacher))
+    for what, theirs, expected in (("teacher weights", teacher_weights, ours), ("timestep", timestep, recipe.generator.timestep)):
+        if theirs != expected:
+            raise UserError(f"generator.start: {start} was trained with {what} {theirs}, this recipe has {expected}; name another start")
+    return weights
+
+
+def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance, start: OneStepGenerator | None) -> None:
     """Writes what the run was fed with to `RUN/inputs.json`, or raises UserError when it was fed with something else before."""
     perceptual = None if distance.network is None else weights_digest(distance.network)
     inputs = {
         "pairs": {k: v for k, v in pairs.manifest.items() if k != "shards"},
         "perceptual_weights": perceptual,
         "perceptual_settings": distance.settings,
-    }
+    } | ({"start_weights": weights_digest(start)} if start is not None else {})
     written = canonical_json(inputs)
     path = folder / "inputs.json"
     if path.exists():
@@ -111,15 +156,17 @@ def _prompts_digest(recipe: Recipe, pairs: PairDataset) -> str:
     return prompts_digest(read_prompts(recipe.pairs.prompts, recipe.pairs.count, recipe.pairs.seed))
 
 
-def export_run(folder: Path, out: Path, dtype: str = "float16", use_ema: bool = True) -> None:
-    """Writes the student of a run's last checkpoint as a diffusers folder."""
+def export_run(folder: Path, out: Path, dtype: str = "float16", use_ema: bool = True, step: int | None = None) -> None:
+    """Writes the student of a run's last checkpoint, or that of `step`, as a diffusers folder."""
     if not (folder / "recipe.yaml").exists():
         raise UserError(f"{folder}: no run here (no recipe.yaml); name a folder written by `diffusion2gan train`")
     recipe = load_recipe(str(folder / "recipe.yaml"))
     found = checkpoints(folder / "checkpoints")
     if not found:
         raise UserError(f"{folder}: no checkpoint yet; run `diffusion2gan train` with this --out first")
-    state = load_state(found[-1])
+    if step is not None and step not in map(checkpoint_step, found):
+        raise UserError(f"{folder}: no checkpoint of step {step}; there are {', '.join(str(checkpoint_step(p)) for p in found)}")
+    state = load_state(found[-1] if step is None else checkpoint_path(folder / "checkpoints", step))
     pipeline = load_pipeline(recipe.teacher, teacher_folder(recipe.teacher), torch.float32)
     pairs = json.loads((folder / "inputs.json").read_text())["pairs"]
     weights = stored_weights(recipe.teacher, teacher_folder(recipe.teacher))
@@ -140,6 +187,18 @@ def export_run(folder: Path, out: Path, dtype: str = "float16", use_ema: bool = 
         "distance": recipe.loss.distance,
         "steps": state.step,
         "batch_size": recipe.training.batch_size,
+        **_adversarial_facts(recipe, state.step),
         "weights": "ema" if use_ema else "last",
     }
     export_student(pipeline, state.ema if use_ema else state.model, recipe.generator.timestep, out, facts, getattr(torch, dtype))
+
+
+def _adversarial_facts(recipe: Recipe, step: int) -> dict[str, Any]:
+    """What a student's card says of phase 2, if it came so far."""
+    if recipe.adversarial is None or step <= recipe.training.steps or not recipe.adversarial.weight:
+        return {}
+    return {
+        "adversarial_steps": step - recipe.training.steps,
+        "lambda_GAN": recipe.adversarial.weight,
+        "discriminator": recipe.discriminator.model_dump(include={"kind", "noise", "multi_scale"}),
+    }

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from diffusion2gan.training.state import checkpoint_step, checkpoints
 from tests.helpers import ROOT, Command, metrics, recipe_values, run_command, tree_digest, write_recipe
@@ -35,6 +36,26 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_folder: Path, p
     return {"recipe": recipe, "store": folder / "store", "run": folder / "run"}
 
 
+@pytest.fixture(scope="module")
+def gan(tmp_path_factory: pytest.TempPathFactory, world: dict[str, Path]) -> dict[str, Path]:
+    """The same with a second phase: D from the fifth step on, R1 every third step on one sample of each half of the batch."""
+    folder = tmp_path_factory.mktemp("gan")
+    values = yaml.safe_load(world["recipe"].read_text())
+    values["training"]["steps"] = 4
+    values["adversarial"] = {
+        "steps": 8,
+        "weight": 0.5,
+        "r1_every": 3,
+        "r1_count": 2,
+        "learning_rate": 1e-3,
+        "discriminator_learning_rate": 1e-3,
+    }
+    recipe = write_recipe(folder / "recipe.yaml", values)
+    done = run_command("train", recipe, "--pairs", world["store"], "--out", folder / "run")
+    assert done.returncode == 0, done.stderr
+    return {"recipe": recipe, "store": world["store"], "run": folder / "run"}
+
+
 def _kill_at(point: str, number: int, *arguments: object) -> None:
     killed = Command(*arguments, kill_at=(point, number)).wait()
     assert killed.returncode == KILLED, f"{point} {number} was never reached: {killed.stderr}"
@@ -52,7 +73,8 @@ def _start_slowly(*arguments: object) -> Command:
 
 def _final_weights(run: Path) -> dict[str, torch.Tensor]:
     saved = torch.load(run / "checkpoints" / "step-00000012.pt", weights_only=True)
-    return {f"{part}.{k}": v for part in ("model", "ema") for k, v in saved[part].items()}
+    saved["discriminator"] = saved["adversary"]["model"] if saved["adversary"] else {}
+    return {f"{part}.{k}": v for part in ("model", "ema", "discriminator") for k, v in saved[part].items()}
 
 
 def _assert_same_run(run: Path, unbroken: Path) -> None:
@@ -105,6 +127,16 @@ def test_train_killed_at(point: str, number: int, tmp_path: Path, world: dict[st
     assert again.returncode == 0, again.stderr
     _assert_same_run(tmp_path / "run", world["run"])
     assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+# Steps 3 and 7 lie in either phase; phase 2 begins with a checkpoint of its own.
+@pytest.mark.parametrize(("point", "number"), [("step", 3), ("step", 7), ("before-rename", 6), ("after-rename", 6), ("mid-write", 4)])
+def test_train_with_a_discriminator_killed_at(point: str, number: int, tmp_path: Path, gan: dict[str, Path]) -> None:
+    command = ("train", gan["recipe"], "--pairs", gan["store"], "--out", tmp_path / "run")
+    _kill_at(point, number, *command)
+    again = run_command(*command)
+    assert again.returncode == 0, again.stderr
+    _assert_same_run(tmp_path / "run", gan["run"])
 
 
 def _kill_five_times(command: tuple[object, ...], finished_parts: Callable[[], int]) -> None:
@@ -168,6 +200,27 @@ def test_two_processes_train_as_one(tmp_path: Path, world: dict[str, Path]) -> N
     ours = _final_weights(run)
     for name, value in _final_weights(world["run"]).items():
         torch.testing.assert_close(ours[name], value, atol=3e-4, rtol=1e-3)
+
+
+def test_two_processes_play_as_one(tmp_path: Path, gan: dict[str, Path]) -> None:
+    """D and G over gloo: losses, R1, D's statistics and the weights of both as in one process with the whole batch."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "diffusion2gan"]
+    command = [*program, "train", str(gan["recipe"]), "--pairs", str(gan["store"]), "--out", str(tmp_path / "run")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(metrics(tmp_path / "run"), metrics(gan["run"]), strict=True):
+        for key, value in theirs.items():
+            if key == "discriminator":
+                for kind in value.keys() - {"columns"}:
+                    assert ours[key][kind]["count"] == value[kind]["count"]
+                    assert ours[key][kind]["logit"] == pytest.approx(value[kind]["logit"], abs=2e-3)
+            elif key != "images_per_second":
+                assert ours[key] == pytest.approx(value, rel=2e-3), (theirs["step"], key)
+    ours = _final_weights(tmp_path / "run")
+    assert any(name.startswith("discriminator.") for name in ours)
+    for name, value in _final_weights(gan["run"]).items():
+        torch.testing.assert_close(ours[name], value, atol=5e-4, rtol=1e-3)
 
 
 def test_terminate_saves_before_it_stops(tmp_path: Path, world: dict[str, Path]) -> None:

@@ -110,7 +110,9 @@ class ConvolutionalDiscriminator(nn.Module):
             self.blocks.append(nn.Sequential(_Residual(c), *attention, _Residual(c)))
         code = channels[-1]
         self.text = _TextCode(text_width, code)
-        self._predicting = range(len(channels)) if config.multi_scale else [len(channels) - 1]
+        last = len(channels) - 1
+        self._predicting = range(last + 1) if config.multi_scale else [last]
+        self.map_names = [f"{last - i}.joined" for i in self._predicting]
         self.predictions = nn.ModuleList(_Prediction(channels[i], code) for i in self._predicting)
 
     @classmethod
@@ -136,5 +138,5 @@ class ConvolutionalDiscriminator(nn.Module):
                     x = x + self.latent_in[i](resized(latent, x.shape[2:]))
             x = block(x)
             features.append(x)
-        last = len(features) - 1
-        return {f"{last - i}.joined": head(features[i], code) for i, head in zip(self._predicting, self.predictions, strict=True)}
+        logits = [head(features[i], code) for i, head in zip(self._predicting, self.predictions, strict=True)]
+        return dict(zip(self.map_names, logits, strict=True))

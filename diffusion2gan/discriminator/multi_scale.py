@@ -46,6 +46,9 @@ class DiscriminatorConfig(Section):
 class Discriminator(Protocol):
     """What the trainer needs of a discriminator."""
 
+    map_names: list[str]
+    """Of the maps that it returns, in their order."""
+
     def __call__(self, latent: Tensor, noise: Tensor, condition: TextCondition) -> dict[str, Tensor]:
         """x (B, C, H, W), z (B, C, H, W), c of B rows -> maps of logits (B, 1, h, w) by name, in float32 or better."""
         ...
@@ -66,7 +69,7 @@ class Readout(nn.Module):
         self.out = nn.Conv2d(min(hidden, channels), 1, 1)
         # Small, so that D begins undecided; not zero, or nothing before it would learn at the first step.
         nn.init.normal_(self.out.weight, std=0.02)
-        nn.init.zeros_(self.out.bias)
+        nn.init.constant_(self.out.get_parameter("bias"), 0.0)
 
     def forward(self, feature: Tensor) -> Tensor:
         logits = self.out(F.silu(self.conv(F.silu(self.norm(feature)))))
@@ -105,6 +108,7 @@ class MultiScaleDiscriminator(nn.Module):
         last = f"{len(decoder) - 1}.joined"
         # A module's name may not hold a point.
         self._maps = [(i, name) for i in range(len(decoder)) for name in READOUTS if config.multi_scale or f"{i}.{name}" == last]
+        self.map_names = [f"{i}.{name}" for i, name in self._maps]
         groups = getattr(network.config, "norm_num_groups", None) or 1
         self.readouts = nn.ModuleList(Readout(decoder[i][name], config.head_channels, groups) for i, name in self._maps)
 
@@ -135,7 +139,8 @@ class MultiScaleDiscriminator(nn.Module):
             None if self.noise_in is None else self.noise_in(noise),
             feed if self.config.multi_scale else None,
         )
-        return {f"{i}.{name}": head(features[i][name]) for (i, name), head in zip(self._maps, self.readouts, strict=True)}
+        logits = [head(features[i][name]) for (i, name), head in zip(self._maps, self.readouts, strict=True)]
+        return dict(zip(self.map_names, logits, strict=True))
 
 
 def score(maps: dict[str, Tensor]) -> Tensor:

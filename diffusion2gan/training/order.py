@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-_ORDER, _AUGMENTATION = 1, 2  # streams: the upper half of the Philox key
+_ORDER, _AUGMENTATION, _MIX, _R1 = 1, 2, 3, 4  # streams: the upper half of the Philox key
 
 
 def _generator(seed: int, stream: int, number: int) -> np.random.Generator:
@@ -37,3 +37,13 @@ class SampleOrder:
 def augmentation_uniforms(seed: int, step: int, batch: int, width: int) -> np.ndarray:
     """(batch, width) float32 in [0, 1): row i decides the augmentation of the step's i-th sample."""
     return _generator(seed, _AUGMENTATION, step).random((batch, width), dtype=np.float32)
+
+
+def mix_uniforms(seed: int, step: int, batch: int) -> np.ndarray:
+    """(batch, 2) in [0, 1): row i decides the mix-and-match of the step's i-th sample."""
+    return _generator(seed, _MIX, step).random((batch, 2))
+
+
+def r1_generator(seed: int, step: int) -> np.random.Generator:
+    """Draws which samples of a step R1 looks at, and in which direction if by finite differences."""
+    return _generator(seed, _R1, step)

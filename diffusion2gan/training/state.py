@@ -41,6 +41,10 @@ class TrainingState:
     optimizer: dict[str, Any]
     gradient_scale: float
     environment: dict[str, str]
+    adversary: dict[str, Any] | None = None
+    """D, its optimiser and statistics; None before phase 2, and in one without D."""
+    guard: dict[str, Any] | None = None
+    """None before phase 2."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -57,12 +61,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"))
 
 
-def save_state(state: TrainingState, folder: Path, keep: int) -> Path:
-    """Writes a checkpoint atomically, then deletes all but the newest `keep`."""
+def save_state(state: TrainingState, folder: Path, keep: int, also_keep: int | None = None) -> Path:
+    """Writes a checkpoint atomically, then deletes all but the newest `keep` and the one of step `also_keep`."""
     path = checkpoint_path(folder, state.step)
     torch_save_atomic(path, {"format": FORMAT, **state.__dict__})
     for old in checkpoints(folder)[:-keep]:
-        old.unlink(missing_ok=True)
+        if checkpoint_step(old) != also_keep:
+            old.unlink(missing_ok=True)
     sweep_temporaries(folder)
     return path
 

@@ -1,7 +1,7 @@
-"""The main loop. Phase 1 is ODE distillation (Eq. 1 and 4): the regression loss alone.
+"""The main loop. Phase 1 is ODE distillation (Eq. 1 and 4): the regression loss alone. In phase 2 D joins (Eq. 5-6).
 
 run            steps from the last checkpoint to the end, with logs, pictures and checkpoints between
-train_step     one optimiser step over the global batch
+train_step     one optimiser step over the global batch; in phase 2 D's, then G's
 generator_step forward and backward of one micro-batch
 """
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,25 +25,30 @@ from tqdm import tqdm
 
 from diffusion2gan.config import Section
 from diffusion2gan.device import compile_for_one_shape
+from diffusion2gan.discriminator.regularization import mix_and_match
 from diffusion2gan.ema import Ema
 from diffusion2gan.errors import UserError
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import grid, to_uint8
 from diffusion2gan.interrupt import stop_requests
 from diffusion2gan.pairs.dataset import PairDataset
-from diffusion2gan.run_log import RunLog, refuse_lost_checkpoint
+from diffusion2gan.report import discriminator_picture
+from diffusion2gan.run_log import RunLog, read_scalars, refuse_lost_checkpoint
 from diffusion2gan.schedule import warmup_and_decay
 from diffusion2gan.teachers.attention import plain_attention_on_cpu
 from diffusion2gan.teachers.protocol import Teacher
+from diffusion2gan.training.adversarial import AdversarialConfig, Adversary, Guard
+from diffusion2gan.training.batches import OdePairBatch, mixed_fakes, pair_batch
 from diffusion2gan.training.distance import Distance
-from diffusion2gan.training.order import SampleOrder, augmentation_uniforms
-from diffusion2gan.training.state import TrainingState, checkpoints, environment, load_state, save_state
+from diffusion2gan.training.order import SampleOrder, augmentation_uniforms, mix_uniforms
+from diffusion2gan.training.state import TrainingState, checkpoint_path, checkpoints, environment, load_state, save_state
 
 
 class TrainingConfig(Section):
-    """Phase 1. The paper's settings are not public; docs/reproduction.md gives the reason of each default."""
+    """Phase 1, and what both phases share. The paper's settings are not public; docs/reproduction.md gives the reason of each default."""
 
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=0)
+    """Of phase 1; 0 goes straight to phase 2."""
     batch_size: int = Field(64, ge=1)
     """Global: over all processes and accumulated micro-batches."""
     micro_batch_size: int | None = Field(None, ge=1)
@@ -88,24 +93,17 @@ class TrainingConfig(Section):
         return self.learning_rate * warmup_and_decay(step, self.steps, self.warmup_steps, self.decay_steps)
 
 
-@dataclass(frozen=True)
-class OdePairBatch:
-    """Pairs of Eq. 1 on the device: z (B, C, H, W), the prompts, x (B, C, H, W), and the augmentation's random numbers (B, K)."""
-
-    noise: Tensor
-    prompts: list[str]
-    latent: Tensor
-    uniform: Tensor | None
-
-
 # The gradient norm's running mean forgets over about 100 steps.
 _NORM_DECAY = 0.99
+# A step at which an average forgets as slowly as it ever does.
+_LATE = 1 << 40
 
 
 class Trainer:
     """Distils `teacher` into `generator` on `pairs`; everything it writes lies in `folder`.
 
-    Raises UserError for a batch that the processes can't share, too few pairs, a non-finite loss, a folder it can't write.
+    adversarial: phase 2, with `discriminator` unless its weight is 0. Raises UserError for a batch that the processes can't share,
+    too few pairs, a non-finite loss, a phase 2 that has gone wrong, a folder it can't write.
     """
 
     def __init__(
@@ -117,6 +115,8 @@ class Trainer:
         config: TrainingConfig,
         folder: Path,
         accelerator: Accelerator | None = None,
+        adversarial: AdversarialConfig | None = None,
+        discriminator: nn.Module | None = None,
     ):
         self.teacher, self.pairs, self.distance, self.config, self.folder = teacher, pairs, distance, config, folder
         self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.mixed_precision)
@@ -139,7 +139,7 @@ class Trainer:
         plain_attention_on_cpu(generator.network, teacher.latent_shape[1] * teacher.latent_shape[2], self.device)
         self.ema = Ema(generator, config.ema_decay)
         self.bare_generator = generator
-        optimizer = torch.optim.AdamW(
+        self._raw_optimizer = torch.optim.AdamW(
             generator.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         trained: nn.Module = generator
@@ -149,49 +149,113 @@ class Trainer:
             # A distance without a network of its own is too small to compile.
             if distance.network is not None:
                 self._distance_in_training = compile_for_one_shape(distance, self.device, "training.compile")
-        self.generator, self.optimizer = self.accelerator.prepare(trained, optimizer)
+        self.generator, self.optimizer = self.accelerator.prepare(trained, self._raw_optimizer)
+        self.adversarial, self.adversary = adversarial, self._adversary(adversarial, discriminator)
+        self.guard: Guard | None = None
+        self.total_steps = config.steps + (adversarial.steps if adversarial else 0)
         self.step = 0
         self.stopping = False
         self.gradient_scale = math.nan
         self.log = RunLog(folder, self.accelerator.is_main_process)
         self._resume()
 
+    def _adversary(self, adversarial: AdversarialConfig | None, discriminator: nn.Module | None) -> Adversary | None:
+        if adversarial is None or discriminator is None:
+            return None
+        config = self.config
+        return Adversary(
+            discriminator,
+            self.teacher,
+            adversarial,
+            self.accelerator,
+            batch_size=config.batch_size,
+            micro=self.micro,
+            seed=config.seed,
+            weight_decay=config.weight_decay,
+            compiled=config.compile,
+        )
+
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
 
+    @property
+    def in_phase_2(self) -> bool:
+        return self.guard is not None
+
+    def rate(self, step: int) -> float:
+        """G's learning rate at step `step` of the run."""
+        if self.adversarial is not None and step >= self.config.steps:
+            return self.adversarial.learning_rate * self.adversarial.schedule(step - self.config.steps)
+        return self.config.rate(step)
+
     # --- One step ---------------------------------------------------------------------------------------------------
 
     def train_step(self, micro_batches: list[OdePairBatch], stop: bool = False) -> dict[str, float]:
-        """One optimiser step over this process' share of the global batch.
+        """One optimiser step over this process' share of the global batch: D's first, in phase 2, then G's.
 
         `stop` travels with the loss, so that all processes learn in the same step that one of them was asked to stop.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.rate(self.step)
-        loss = torch.zeros((), device=self.device)
-        for number, micro_batch in enumerate(micro_batches):
-            # Gradients are exchanged once, with the last micro-batch.
-            with self.accelerator.no_sync(self.generator) if number + 1 < len(micro_batches) else nullcontext():
-                loss += self.generator_step(micro_batch)
-        loss, stops = self.accelerator.reduce(torch.stack([loss, loss.new_tensor(float(stop))]), "mean")
-        norm = self._clip(loss)
+            group["lr"] = self.rate(self.step)
+        adversary = self.adversary if self.in_phase_2 else None
+        fakes: list[Tensor | None] = [None] * len(micro_batches)
+        if adversary is not None:
+            fakes = self._discriminator_step(adversary, micro_batches)
+        told = torch.zeros(3, device=self.device)
+        with adversary.frozen() if adversary is not None else nullcontext():
+            for number, (micro_batch, fake) in enumerate(zip(micro_batches, fakes, strict=True)):
+                # Gradients are exchanged once, with the last micro-batch.
+                with self.accelerator.no_sync(self.generator) if number + 1 < len(micro_batches) else nullcontext():
+                    told[:2] += self.generator_step(micro_batch, fake, adversary)
+        told[2] = float(stop)
+        loss, adversarial_loss, stops = self.accelerator.reduce(told, "mean")
+        if self.guard is not None and self.adversarial is not None and math.isfinite(loss.item()):
+            self._refuse(self.guard.follow_regression(loss.item(), self.adversarial))
+        norm = self._clip(loss + adversarial_loss)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.bare_generator, self.step)
+        # Phase 2 begins from a good average, and an average that forgets quickly would lose it.
+        self.ema.update(self.bare_generator, self.step if not self.in_phase_2 else _LATE)
         self.step += 1
         self.stopping = stops.item() > 0
-        return {"loss": loss.item(), "gradient_norm": norm, "learning_rate": self.config.rate(self.step - 1)}
+        scalars = {"loss": loss.item(), "gradient_norm": norm, "learning_rate": self.rate(self.step - 1)}
+        return scalars | ({"adversarial_loss": adversarial_loss.item(), **adversary.told} if adversary is not None else {})
 
-    def generator_step(self, pairs: OdePairBatch) -> Tensor:
-        """Forward and backward of d(G(z, c), x); returns this micro-batch's share of the mean."""
+    def _discriminator_step(self, adversary: Adversary, micro_batches: list[OdePairBatch]) -> list[Tensor | None]:
+        """D's update; returns G's latents where they can still be used for G's own."""
+        assert self.guard is not None
+        # Of several micro-batches, not all can be held with their graph: G's step computes them again.
+        whole = len(micro_batches) == 1
+        with torch.set_grad_enabled(whole):
+            fakes = [self.generator(p.noise, self.teacher.encode_prompts(p.prompts)) for p in micro_batches]
+        self._refuse(adversary.update(micro_batches, fakes, self.step, self.config.steps, self.guard))
+        return fakes if whole else [None] * len(fakes)
+
+    def generator_step(self, pairs: OdePairBatch, fake: Tensor | None = None, adversary: Adversary | None = None) -> Tensor:
+        """Forward and backward of d(G(z, c), x) + lambda_GAN L_GAN; returns this micro-batch's share of both means, (2,)."""
         condition = self.teacher.encode_prompts(pairs.prompts)
-        fake = self.generator(pairs.noise, condition)
+        if fake is None:
+            fake = self.generator(pairs.noise, condition)
         with self.accelerator.autocast():
             distance = self._distance_in_training(fake, pairs.latent, pairs.uniform)
-        loss = distance.float().mean() / self.accumulation
-        self.accelerator.backward(loss)
-        return loss.detach()
+        regression = distance.float().mean() / self.accumulation
+        adversarial = torch.zeros_like(regression)
+        if adversary is not None:
+            adversarial = adversary.config.weight * adversary.generator_term(fake, pairs, condition).mean() / self.accumulation
+        self.accelerator.backward(regression + adversarial)
+        return torch.stack([regression, adversarial]).detach()
+
+    def _refuse(self, wrong: str | None) -> None:
+        """Raises UserError for what a guard found."""
+        if wrong is not None:
+            assert self.guard is not None
+            good = checkpoint_path(self.folder / "checkpoints", self.guard.good_step)
+            raise UserError(
+                f"step {self.step}: {wrong}; nothing was updated, the last good average is in {good} (diffusion2gan export --step "
+                f"{self.guard.good_step}); start again in a new --out with lower adversarial.learning_rate, "
+                "adversarial.discriminator_learning_rate or adversarial.weight"
+            )
 
     def _clip(self, loss: Tensor) -> float:
         """Cuts the gradient to `gradient_clip` times its running norm. Raises UserError before anything non-finite is applied."""
@@ -217,33 +281,33 @@ class Trainer:
         rows = self.order.rows(step, self.config.batch_size)
         share = self.accumulation * self.micro
         first = self.accelerator.process_index * share
-        return self._micro_batches(rows, step, range(first, first + share, self.micro))
+        starts = range(first, first + share, self.micro)
+        batches = self._micro_batches(rows, step, starts)
+        if self.adversary is None or step < self.config.steps or not any(self.adversary.config.mix_shares):
+            return batches
+        # Partners come from the whole batch, so that two processes swap as one does.
+        uniform = mix_uniforms(self.config.seed, step, len(rows))
+        kind, partner = mix_and_match(uniform, self.adversary.config.mix_shares, rows, [self.pairs.prompt(int(r)) for r in rows])
+        parts = [slice(i, i + self.micro) for i in starts]
+        return [replace(b, mixed=mixed_fakes(b, self.pairs, kind[p], rows[partner[p]])) for b, p in zip(batches, parts, strict=True)]
 
     def _micro_batches(self, rows: np.ndarray, step: int, starts: range) -> list[OdePairBatch]:
         """The micro-batches of `rows` that begin at `starts`, augmented by the draws of `step`."""
         width = self.distance.n_uniform
         uniform = augmentation_uniforms(self.config.seed, step, len(rows), width) if width else None
-        return [self._batch(rows[i : i + self.micro], None if uniform is None else uniform[i : i + self.micro]) for i in starts]
-
-    def _batch(self, rows: np.ndarray, uniform: np.ndarray | None) -> OdePairBatch:
-        arrays = self.pairs.batch(rows)
-        return OdePairBatch(
-            noise=torch.from_numpy(arrays.noise).to(self.device).contiguous(memory_format=torch.channels_last),
-            prompts=arrays.prompts,
-            latent=torch.from_numpy(arrays.latent.astype(np.float32)).to(self.device).contiguous(memory_format=torch.channels_last),
-            uniform=None if uniform is None else torch.from_numpy(uniform).to(self.device),
-        )
+        parts = [slice(i, i + self.micro) for i in starts]
+        return [pair_batch(self.pairs, rows[p], None if uniform is None else uniform[p], self.device) for p in parts]
 
     # --- The run ----------------------------------------------------------------------------------------------------
 
     def run(self, progress: bool = True, deadline: Callable[[], bool] | None = None) -> None:
-        """Trains from where the folder stands to `config.steps`. Ctrl-C and SIGTERM save first, then raise KeyboardInterrupt.
+        """Trains from where the folder stands to the end of the last phase. Ctrl-C and SIGTERM save first, then raise KeyboardInterrupt.
 
         `deadline` may end the run early (the demo's time budget); what was trained is saved.
         """
         config = self.config
         bar = tqdm(
-            total=config.steps,
+            total=self.total_steps,
             initial=self.step,
             desc="train",
             unit="step",
@@ -254,16 +318,19 @@ class Trainer:
             self._sample()
         with stop_requests() as stop, ThreadPoolExecutor(1) as loader, bar:
             upcoming: Future[list[OdePairBatch]] = loader.submit(self._load, self.step)
-            while self.step < config.steps and not self.stopping:
+            while self.step < self.total_steps and not self.stopping:
+                if self.step == config.steps and not self.in_phase_2:
+                    self._enter_phase_2()
                 started = time.perf_counter()
                 micro_batches = upcoming.result()
-                if self.step + 1 < config.steps:
+                if self.step + 1 < self.total_steps:
                     upcoming = loader.submit(self._load, self.step + 1)
                 scalars = self.train_step(micro_batches, stop() or bool(deadline and deadline()))
-                done = self.step == config.steps
+                done = self.step in (config.steps, self.total_steps)
                 if self.step % config.log_every == 0 or done:
                     rate = config.batch_size / (time.perf_counter() - started)
-                    self.log.scalars(self.step, scalars, images_per_second=round(rate, 2))
+                    of_d = {"discriminator": self.adversary.tell()} if self.adversary is not None and self.in_phase_2 else {}
+                    self.log.scalars(self.step, scalars, images_per_second=round(rate, 2), **of_d)
                     bar.set_postfix(loss=f"{scalars['loss']:.4f}", img_s=f"{rate:.0f}")
                 bar.update()
                 if self.stopping:
@@ -279,11 +346,20 @@ class Trainer:
             if self.stopping and stop():
                 raise KeyboardInterrupt
 
+    def _enter_phase_2(self) -> None:
+        """From the average of phase 1, with a new optimiser; the loss there is what the guard compares with."""
+        self.bare_generator.load_state_dict(self.ema.state)
+        self._raw_optimizer.state.clear()
+        self.gradient_scale = math.nan
+        start = self.validate()["validation_loss"]
+        self.guard = Guard(start=start, regression=start, good_step=self.step)
+        self._save()
+
     def _held_out(self, count: int) -> list[OdePairBatch]:
         first = len(self.pairs) - self.config.holdout
         rows = np.arange(first, first + min(count, self.config.holdout))
         # A step that no training reaches: always the same draws.
-        return self._micro_batches(rows, 1 << 40, range(0, len(rows), self.micro))
+        return self._micro_batches(rows, _LATE, range(0, len(rows), self.micro))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -314,24 +390,43 @@ class Trainer:
         images = np.concatenate([to_uint8(torch.cat(targets)), to_uint8(torch.cat(fakes))])
         picture = grid(images, columns=len(prompts), captions=prompts + [""] * len(prompts), row_labels=["teacher", "student"])
         self.log.picture(self.step, "held-out", picture)
+        if self.adversary is not None and self.in_phase_2:
+            self.log.picture(self.step, "discriminator", discriminator_picture(read_scalars(self.log.path)))
+
+    def _environment(self) -> dict[str, str]:
+        here = environment(self.config.compile, self.accelerator.num_processes)
+        return here | ({"r1_count": str(self.adversary.r1_count)} if self.adversary is not None else {})
 
     def _save(self) -> None:
+        guard, adversary = self.guard, self.adversary.state() if self.adversary is not None and self.in_phase_2 else None
+        # Who asked for a stop may not wait for a judgement.
+        if guard is not None and not self.stopping and guard.is_good(self.validate()["validation_loss"]):
+            guard.good_step = self.step
         if self.accelerator.is_main_process:
-            here = environment(self.config.compile, self.accelerator.num_processes)
             state = TrainingState(
-                self.step, self.bare_generator.state_dict(), self.ema.state, self.optimizer.state_dict(), self.gradient_scale, here
+                self.step,
+                self.bare_generator.state_dict(),
+                self.ema.state,
+                self.optimizer.state_dict(),
+                self.gradient_scale,
+                self._environment(),
+                adversary,
+                None if guard is None else asdict(guard),
             )
-            save_state(state, self.folder / "checkpoints", self.config.keep_checkpoints)
+            save_state(state, self.folder / "checkpoints", self.config.keep_checkpoints, None if guard is None else guard.good_step)
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
         found = checkpoints(self.folder / "checkpoints")
         if found:
-            state = load_state(found[-1], environment(self.config.compile, self.accelerator.num_processes))
+            state = load_state(found[-1], self._environment())
             self.bare_generator.load_state_dict(state.model)
             self.ema.load(state.ema)
             self.optimizer.load_state_dict(state.optimizer)
             self.step, self.gradient_scale = state.step, state.gradient_scale
+            self.guard = None if state.guard is None else Guard(**state.guard)
+            if self.adversary is not None and state.adversary is not None:
+                self.adversary.load(state.adversary)
         else:
             refuse_lost_checkpoint(self.folder, "checkpoints/step-*.pt", self.config.checkpoint_every)
         self.log.rewind(self.step)

@@ -1,0 +1,357 @@
+"""Phase 2's other player: everything that trains D (paper section 3.3), and when the game has gone wrong.
+
+update          one step of D: Eq. 5 on real latents and fakes, R1 every so often
+generator_term  L_GAN of Eq. 6, which the trainer adds to the regression loss
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from diffusion2gan import losses
+from diffusion2gan.config import Section
+from diffusion2gan.device import compile_for_one_shape
+from diffusion2gan.discriminator.multi_scale import Discriminator, score
+from diffusion2gan.discriminator.regularization import GENERATED, KINDS, r1_finite_difference, r1_penalty, r1_samples
+from diffusion2gan.errors import UserError
+from diffusion2gan.schedule import warmup_and_decay
+from diffusion2gan.teachers.attention import plain_attention_on_cpu, twice_differentiable_attention
+from diffusion2gan.teachers.protocol import Teacher, TextCondition
+from diffusion2gan.training.batches import OdePairBatch
+from diffusion2gan.training.order import r1_generator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class AdversarialConfig(Section):
+    """Phase 2: L_G = regression loss + weight x L_GAN. It begins from the average of phase 1, with new optimisers."""
+
+    steps: int = Field(ge=1)
+    """Optimiser steps after those of `training.steps`."""
+    weight: float = Field(0.25, ge=0)
+    """lambda_GAN. With 0 there is no discriminator: the regression loss alone, trained on."""
+    loss: Literal["logistic", "hinge", "relativistic"] = "logistic"
+    """Eq. 5-6 are `logistic`."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Of the generator."""
+    discriminator_learning_rate: float = Field(1e-4, gt=0)
+    discriminator_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.0, 0.99)
+    warmup_steps: int = Field(100, ge=0)
+    decay_steps: int = Field(0, ge=0)
+    """Both learning rates fall linearly to 0 over the last so many steps."""
+    r1: Literal["exact", "finite_difference", "none"] = "exact"
+    """`finite_difference` needs no double backward: the only one for sharded networks (FSDP2)."""
+    r1_gamma: float = Field(1.0, gt=0)
+    r1_every: int = Field(16, ge=1)
+    """R1 is computed every so many steps and weighs so many times as much then."""
+    r1_count: int | None = Field(None, ge=1)
+    """Samples of the whole batch that R1 looks at; without a number, one in each process."""
+    r1_sigma: float = Field(0.01, gt=0)
+    """Length of a finite difference, in standard deviations of the noise."""
+    other_latent: Share = 0.1
+    """Mix-and-match: the share of D's fakes that are real latents of another pair, in the company of this pair's noise and text."""
+    other_text: Share = 0.1
+    """The share that are this pair's own real latents, with another pair's text."""
+    other_noise: Share = 0.1
+    """The share that are this pair's own real latents, with another pair's noise."""
+    stop_regression: float = Field(3.0, gt=1)
+    """Training stops when the regression loss, averaged over about 50 steps, exceeds so many times its value at the start."""
+    stop_accuracy: tuple[Share, Share] = (0.51, 0.99)
+    """Training stops when D's accuracy on real and generated latents stays outside for `stop_accuracy_steps` steps."""
+    stop_accuracy_steps: int = Field(500, ge=1)
+
+    @model_validator(mode="after")
+    def _sensible(self) -> AdversarialConfig:
+        if sum(self.mix_shares) > 0.9:
+            raise ValueError(
+                f"other_latent + other_text + other_noise is {sum(self.mix_shares):g}, expected at most 0.9: D must see generated latents too"
+            )
+        low, high = self.stop_accuracy
+        if low >= high:
+            raise ValueError(f"stop_accuracy is [{low:g}, {high:g}], expected the lower limit first")
+        return self
+
+    @property
+    def mix_shares(self) -> tuple[float, float, float]:
+        return self.other_latent, self.other_text, self.other_noise
+
+    def schedule(self, step: int) -> float:
+        """Factor of both learning rates at step `step` of phase 2, a function of the step alone."""
+        return warmup_and_decay(step, self.steps, self.warmup_steps, self.decay_steps)
+
+
+# Running means of the guard forget over about 50 steps.
+_FORGET = 0.02
+
+
+@dataclass
+class Guard:
+    """Says when phase 2 has gone wrong. `start` is the regression loss before its first step, on held-out pairs."""
+
+    start: float
+    regression: float
+    accuracy: float = 0.75
+    outside: int = 0
+    """Steps in a row at which D's running accuracy lay outside the limits."""
+    good_step: int = 0
+    """The last checkpoint whose average was good."""
+
+    def follow_regression(self, value: float, config: AdversarialConfig) -> str | None:
+        """Takes a step's regression loss; what is wrong with it, if anything."""
+        self.regression += _FORGET * (value - self.regression)
+        if self.regression > config.stop_regression * self.start:
+            return (
+                f"the regression loss is {self.regression:.4g}, more than {config.stop_regression:g} times the {self.start:.4g} at the start of "
+                "phase 2 (adversarial.stop_regression)"
+            )
+        return None
+
+    def follow_accuracy(self, value: float, config: AdversarialConfig) -> str | None:
+        """Takes D's accuracy at a step; what is wrong with it, if anything."""
+        self.accuracy += _FORGET * (value - self.accuracy)
+        low, high = config.stop_accuracy
+        self.outside = self.outside + 1 if not low <= self.accuracy <= high else 0
+        if self.outside >= config.stop_accuracy_steps:
+            return (
+                f"the discriminator's accuracy on real and generated latents is {self.accuracy:.1%}, outside {low:.0%} to {high:.0%} for "
+                f"{self.outside} steps (adversarial.stop_accuracy)"
+            )
+        return None
+
+    def is_good(self, validation_loss: float) -> bool:
+        """Whether the average with this loss on held-out pairs is one to go back to."""
+        return self.outside == 0 and validation_loss <= 1.5 * self.start
+
+
+class Statistics:
+    """Logits and accuracy of D by kind of sample and by map, summed on the device until they are told.
+
+    Rows: real latents, then KINDS. Columns: the score of the whole, then every map. Cells: sum of logits, of right answers, count.
+    """
+
+    ROWS = ("real", *KINDS)
+
+    def __init__(self, map_names: list[str], device: torch.device):
+        self.columns = ["score", *map_names]
+        self.sums = torch.zeros(len(self.ROWS), len(self.columns), 3, device=device)
+
+    @torch.no_grad()
+    def add(self, real: losses.Maps, fake: losses.Maps, kind: Tensor) -> Tensor:
+        """Counts a micro-batch; returns (right, all) answers about real and generated latents, (2,)."""
+        logits = torch.cat([self._by_column(real), self._by_column(fake)])
+        row = torch.cat([torch.zeros_like(kind), 1 + kind])
+        right = torch.where(row[:, None] == 0, logits > 0, logits < 0).float()
+        member = nn.functional.one_hot(row, len(self.ROWS)).float()
+        sums = torch.einsum("br,bck->rck", member, torch.stack([logits, right, torch.ones_like(right)], dim=2))
+        self.sums += sums
+        return sums[: 2 + GENERATED, 0, 1:].sum(0)
+
+    @staticmethod
+    def _by_column(maps: losses.Maps) -> Tensor:
+        return torch.stack([score(dict(maps)), *(m.flatten(1).mean(1) for m in maps.values())], dim=1).float()
+
+    def tell(self, sums: Tensor) -> dict[str, Any]:
+        """kind -> {"count", "logit": [by column], "accuracy": [by column]}, of the kinds that occurred."""
+        told: dict[str, Any] = {"columns": self.columns}
+        for name, row in zip(self.ROWS, sums.double().cpu(), strict=True):
+            count = row[0, 2].item()
+            if count:
+                told[name] = {
+                    "count": int(count),
+                    "logit": [round(v, 5) for v in (row[:, 0] / count).tolist()],
+                    "accuracy": [round(v, 5) for v in (row[:, 1] / count).tolist()],
+                }
+        return told
+
+
+class Adversary:
+    """D with its optimiser, regularisation and statistics. `accumulation` and `micro` as the trainer splits its batches.
+
+    Raises UserError for R1 samples that the processes cannot share, and for exact R1 where there is no double backward.
+    """
+
+    def __init__(
+        self,
+        discriminator: nn.Module,
+        teacher: Teacher,
+        config: AdversarialConfig,
+        accelerator: Accelerator,
+        *,
+        batch_size: int,
+        micro: int,
+        seed: int,
+        weight_decay: float,
+        compiled: bool,
+    ):
+        self.config, self.accelerator, self.teacher, self.seed = config, accelerator, teacher, seed
+        self.batch_size, self.micro = batch_size, micro
+        world = accelerator.num_processes
+        self.accumulation = batch_size // (world * micro)
+        self.r1_count = world if config.r1_count is None else config.r1_count
+        if config.r1 != "none" and (self.r1_count % world or batch_size % self.r1_count):
+            raise UserError(
+                f"adversarial.r1_count is {self.r1_count}, expected a multiple of the processes ({world}) that divides "
+                f"training.batch_size ({batch_size})"
+            )
+        if config.r1 == "exact" and getattr(accelerator, "is_fsdp2", False):
+            raise UserError(
+                "adversarial.r1 is exact, and sharded networks (FSDP2) have no double backward; set adversarial.r1=finite_difference"
+            )
+        self.bare = discriminator.to(accelerator.device).to(memory_format=torch.channels_last)
+        network = getattr(discriminator, "network", None)
+        if network is not None:
+            plain_attention_on_cpu(network, teacher.latent_shape[1] * teacher.latent_shape[2], accelerator.device)
+        raw = torch.optim.AdamW(
+            discriminator.parameters(),
+            config.discriminator_learning_rate,
+            config.discriminator_betas,
+            weight_decay=weight_decay,
+            fused=True,
+        )
+        self._called: nn.Module = compile_for_one_shape(self.bare, accelerator.device, "training.compile") if compiled else self.bare
+        self._trained, self.optimizer = accelerator.prepare(self._called, raw)
+        names: Discriminator = discriminator  # type: ignore[assignment]
+        self.statistics = Statistics(names.map_names, accelerator.device)
+        self.told: dict[str, float] = {}
+
+    # --- D's step ---------------------------------------------------------------------------------------------------
+
+    def update(self, batches: list[OdePairBatch], fakes: list[Tensor], step: int, first_step: int, guard: Guard) -> str | None:
+        """One optimiser step of D on this process' micro-batches and G's latents for them.
+
+        step: of the whole run. first_step: of phase 2. Returns what is wrong, before anything was updated, or None.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.discriminator_learning_rate * self.config.schedule(step - first_step)
+        r1_rows, directions = self._r1_rows(step, first_step)
+        loss = torch.zeros((), device=self.accelerator.device)
+        penalty, answers = torch.zeros_like(loss), torch.zeros(2, device=loss.device)
+        for number, (pairs, fake) in enumerate(zip(batches, fakes, strict=True)):
+            mine = [k for k, row in enumerate(r1_rows) if row // self.micro == number]
+            # Gradients are exchanged once, with the last micro-batch.
+            with self.accelerator.no_sync(self._trained) if number + 1 < len(batches) else nullcontext():
+                value, r1, right = self._step(pairs, fake, [r1_rows[k] % self.micro for k in mine], directions, mine)
+            loss, penalty, answers = loss + value, penalty + r1, answers + right
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.bare.parameters() if p.grad is not None])
+        world = self.accelerator.num_processes
+        summed = self.accelerator.reduce(torch.cat([torch.stack([loss, penalty]) / world, answers]), "sum")
+        values = torch.cat([summed, norm.reshape(1).to(summed)]).tolist()
+        self.told = {"discriminator_loss": values[0], "discriminator_gradient_norm": values[4]}
+        if r1_rows:
+            self.told["r1"] = values[1]
+        if not all(math.isfinite(v) for v in values):
+            named = {"discriminator_loss": values[0], "r1": values[1], "discriminator_gradient_norm": values[4]}
+            wrong = next(k for k, v in named.items() if not math.isfinite(v))
+            return f"the {wrong.replace('_', ' ')} is {named[wrong]}, expected a finite number"
+        wrong_accuracy = guard.follow_accuracy(values[2] / values[3], self.config)
+        if wrong_accuracy:
+            return wrong_accuracy
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return None
+
+    def _step(
+        self, pairs: OdePairBatch, fake: Tensor, r1_rows: list[int], directions: Tensor | None, mine: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Forward and backward of one micro-batch: its share of Eq. 5, of R1, and the (right, all) answers."""
+        condition = self.teacher.encode_prompts(pairs.prompts)
+        fake_latent, fake_noise, fake_condition = fake.detach().to(pairs.latent), pairs.noise, condition
+        kind = torch.full((len(fake),), GENERATED, device=fake.device)
+        if pairs.mixed is not None:
+            kind = pairs.mixed.kind
+            fake_latent = torch.where((kind == GENERATED)[:, None, None, None], fake_latent, pairs.mixed.latent)
+            fake_noise, fake_condition = pairs.mixed.noise, self.teacher.encode_prompts(pairs.mixed.prompts)
+        latent, noise = torch.cat([pairs.latent, fake_latent]), torch.cat([pairs.noise, fake_noise])
+        with self.accelerator.autocast():
+            maps = self._trained(latent, noise, TextCondition.cat(condition, fake_condition))
+        real = {k: v[: len(fake)].float() for k, v in maps.items()}
+        of_fakes = {k: v[len(fake) :].float() for k, v in maps.items()}
+        loss = losses.discriminator_loss(real, of_fakes, self.config.loss).mean() / self.accumulation
+        penalty = torch.zeros_like(loss)
+        if r1_rows:
+            rows = torch.tensor(r1_rows, device=fake.device)
+            found = self._r1(pairs.latent[rows], pairs.noise[rows], condition[rows], None if directions is None else directions[mine])
+            # Every process' gradient is divided by their number; the mean is over all of R1's samples.
+            penalty = found.sum() * self.accelerator.num_processes / self.r1_count
+        # R1 goes through one backward with the loss: alone it leaves the last biases without a gradient, and DDP waiting.
+        self.accelerator.backward(loss + self.config.r1_every * self.config.r1_gamma / 2 * penalty)
+        return loss.detach(), penalty.detach(), self.statistics.add(real, of_fakes, kind)
+
+    def _r1_rows(self, step: int, first_step: int) -> tuple[list[int], Tensor | None]:
+        """R1's samples of this process in this step, counted from its first, and their directions if by finite differences."""
+        if self.config.r1 == "none" or (step - first_step) % self.config.r1_every:
+            return [], None
+        generator = r1_generator(self.seed, step)
+        share = self.batch_size // self.accelerator.num_processes
+        first = self.accelerator.process_index * share
+        chosen = r1_samples(generator, self.batch_size, self.r1_count)
+        mine = np.flatnonzero((chosen >= first) & (chosen < first + share))
+        directions = None
+        if self.config.r1 == "finite_difference":
+            drawn = generator.standard_normal((self.r1_count, *self.teacher.latent_shape), dtype=np.float32)[mine]
+            directions = torch.from_numpy(drawn).to(self.accelerator.device)
+        return (chosen[mine] - first).tolist(), directions
+
+    def _r1(self, latent: Tensor, noise: Tensor, condition: TextCondition, direction: Tensor | None) -> Tensor:
+        """|grad s|^2 of real samples (n, C, H, W) -> (n,), in float32: rounded logits have no slope."""
+        # The class' own forward: without the autocast that accelerate has put around the module's.
+        forward = type(self.bare).forward
+
+        def s(x: Tensor) -> Tensor:
+            return score(forward(self.bare, x, noise, condition))
+
+        with torch.autocast(latent.device.type, enabled=False):
+            if direction is not None:
+                return r1_finite_difference(s, latent, direction, self.config.r1_sigma)
+            with twice_differentiable_attention():
+                return r1_penalty(s, latent)
+
+    # --- G's step ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Around forward and backward of G's step: it leaves no gradient in D. The backward too, for it may recompute."""
+        self.bare.requires_grad_(False)
+        try:
+            yield
+        finally:
+            self.bare.requires_grad_(True)
+
+    def generator_term(self, fake: Tensor, pairs: OdePairBatch, condition: TextCondition) -> Tensor:
+        """L_GAN of Eq. 6 for G's latents (B, C, H, W) -> (B,). To be called inside `frozen`."""
+        with self.accelerator.autocast():
+            maps = self._called(fake, pairs.noise, condition)
+            real = None
+            if self.config.loss == "relativistic":
+                with torch.no_grad():
+                    real = {k: v.float() for k, v in self._called(pairs.latent, pairs.noise, condition).items()}
+        return losses.generator_loss({k: v.float() for k, v in maps.items()}, self.config.loss, real)
+
+    # --- What is kept and told --------------------------------------------------------------------------------------
+
+    def tell(self) -> dict[str, Any]:
+        """D's statistics since they were last told, over all processes."""
+        sums = self.accelerator.reduce(self.statistics.sums.clone(), "sum")
+        self.statistics.sums.zero_()
+        return self.statistics.tell(sums)
+
+    def state(self) -> dict[str, Any]:
+        """All that an exact resume needs. To be called by every process: the statistics are of all of them."""
+        sums = self.accelerator.reduce(self.statistics.sums.clone(), "sum")
+        return {"model": self.bare.state_dict(), "optimizer": self.optimizer.state_dict(), "statistics": sums}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.bare.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.is_main_process:
+            self.statistics.sums.copy_(state["statistics"])

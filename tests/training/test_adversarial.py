@@ -1,0 +1,422 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffusion2gan.discriminator.build import build_discriminator
+from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig, score
+from diffusion2gan.discriminator.regularization import GENERATED, OTHER_LATENT, OTHER_NOISE, OTHER_TEXT
+from diffusion2gan.errors import UserError
+from diffusion2gan.generator import OneStepGenerator
+from diffusion2gan.pairs.dataset import PairDataset
+from diffusion2gan.pairs.simulate import PairsConfig, simulate
+from diffusion2gan.run_log import read_scalars
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+from diffusion2gan.training.adversarial import AdversarialConfig, Guard, Statistics
+from diffusion2gan.training.distance import LossConfig, build_distance
+from diffusion2gan.training.state import checkpoint_step, checkpoints, load_state
+from diffusion2gan.training.trainer import Trainer, TrainingConfig
+from tests.conftest import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, prompts_file: Path) -> Path:
+    folder = tmp_path_factory.mktemp("pairs") / "store"
+    config = {
+        "count": 48,
+        "prompts": {"source": str(prompts_file)},
+        "ode": {"steps": 4, "guidance": 2.0},
+        "batch_size": 8,
+        "shard_size": 16,
+    }
+    simulate(StableDiffusionTeacher.from_pipeline(tiny_pipeline()), PairsConfig.model_validate(config), folder, progress=False)
+    return folder
+
+
+def _trainer(
+    store: Path, folder: Path, adversarial: dict[str, Any] | None = None, discriminator: dict[str, Any] | None = None, **changes: object
+) -> Trainer:
+    teacher = StableDiffusionTeacher.from_pipeline(tiny_pipeline())
+    values: dict[str, object] = {
+        "steps": 2, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 1, "holdout": 8, "checkpoint_every": 3,
+        "sample_every": 100, "sample_count": 2, "log_every": 1,
+    }  # fmt: skip
+    of_phase_2: dict[str, Any] = {
+        "steps": 6, "learning_rate": 1e-3, "discriminator_learning_rate": 1e-3, "warmup_steps": 1, "r1_every": 2, "weight": 0.5
+    }  # fmt: skip
+    config = AdversarialConfig.model_validate(of_phase_2 | (adversarial or {}))
+    d = build_discriminator(DiscriminatorConfig.model_validate(discriminator or {}), teacher) if config.weight else None
+    generator = OneStepGenerator.from_teacher(teacher)
+    distance = build_distance(LossConfig(distance="mse"), teacher)
+    return Trainer(
+        teacher, PairDataset(store), generator, distance, TrainingConfig.model_validate(values | changes), folder, None, config, d
+    )
+
+
+def _weights(module: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def _phase_2(trainer: Trainer) -> Trainer:
+    """Puts a trainer of `steps: 0` at the first step of phase 2."""
+    trainer._enter_phase_2()
+    return trainer
+
+
+def test_both_phases(store: Path, tmp_path: Path) -> None:
+    trainer = _trainer(store, tmp_path)
+    assert trainer.adversary is not None
+    first = _weights(trainer.adversary.bare)
+    trainer.run(progress=False)
+    assert trainer.step == trainer.total_steps == 8
+    assert (_weights(trainer.adversary.bare) - first).abs().max() > 1e-4
+    rows = {r["step"]: r for r in read_scalars(tmp_path / "metrics.jsonl") if "loss" in r}
+    assert [s for s, r in rows.items() if "discriminator_loss" in r] == [3, 4, 5, 6, 7, 8]
+    # Lazily: every second step of phase 2.
+    assert [s for s, r in rows.items() if "r1" in r] == [3, 5, 7]
+    for step in range(3, 9):
+        told = rows[step]["discriminator"]
+        assert told["columns"] == ["score", *trainer.adversary.statistics.columns[1:]]
+        assert len(told["columns"]) == 7
+        assert told["real"]["count"] == 4
+        assert sum(told[k]["count"] for k in told if k not in ("columns", "real")) == 4
+    assert (tmp_path / "samples" / "discriminator-00000008.png").exists()
+    assert not list((tmp_path / "samples").glob("discriminator-00000000.png"))
+
+
+def test_phase_2_begins_from_the_average_with_a_new_optimizer(store: Path, tmp_path: Path) -> None:
+    trainer = _trainer(store, tmp_path, ema_decay=0.5)
+    trainer.train_step(trainer._load(0))
+    trainer.train_step(trainer._load(1))
+    average = {k: v.clone() for k, v in trainer.ema.state.items()}
+    assert not torch.equal(average["network.conv_in.weight"], trainer.bare_generator.state_dict()["network.conv_in.weight"])
+    held_out = trainer.validate()["validation_loss"]
+    trainer._enter_phase_2()
+    assert all(torch.equal(v, average[k]) for k, v in trainer.bare_generator.state_dict().items())
+    assert not trainer._raw_optimizer.state
+    assert trainer.guard == Guard(start=held_out, regression=held_out, good_step=2)
+    assert trainer.rate(1) == 1e-3
+    assert trainer.rate(2) == 1e-3 * trainer.adversarial.schedule(0)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("interrupted_at", [2, 3, 6])
+def test_resume_equals_an_unbroken_run(interrupted_at: int, store: Path, tmp_path: Path) -> None:
+    """Both networks, both optimisers, the guard and the statistics; broken off at the border, and on either side."""
+    unbroken = _trainer(store, tmp_path / "a", log_every=4)
+    unbroken.run(progress=False)
+    broken = _trainer(store, tmp_path / "b", log_every=4)
+    broken.run(progress=False, deadline=lambda: broken.step + 1 >= interrupted_at)
+    assert broken.step == interrupted_at
+    resumed = _trainer(store, tmp_path / "b", log_every=4)
+    assert resumed.step == interrupted_at
+    resumed.run(progress=False)
+    assert unbroken.adversary is not None
+    assert resumed.adversary is not None
+    assert torch.equal(_weights(unbroken.bare_generator), _weights(resumed.bare_generator))
+    assert torch.equal(_weights(unbroken.adversary.bare), _weights(resumed.adversary.bare))
+    a, b = (load_state(checkpoints(tmp_path / x / "checkpoints")[-1]) for x in "ab")
+    assert a.guard == b.guard
+    assert a.gradient_scale == b.gradient_scale
+    rows = [[{k: v for k, v in r.items() if k != "images_per_second"} for r in read_scalars(tmp_path / x / "metrics.jsonl")] for x in "ab"]
+    assert rows[0] == rows[1]
+
+
+def test_weight_0_is_the_regression_alone(store: Path, tmp_path: Path) -> None:
+    trainer = _trainer(store, tmp_path, {"weight": 0.0})
+    assert trainer.adversary is None
+    trainer.run(progress=False)
+    assert trainer.step == 8
+    assert not any("discriminator_loss" in r for r in read_scalars(tmp_path / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("loss", ["logistic", "hinge", "relativistic"])
+def test_g_leaves_no_gradient_in_d(loss: str, store: Path, tmp_path: Path) -> None:
+    trainer = _phase_2(_trainer(store, tmp_path, {"loss": loss}, steps=0))
+    adversary = trainer.adversary
+    assert adversary is not None
+    trainer.train_step(trainer._load(0))
+    assert all(p.grad is None for p in adversary.bare.parameters())
+    assert all(p.requires_grad for p in adversary.bare.parameters())
+    before = _weights(adversary.bare)
+    (pairs,) = trainer._load(1)
+    with adversary.frozen():
+        trainer.generator_step(pairs, None, adversary)
+    assert all(p.grad is None for p in adversary.bare.parameters())
+    assert torch.equal(before, _weights(adversary.bare))
+    assert any(p.grad is not None for p in trainer.bare_generator.parameters())
+
+
+def test_the_gradient_of_g_is_of_both_terms(store: Path, tmp_path: Path) -> None:
+    """L_G = d + lambda_GAN L_GAN, written out."""
+    trainer = _phase_2(_trainer(store, tmp_path, steps=0))
+    adversary = trainer.adversary
+    assert adversary is not None
+    (pairs,) = trainer._load(0)
+    with adversary.frozen():
+        trainer.generator_step(pairs, None, adversary)
+    found = [p.grad.clone() for p in trainer.bare_generator.parameters() if p.grad is not None]
+    trainer.bare_generator.zero_grad()
+    condition = trainer.teacher.encode_prompts(pairs.prompts)
+    fake = trainer.bare_generator(pairs.noise, condition)
+    maps = adversary.bare(fake, pairs.noise, condition)
+    term = torch.stack([-torch.log(torch.sigmoid(m)).mean() for m in maps.values()]).mean()
+    ((fake - pairs.latent).square().mean() + 0.5 * term).backward()
+    expected = [p.grad for p in trainer.bare_generator.parameters() if p.grad is not None]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "scratch"])
+def test_d_learns_to_tell_and_g_lowers_eq_6(kind: str, store: Path, tmp_path: Path) -> None:
+    """D against a frozen G is right in more than 70 % of cases; G against that frozen D lowers its term."""
+    changes = {"other_latent": 0.0, "other_text": 0.0, "other_noise": 0.0, "steps": 60, "discriminator_learning_rate": 3e-3}
+    trainer = _phase_2(_trainer(store, tmp_path, changes, {"kind": kind}, steps=0, batch_size=8))
+    adversary, guard = trainer.adversary, trainer.guard
+    assert adversary is not None
+    assert guard is not None
+    for step in range(40):
+        batches = trainer._load(step)
+        with torch.no_grad():
+            fakes = [trainer.generator(p.noise, trainer.teacher.encode_prompts(p.prompts)) for p in batches]
+        assert adversary.update(batches, fakes, step, 0, guard) is None
+        if step == 29:
+            adversary.tell()
+    told = adversary.tell()
+    assert (told["real"]["accuracy"][0] + told["generated"]["accuracy"][0]) / 2 > 0.7
+    trainer.adversarial = adversary.config
+    terms = []
+    for _ in range(15):
+        (pairs,) = trainer._load(0)
+        condition = trainer.teacher.encode_prompts(pairs.prompts)
+        with adversary.frozen():
+            term = adversary.generator_term(trainer.generator(pairs.noise, condition), pairs, condition).mean()
+            term.backward()
+        terms.append(term.item())
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = 1e-3
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+    assert terms[-1] < terms[0] - 0.02
+
+
+def test_what_d_sees(store: Path, tmp_path: Path) -> None:
+    """Each kind of fake: whose latent, whose noise, whose text. Against the pairs themselves."""
+    shares = {"other_latent": 0.3, "other_text": 0.3, "other_noise": 0.3}
+    trainer = _phase_2(_trainer(store, tmp_path, shares, steps=0, batch_size=8))
+    pairs = PairDataset(store)
+    seen = set()
+    for step in range(12):
+        rows = trainer.order.rows(step, 8)
+        (batch,) = trainer._load(step)
+        mixed = batch.mixed
+        assert mixed is not None
+        for i, (row, kind) in enumerate(zip(rows, mixed.kind.tolist(), strict=True)):
+            own = pairs[int(row)]
+            others = [pairs[int(r)] for r in rows if r != row]
+            seen.add(kind)
+            x, z, c = mixed.latent[i].numpy(), mixed.noise[i].numpy(), mixed.prompts[i]
+            has = [np.array_equal(x, own.latent.astype(np.float32)), np.array_equal(z, own.noise), c == own.prompt]
+            if kind == GENERATED:
+                assert has == [True, True, True]
+            elif kind == OTHER_LATENT:
+                assert has == [False, True, True]
+                assert any(np.array_equal(x, o.latent.astype(np.float32)) for o in others)
+            elif kind == OTHER_TEXT:
+                assert has == [True, True, False]
+                assert c in [o.prompt for o in others]
+            else:
+                assert has == [True, False, True]
+                assert any(np.array_equal(z, o.noise) for o in others)
+    assert seen == {GENERATED, OTHER_LATENT, OTHER_TEXT, OTHER_NOISE}
+
+
+def test_d_is_given_g_only_where_nothing_was_swapped(store: Path, tmp_path: Path) -> None:
+    trainer = _phase_2(_trainer(store, tmp_path, {"other_latent": 0.25, "other_noise": 0.25, "r1": "none"}, steps=0, batch_size=8))
+    adversary = trainer.adversary
+    assert adversary is not None
+    (batch,) = trainer._load(0)
+    mixed = batch.mixed
+    assert mixed is not None
+    given: list[tuple[Tensor, Tensor]] = []
+    adversary.bare.register_forward_pre_hook(lambda _m, a: given.append((a[0].clone(), a[1].clone())))
+    fake = torch.full_like(batch.latent, 7.0)
+    adversary._step(batch, fake, [], None, [])
+    latent, noise = given[0]
+    assert torch.equal(latent[:8], batch.latent)
+    assert torch.equal(noise, torch.cat([batch.noise, mixed.noise]))
+    for i, kind in enumerate(mixed.kind.tolist()):
+        assert torch.equal(latent[8 + i], fake[i] if kind == GENERATED else mixed.latent[i])
+    assert 0 < (mixed.kind == GENERATED).sum() < 8
+
+
+@pytest.mark.parametrize("r1", ["exact", "finite_difference"])
+def test_r1_is_scaled_for_its_interval_and_count(r1: str, store: Path, tmp_path: Path) -> None:
+    """D's gradient with R1 - without = every x gamma / 2 x the mean over its samples of |grad s|^2."""
+    gradients = {}
+    for form in (r1, "none"):
+        config = {"r1": form, "r1_every": 4, "r1_gamma": 6.0, "r1_count": 2, "r1_sigma": 1e-3}
+        trainer = _phase_2(_trainer(store, tmp_path / form, config, steps=0, batch_size=8))
+        adversary = trainer.adversary
+        assert adversary is not None
+        adversary.bare.double()
+        (batch,) = trainer._load(0)
+        batch = replace(batch, latent=batch.latent.double(), noise=batch.noise.double(), mixed=None)
+        rows, directions = adversary._r1_rows(0, 0)
+        assert len(rows) == (0 if form == "none" else 2)
+        if rows:
+            assert rows[0] < 4 <= rows[1]
+            condition = trainer.teacher.encode_prompts(batch.prompts)
+            index = torch.tensor(rows)
+
+            def s(x: Tensor, adversary=adversary, batch=batch, condition=condition, index=index) -> Tensor:  # type: ignore[no-untyped-def]
+                return score(adversary.bare(x, batch.noise[index], condition[index]))
+
+            x = batch.latent[index].requires_grad_()
+            if r1 == "exact":
+                (slope,) = torch.autograd.grad(s(x).sum(), x, create_graph=True)
+                penalty = slope.square().flatten(1).sum(1)
+            else:
+                assert directions is not None
+                penalty = ((s(x + 1e-3 * directions.double()) - s(x)) / 1e-3).square()
+            weights = [p for p in adversary.bare.parameters() if p.ndim > 1]
+            expected = torch.autograd.grad(4 * 3.0 * penalty.mean(), weights, allow_unused=True)
+        adversary._step(
+            batch, torch.zeros_like(batch.latent), rows, None if directions is None else directions.double(), [0, 1][: len(rows)]
+        )
+        gradients[form] = [p.grad.clone() for p in adversary.bare.parameters() if p.ndim > 1]
+        # Not at the steps between.
+        assert adversary._r1_rows(3, 0) == ([], None)
+        assert bool(adversary._r1_rows(4, 0)[0]) == (form != "none")
+    for with_r1, without, wanted in zip(gradients[r1], gradients["none"], expected, strict=True):
+        if wanted is not None:
+            torch.testing.assert_close(with_r1 - without, wanted.to(with_r1), rtol=1e-5, atol=1e-8)
+
+
+def test_accumulated_micro_batches_equal_the_whole_batch(store: Path, tmp_path: Path) -> None:
+    config = {"r1_count": 2, "steps": 4}
+    whole = _trainer(store, tmp_path / "a", config, batch_size=8)
+    whole.run(progress=False)
+    parts = _trainer(store, tmp_path / "b", config, batch_size=8, micro_batch_size=2)
+    assert parts.accumulation == 4
+    parts.run(progress=False)
+    assert whole.adversary is not None
+    assert parts.adversary is not None
+    assert (_weights(whole.bare_generator) - _weights(parts.bare_generator)).abs().max() < 2e-4
+    for a, b in zip(read_scalars(tmp_path / "a" / "metrics.jsonl"), read_scalars(tmp_path / "b" / "metrics.jsonl"), strict=True):
+        for key in ("loss", "gradient_norm", "adversarial_loss", "discriminator_loss", "discriminator_gradient_norm", "r1"):
+            assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=2e-3), (a["step"], key)
+        assert a.get("discriminator", {}).get("real", {}).get("count") == b.get("discriminator", {}).get("real", {}).get("count")
+
+
+def test_a_batch_of_one_works(store: Path, tmp_path: Path) -> None:
+    trainer = _trainer(store, tmp_path, batch_size=1)
+    trainer.run(progress=False)
+    assert trainer.step == 8
+
+
+def test_gradient_checkpointing_changes_nothing(store: Path, tmp_path: Path) -> None:
+    plain = _trainer(store, tmp_path / "a")
+    plain.run(progress=False)
+    checkpointed = _trainer(store, tmp_path / "b", discriminator={"gradient_checkpointing": True})
+    checkpointed.run(progress=False)
+    assert (_weights(plain.bare_generator) - _weights(checkpointed.bare_generator)).abs().max() < 1e-5
+
+
+def test_bf16_trains(store: Path, tmp_path: Path) -> None:
+    trainer = _trainer(store, tmp_path, mixed_precision="bf16")
+    trainer.run(progress=False)
+    assert trainer.adversary is not None
+    assert all(p.dtype == torch.float32 for p in trainer.adversary.bare.parameters())
+
+
+class TestGuard:
+    def test_a_regression_loss_that_grows(self) -> None:
+        config, guard = AdversarialConfig(steps=1), Guard(start=1.0, regression=1.0)
+        for _ in range(500):
+            assert guard.follow_regression(2.9, config) is None
+        wrong = [guard.follow_regression(4.0, config) for _ in range(20)]
+        assert wrong[0] is None
+        assert wrong[-1] is not None
+        assert "more than 3 times the 1 at the start" in wrong[-1]
+
+    @pytest.mark.parametrize(("value", "shown"), [(1.0, "99.7%"), (0.4, "40.0%")])
+    def test_an_accuracy_that_stays_outside(self, value: float, shown: str) -> None:
+        config, guard = AdversarialConfig(steps=1), Guard(start=1.0, regression=1.0)
+        wrong = [guard.follow_accuracy(value, config) for _ in range(1000)]
+        first = next(i for i, w in enumerate(wrong) if w)
+        assert first >= 500
+        assert not guard.is_good(1.0)
+        # One step inside, and the count begins again.
+        guard = Guard(start=1.0, regression=1.0, accuracy=value, outside=499)
+        guard.accuracy = 0.75
+        assert guard.follow_accuracy(0.75, config) is None
+        assert guard.outside == 0
+
+    def test_nothing_in_doubt(self) -> None:
+        config, guard = AdversarialConfig(steps=1), Guard(start=1.0, regression=1.0)
+        for _ in range(2000):
+            assert guard.follow_regression(0.8, config) is None
+            assert guard.follow_accuracy(0.8, config) is None
+        assert guard.is_good(1.4)
+        assert not guard.is_good(1.6)
+        assert not guard.is_good(float("nan"))
+
+
+@pytest.mark.parametrize("who", ["learning_rate", "discriminator_learning_rate", "both"])
+def test_a_phase_that_goes_wrong_stops_and_keeps_the_good_average(who: str, store: Path, tmp_path: Path) -> None:
+    """Learning rates far too large: for G, for D, for both."""
+    rates = {"learning_rate": 3.0, "discriminator_learning_rate": 3.0}
+    changes: dict[str, Any] = {"steps": 400, "stop_accuracy_steps": 20, "weight": 1.0}
+    changes |= rates if who == "both" else {who: rates[who]}
+    trainer = _trainer(store, tmp_path, changes, checkpoint_every=1, keep_checkpoints=1, sample_every=1000, validate_every=1000)
+    with pytest.raises(UserError, match=r"step \d+: .*nothing was updated, the last good average is in .*step-\d+\.pt"):
+        trainer.run(progress=False)
+    assert trainer.guard is not None
+    good = trainer.guard.good_step
+    kept = {checkpoint_step(p) for p in checkpoints(tmp_path / "checkpoints")}
+    assert good in kept
+    state = load_state(next(p for p in checkpoints(tmp_path / "checkpoints") if checkpoint_step(p) == good))
+    assert all(torch.isfinite(v).all() for v in state.ema.values())
+    trainer.ema.load(state.ema)
+    assert trainer.validate()["validation_loss"] <= 1.5 * trainer.guard.start
+
+
+def test_non_finite_logits_stop_before_the_update(store: Path, tmp_path: Path) -> None:
+    trainer = _phase_2(_trainer(store, tmp_path, steps=0))
+    adversary = trainer.adversary
+    assert adversary is not None
+    with torch.no_grad():
+        adversary.bare.readouts[0].out.bias.fill_(float("nan"))  # type: ignore[union-attr, index]
+    before = _weights(trainer.bare_generator)
+    with pytest.raises(UserError, match="step 0: the discriminator loss is nan"):
+        trainer.train_step(trainer._load(0))
+    assert torch.equal(before, _weights(trainer.bare_generator))
+
+
+def test_r1_count_must_fit(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"adversarial.r1_count is 3, expected a multiple of the processes \(1\) that divides training.batch_size"
+    ):
+        _trainer(store, tmp_path, {"r1_count": 3})
+
+
+def test_statistics_by_hand() -> None:
+    statistics = Statistics(["a", "b"], torch.device("cpu"))
+    real = {"a": torch.tensor([[[[1.0, 3.0]]], [[[-1.0, -1.0]]]]), "b": torch.tensor([[[[2.0]]], [[[3.0]]]])}
+    fake = {"a": torch.tensor([[[[-1.0, -3.0]]], [[[5.0, 5.0]]]]), "b": torch.tensor([[[[4.0]]], [[[-9.0]]]])}
+    right = statistics.add(real, fake, torch.tensor([GENERATED, OTHER_TEXT]))
+    # Real: scores 2 and 1, both right; the generated one scores 1, wrong; the mismatch is not counted.
+    assert right.tolist() == [2.0, 3.0]
+    told = statistics.tell(statistics.sums)
+    assert told == {
+        "columns": ["score", "a", "b"],
+        "real": {"count": 2, "logit": [1.5, 0.5, 2.5], "accuracy": [1.0, 0.5, 1.0]},
+        "generated": {"count": 1, "logit": [1.0, -2.0, 4.0], "accuracy": [0.0, 1.0, 0.0]},
+        "other_text": {"count": 1, "logit": [-2.0, 5.0, -9.0], "accuracy": [1.0, 0.0, 1.0]},
+    }
