@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError, model_validator
@@ -39,6 +39,11 @@ class Recipe(Section):
     adversarial: AdversarialConfig | None = None
     """Phase 2; without it, ODE distillation is all."""
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of both phases."""
+        return self.training.steps + (self.adversarial.steps if self.adversarial else 0)
 
     @model_validator(mode="after")
     def _across_sections(self) -> Recipe:
@@ -114,6 +119,8 @@ def _allowed_keys(location: Sequence[Any]) -> list[str]:
     for part in location[:-1]:
         annotation = model.model_fields.get(part)
         model = annotation.annotation if annotation else None
+        # A section that may be left out.
+        model = next((m for m in get_args(model) if m is not type(None)), model)
         if not (isinstance(model, type) and issubclass(model, Section)):
             return []
     return list(model.model_fields)

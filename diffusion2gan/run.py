@@ -102,6 +102,8 @@ def generator_weights(start: Path, recipe: Recipe) -> dict[str, Tensor]:
 
     Raises UserError when `start` is neither, or was made for another teacher, latent space or timestep.
     """
+    if not start.is_dir():
+        raise UserError(f"generator.start: {start}: no such folder; name the run or the student that the generator starts from")
     if (start / "recipe.yaml").exists():
         found = checkpoints(start / "checkpoints")
         if not found:

@@ -17,7 +17,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 
 
-def recipe_values(teacher: Path, prompts: Path, **changes: Any) -> dict[str, Any]:
+def recipe_values(teacher: Path, prompts: Path, /, **changes: Any) -> dict[str, Any]:
     """A recipe of the tiny teacher: 24 pairs in 3 shards, 12 training steps."""
     values: dict[str, Any] = {
         "name": "tiny",

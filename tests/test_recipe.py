@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 
 from diffusion2gan.config import settings_difference
+from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig
 from diffusion2gan.errors import UserError
 from diffusion2gan.recipe import builtin_recipes, check_same_experiment, dump_recipe, load_recipe
 from tests.helpers import recipe_values, write_recipe
@@ -47,13 +49,51 @@ def test_other_ablations_differ_from_their_base_in_one_thing() -> None:
         assert row.training.steps * row.training.batch_size == images, name
 
 
+def test_rows_of_table_2_differ_from_their_neighbour_by_one_line() -> None:
+    names = ("regression", "scratch", "diffusion", "noise", "r1", "multi_scale", "mix_and_match")
+    rows = [load_recipe(f"table2/{name}") for name in names]
+    path = builtin_recipes()["table2/regression"].parent
+    for name in names[1:]:
+        lines = [line for line in (path / f"{name}.yaml").read_text().splitlines() if not line.startswith(("#", "base:", "name:"))]
+        assert len(lines) == 1, name
+    changes = [{key for key, _, _ in settings_difference(a.model_dump(), b.model_dump())} - {"name"} for a, b in itertools.pairwise(rows)]
+    assert changes == [
+        {"adversarial.weight"},
+        {"discriminator.kind", "discriminator.multi_scale"},
+        {"discriminator.noise"},
+        {"adversarial.r1"},
+        {"discriminator.multi_scale"},
+        {"adversarial.other_latent", "adversarial.other_text", "adversarial.other_noise"},
+    ]
+    assert len({r.total_steps for r in rows}) == 1
+    # The last row is the method.
+    assert rows[-1].discriminator == DiscriminatorConfig()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adversarial.stepz=5", r"unknown key adversarial.stepz; did you mean steps\? allowed here: steps, weight"),
+        ("adversarial.weight=-1", "adversarial.weight is -1: input should be greater than or equal to 0"),
+        ("adversarial.loss=wgan", "adversarial.loss is 'wgan': input should be 'logistic', 'hinge' or 'relativistic'"),
+        ("adversarial.other_text=0.85", "other_latent \\+ other_text \\+ other_noise is 1.05, expected at most 0.9"),
+        ("adversarial.stop_accuracy=[0.9,0.6]", "stop_accuracy is \\[0.9, 0.6\\], expected the lower limit first"),
+        ("discriminator.kind=vgg", "discriminator.kind is 'vgg': input should be 'diffusion' or 'scratch'"),
+        ("adversarial=null", "training.steps is 0 and there is no adversarial section"),
+    ],
+)
+def test_what_is_wrong_with_phase_2_is_named(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe("table2/mix_and_match", [override])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("training.stepz=5", r"unknown key training.stepz; did you mean steps\? allowed here: steps, batch_size"),
         ("trainning.steps=5", "unknown key trainning; did you mean training"),
         ("training.steps=ten", "training.steps is 'ten'"),
-        ("training.steps=0", "training.steps is 0: input should be greater than or equal to 1"),
+        ("training.steps=0", "training.steps is 0 and there is no adversarial section"),
         ("training.mixed_precision=fp16", "training.mixed_precision is 'fp16': input should be 'no' or 'bf16'"),
         ("loss.augment=xyz", "loss.augment is 'xyz'"),
         ("loss.distance=l3", "loss.distance is 'l3'"),

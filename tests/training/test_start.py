@@ -1,0 +1,124 @@
+"""A run that begins where another ended: phase 2 from a phase-1 student, as every row of Table 2 does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.pipeline import Student
+from diffusion2gan.recipe import Recipe, parse_recipe
+from diffusion2gan.run import export_run, generator_weights, simulate_recipe, train_recipe
+from diffusion2gan.training.state import checkpoint_path, checkpoints, load_state
+from tests.conftest import tiny_pipeline
+from tests.helpers import recipe_values
+
+PHASE_2 = {"steps": 4, "weight": 0.5, "learning_rate": 1e-3, "discriminator_learning_rate": 1e-3}
+
+
+def _recipe(teacher: Path, prompts: Path, /, **changes: Any) -> Recipe:
+    return parse_recipe(recipe_values(teacher, prompts, **changes), "tiny")
+
+
+@pytest.fixture(scope="module")
+def phase_1(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_folder: Path, prompts_file: Path) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("phase1")
+    recipe = _recipe(tiny_teacher_folder, prompts_file, training__steps=6)
+    simulate_recipe(recipe, folder / "store", progress=False)
+    train_recipe(recipe, folder / "store", folder / "run", progress=False)
+    export_run(folder / "run", folder / "student", "float32")
+    return {name: folder / name for name in ("store", "run", "student")}
+
+
+def _phase_2(phase_1: dict[str, Path], start: Path | str, teacher: Path, prompts: Path, /, **changes: Any) -> Recipe:
+    values = {"training__steps": 0, "adversarial": PHASE_2, "generator": {"start": str(start)}}
+    return _recipe(teacher, prompts, **(values | changes))
+
+
+@pytest.mark.parametrize("of", ["run", "student"])
+def test_phase_2_starts_from(of: str, phase_1: dict[str, Path], tmp_path: Path, tiny_teacher_folder: Path, prompts_file: Path) -> None:
+    recipe = _phase_2(phase_1, phase_1[of], tiny_teacher_folder, prompts_file)
+    average = load_state(checkpoints(phase_1["run"] / "checkpoints")[-1]).ema
+    weights = generator_weights(phase_1[of], recipe)
+    assert weights.keys() == average.keys()
+    assert all(torch.equal(v, weights[k]) for k, v in average.items())
+    trainer = train_recipe(recipe, phase_1["store"], tmp_path / "run", progress=False)
+    assert trainer.step == recipe.total_steps == 4
+    first = load_state(checkpoint_path(tmp_path / "run" / "checkpoints", 3))
+    assert first.guard is not None
+    # The average that was started from is what the guard compares with.
+    begun = train_recipe(
+        _phase_2(phase_1, phase_1[of], tiny_teacher_folder, prompts_file, adversarial=PHASE_2 | {"weight": 0.0, "steps": 1}),
+        phase_1["store"],
+        tmp_path / "other",
+        progress=False,
+    )
+    assert begun.guard is not None
+    assert first.guard["start"] == begun.guard.start
+    facts = json.loads((phase_1["student"] / "diffusion2gan.json").read_text())
+    assert "lambda_GAN" not in facts
+    export_run(tmp_path / "run", tmp_path / "student", "float32")
+    facts = Student.from_pretrained(tmp_path / "student").facts
+    assert facts["lambda_GAN"] == 0.5
+    assert facts["adversarial_steps"] == 4
+    assert facts["discriminator"] == {"kind": "diffusion", "noise": True, "multi_scale": True}
+
+
+def test_a_start_that_cannot_be_one_is_said(
+    phase_1: dict[str, Path], tmp_path: Path, tiny_teacher_folder: Path, prompts_file: Path
+) -> None:
+    def start(folder: Path, **changes: Any) -> None:
+        generator_weights(folder, _phase_2(phase_1, folder, tiny_teacher_folder, prompts_file, **changes))
+
+    with pytest.raises(UserError, match=r"generator.start: .*nowhere: no such folder"):
+        start(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no student here"):
+        start(tmp_path)
+    with pytest.raises(UserError, match="was trained with timestep 999, this recipe has 981"):
+        start(phase_1["run"], generator={"start": str(phase_1["run"]), "timestep": 981})
+    tiny_pipeline(seed=3).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(UserError, match="was trained with teacher weights"):
+        start(phase_1["student"], teacher={"source": str(tmp_path / "teacher")})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "recipe.yaml").write_text((phase_1["run"] / "recipe.yaml").read_text())
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        start(tmp_path / "empty")
+
+
+def test_a_run_keeps_its_start_and_its_lengths(
+    phase_1: dict[str, Path], tmp_path: Path, tiny_teacher_folder: Path, prompts_file: Path
+) -> None:
+    changes = {"training__steps": 2, "adversarial": PHASE_2 | {"decay_steps": 2}}
+    recipe = _phase_2(phase_1, phase_1["run"], tiny_teacher_folder, prompts_file, **changes)
+    train_recipe(recipe, phase_1["store"], tmp_path / "run", progress=False)
+
+    def again(**others: Any) -> None:
+        other = _phase_2(phase_1, phase_1["run"], tiny_teacher_folder, prompts_file, **(changes | others))
+        train_recipe(other, phase_1["store"], tmp_path / "run", progress=False)
+
+    again()
+    # The same weights under another name are the same start.
+    again(generator={"start": str(phase_1["student"])})
+    with pytest.raises(UserError, match="begun with start_weights"):
+        again(generator={})
+    with pytest.raises(UserError, match=r"training.steps is 2 there and 3 now, but at step 6 phase 2 has begun"):
+        again(training__steps=3)
+    with pytest.raises(UserError, match=r"adversarial.steps is 4 there and 9 now, but at step 6 the learning rate is already falling"):
+        again(adversarial=changes["adversarial"] | {"steps": 9})  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"adversarial.weight is 0.5 there and 0.25 now"):
+        again(adversarial=changes["adversarial"] | {"weight": 0.25})  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"discriminator.noise is True there and False now"):
+        again(discriminator={"noise": False})
+
+
+def test_export_of_an_earlier_step(phase_1: dict[str, Path], tmp_path: Path) -> None:
+    export_run(phase_1["run"], tmp_path / "early", "float32", step=3)
+    early = load_state(checkpoint_path(phase_1["run"] / "checkpoints", 3)).ema
+    found = Student.from_pretrained(tmp_path / "early").generator.state_dict()
+    assert all(torch.equal(v, found[k]) for k, v in early.items())
+    with pytest.raises(UserError, match="no checkpoint of step 4; there are 3, 6"):
+        export_run(phase_1["run"], tmp_path / "none", step=4)
