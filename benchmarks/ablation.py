@@ -4,8 +4,10 @@
 
 Protocol emoji10k-v1; teacher, untrained and reference features are computed once, in OUT/shared. The same command again
 goes on where it stopped. Writes OUT/table.md, OUT/table.json and OUT/pictures.png; with two seeds or more also
-OUT/differences.md: each recipe minus the first one, seed by seed, with Student's 95 % interval of the mean difference.
-Seeds change the order of the pairs and the augmentations; the pairs and the start (the teacher) are the same.
+OUT/differences.md: each recipe minus the first one, or (--neighbours) minus the one before it, seed by seed, with Student's 95 %
+interval of the mean difference. Seeds change the order of the pairs and all draws; the pairs and the start are the same.
+
+    python benchmarks/ablation.py table2/regression table2/scratch ... --neighbours --set generator.start=runs/emoji --store ... --out ...
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import itertools
 import json
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ COLUMNS = [
     "row",
     "seed",
     "images seen",
+    "s a step",
     "gap closed",
     "FD(student, T_B)",
     "FD_inf ratio",
@@ -56,6 +60,10 @@ COLUMNS = [
 COMPARED = ("gap closed", "FD(student, T_B)", "FD_inf ratio", "retrieval", "diversity", "prompt agreement", "held-out MSE")
 
 
+def row_name(recipe: str) -> str:
+    return recipe.rpartition("/")[2]
+
+
 def row_folder(out: Path, name: str, seed: int) -> Path:
     return out / f"{name.replace('/', '-')}-seed{seed}"
 
@@ -68,16 +76,19 @@ def one_row(name: str, seed: int, overrides: list[str], store: Path, out: Path, 
     # A student of fewer steps than the run now has is of another row.
     card = folder / "student" / STUDENT_FILE
     scores = folder / list_name / "emoji10k-v1.json"
-    if not card.exists() or json.loads(card.read_text())["steps"] != recipe.training.steps:
+    if not card.exists() or json.loads(card.read_text())["steps"] != recipe.total_steps:
         export_run(folder / "run", folder / "student", "float32")
         shutil.rmtree(scores.parent, ignore_errors=True)
     result = json.loads(scores.read_text()) if scores.exists() else evaluate_student(folder / "student", scores.parent, shared, list_name)
-    held_out = [r["validation_mse"] for r in read_scalars(folder / "run" / "metrics.jsonl") if "validation_mse" in r]
+    told = read_scalars(folder / "run" / "metrics.jsonl")
+    held_out = [r["validation_mse"] for r in told if "validation_mse" in r]
+    seconds = [recipe.training.batch_size / r["images_per_second"] for r in told if "images_per_second" in r]
     whole, kept = result["scores"]["all"], result["preservation"]
     row = [
-        name.removeprefix("ablations/"),
+        row_name(name),
         seed,
-        recipe.training.steps * recipe.training.batch_size,
+        recipe.total_steps * recipe.training.batch_size,
+        statistics.median(seconds),
         whole["gap_closed"],
         whole["fd_student_TB"],
         whole["fd_inf_ratio"],
@@ -92,18 +103,18 @@ def one_row(name: str, seed: int, overrides: list[str], store: Path, out: Path, 
     return dict(zip(COLUMNS, row, strict=True)) | {"floors": result["floors"], "sha256": result["sha256"], "list": list_name}
 
 
-def differences(rows: list[dict[str, Any]]) -> list[list[Any]]:
-    """Of every recipe but the first: the mean over seeds of (its value - the first recipe's at that seed), with the interval
-    in which Student's t puts the mean in 95 % of cases. Empty for less than two seeds."""
+def differences(rows: list[dict[str, Any]], neighbours: bool = False) -> list[list[Any]]:
+    """Of every recipe but the first: the mean over seeds of (its value - the first or previous recipe's at that seed), with the
+    interval in which Student's t puts the mean in 95 % of cases. Empty for less than two seeds."""
     values = {(r["row"], r["seed"]): r for r in rows}
     names, seeds = list(dict.fromkeys(r["row"] for r in rows)), list(dict.fromkeys(r["seed"] for r in rows))
     if len(seeds) < 2:
         return []
     table = []
-    for name in names[1:]:
-        cells: list[Any] = [f"{name} - {names[0]}"]
+    for other, name in itertools.pairwise(names) if neighbours else ((names[0], n) for n in names[1:]):
+        cells: list[Any] = [f"{name} - {other}"]
         for column in COMPARED:
-            d = np.array([values[name, s][column] - values[names[0], s][column] for s in seeds])
+            d = np.array([values[name, s][column] - values[other, s][column] for s in seeds])
             half = student_t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / len(d) ** 0.5
             cells.append(f"{d.mean():+.4g} ({d.mean() - half:+.4g} to {d.mean() + half:+.4g})")
         table.append(cells)
@@ -124,7 +135,7 @@ def side_by_side(names: list[str], seed: int, overrides: list[str], out: Path, c
     ]
     for name in names:
         student = Student.from_pretrained(row_folder(out, name, seed) / "student", "float32", default_device())
-        rows.append((name.removeprefix("ablations/"), student.generate(prompts, seeds)))
+        rows.append((row_name(name), student.generate(prompts, seeds)))
     pictures = np.concatenate([images for _, images in rows])
     captions = [*prompts, *[""] * (len(pictures) - count)]
     write_bytes_atomic(out / "pictures.png", png_bytes(grid(pictures, count, captions, [label for label, _ in rows])))
@@ -139,6 +150,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=None, help="features that other evaluations left (default: OUT/shared)")
     parser.add_argument("--list", choices=("test", "validation"), default="test")
     parser.add_argument("--set", action="append", default=[], help="an override of every row, such as training.steps=100")
+    parser.add_argument("--neighbours", action="store_true", help="differences from the recipe before, not from the first")
     parser.add_argument("--pictures", type=int, default=12)
     a = parser.parse_args()
     rows = []
@@ -149,7 +161,7 @@ def main() -> None:
         write_bytes_atomic(a.out / "table.md", table.encode())
         write_bytes_atomic(a.out / "table.json", (json.dumps(rows, indent=1) + "\n").encode())
         print(table, flush=True)
-    compared = differences(rows)
+    compared = differences(rows, a.neighbours)
     if compared:
         text = markdown_table(["difference", *COMPARED], compared)
         write_bytes_atomic(a.out / "differences.md", text.encode())

@@ -16,9 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
-from sd15 import random_unet, random_vae
-from transformers import CLIPTextConfig, CLIPTextModel
+from measure import device_name
+from sd15 import random_sd15
 
 from diffusion2gan.device import compile_for_one_shape, default_device
 from diffusion2gan.embedded.weights import embedded_folder
@@ -29,22 +28,6 @@ from diffusion2gan.teachers.attention import plain_attention_on_cpu
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
-
-
-def random_sd15(device: str) -> StableDiffusionTeacher:
-    """Stable Diffusion 1.5 from its published configuration, random weights; the embedded tokenizer stands in for CLIP's."""
-    with torch.device(device):
-        text = CLIPTextModel(
-            CLIPTextConfig(
-                hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, bos_token_id=0, eos_token_id=1
-            )
-        )
-    embedded = StableDiffusionPipeline.from_pretrained(embedded_folder("teacher"), safety_checker=None)
-    embedded.tokenizer.model_max_length = 77
-    schedule = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
-    )
-    return StableDiffusionTeacher(random_unet(device), random_vae(device), text, embedded.tokenizer, dict(schedule.config))
 
 
 def timed(act: Callable[[], torch.Tensor]) -> float:
@@ -112,8 +95,7 @@ def main() -> None:
         rows.append({"batch": batch, **{f"{k}, s an image": v for k, v in row.items()}, "times as fast": statistics.median(ratios)})
     print(markdown_table(list(rows[0]), [list(r.values()) for r in rows]))
     if a.out:
-        name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-        result = {"device": name, "network": a.network, "precision": a.precision, "compile": a.compile, "rows": rows}
+        result = {"device": device_name(device), "network": a.network, "precision": a.precision, "compile": a.compile, "rows": rows}
         a.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import statistics
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import device_name, extra_memory, synchronise
 from sd15 import random_unet, random_vae
 from torch import Tensor
 
@@ -160,31 +160,6 @@ def step(distance: Distance, x0: Tensor, x1: Tensor, precision: str) -> None:
     value.float().sum().backward()
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def extra_memory(act: Callable[[], None], device: torch.device) -> float:
-    """MB that a call allocates at its peak, beyond what was there."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        act()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        act()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    current = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
-    return peak / 2**20
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
@@ -198,7 +173,6 @@ def main() -> None:
     a = parser.parse_args()
     warnings.filterwarnings("ignore", module="torchvision")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     rows: list[dict[str, Any]] = []
     for shape in a.shapes:
         methods = distances(SHAPES[shape][0], device, a.compile, not a.skip_decoded, a.unet)
@@ -236,7 +210,13 @@ def main() -> None:
                 rows.append(row)
                 print(row, file=sys.stderr, flush=True)
                 if a.out:  # after each row: what is there stays there
-                    result = {"device": name, "torch": torch.__version__, "compile": a.compile, "rows": rows, "ratios": ratios(rows)}
+                    result = {
+                        "device": device_name(device),
+                        "torch": torch.__version__,
+                        "compile": a.compile,
+                        "rows": rows,
+                        "ratios": ratios(rows),
+                    }
                     a.out.write_text(json.dumps(result, indent=1) + "\n")
     columns = ("shape", "batch", "precision", "method", "ms", "MB", "error")
     print(markdown_table(list(columns), [[r.get(c, "") for c in columns] for r in rows]))

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from measure import device_name
 
 from diffusion2gan.device import default_device
 from diffusion2gan.embedded.weights import embedded_folder
@@ -70,7 +71,7 @@ def main() -> None:
             times[name].append(time.perf_counter() - started)
     ratios = [s / o for s, o in zip(times["stock"], times["ours"], strict=True)]
     result = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "precision": a.precision, "compile": a.compile,
+        "device": device_name(device), "precision": a.precision, "compile": a.compile,
         "batch": a.batch, "steps": a.steps, "threads": torch.get_num_threads(), "mean_difference": difference,
         "stock_pairs_per_second": a.batch / statistics.median(times["stock"]), "ours_pairs_per_second": a.batch / statistics.median(times["ours"]),
         "ratio_median": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),

@@ -32,6 +32,7 @@ def _script(name: str) -> dict[str, Any]:
         ("simulate", ["--batch", "2", "--steps", "2", "--repeats", "2"]),
         ("solver_distance", ["--count", "4", "--reference-steps", "100"]),
         ("student_dtypes", ["--count", "4", "--student", "WHOLE"]),
+        ("training_step", ["--batch", "2", "--repeats", "1"]),
         ("pair_store", ["--pairs", "256", "--seconds", "0.1"]),
     ],
 )
@@ -76,3 +77,10 @@ def test_differences_of_seeds() -> None:
     interval = stats.ttest_rel(values[:, 1], values[:, 0]).confidence_interval(0.95)
     assert cells == [f"{d.mean():+.4g} ({interval.low:+.4g} to {interval.high:+.4g})"] * len(script["COMPARED"])
     assert script["differences"](rows[:2]) == []
+    three = [
+        r | {"row": name} | {c: r[c] + shift for c in script["COMPARED"]}
+        for r in rows[::2]
+        for name, shift in (("a", 0), ("b", 1), ("c", 3))
+    ]
+    assert [c[0] for c in script["differences"](three)] == ["b - a", "c - a"]
+    assert [(c[0], c[1][:2]) for c in script["differences"](three, neighbours=True)] == [("b - a", "+1"), ("c - b", "+2")]

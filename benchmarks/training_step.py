@@ -1,0 +1,132 @@
+"""A training step of phase 1 (regression) and of phase 2 (with the discriminator): time and memory, in one run.
+
+    python benchmarks/training_step.py --out benchmarks/results/training_step_cpu.json
+    python benchmarks/training_step.py --network sd15 --batch 8 --precision bf16 --out ...      # on a GPU
+
+The trainer itself is measured, on pairs of a one-step solve; Stable Diffusion 1.5 has random weights: time and memory do not
+depend on them. Kinds of steps take turns, so that a drifting machine cancels out; times are medians of all but the first.
+`memory`: what a step allocates beyond what was there; `resident`: weights, averages and optimiser states (GPU only). A step that
+does not fit is recorded with its error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import device_name, extra_memory, synchronise
+from sd15 import random_sd15
+
+from diffusion2gan.device import default_device
+from diffusion2gan.discriminator.build import build_discriminator
+from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig
+from diffusion2gan.embedded.weights import embedded_folder
+from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
+from diffusion2gan.pairs.dataset import PairDataset
+from diffusion2gan.pairs.simulate import PairsConfig, simulate
+from diffusion2gan.perceptual import LatentLPIPS, LatentVGG
+from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
+from diffusion2gan.report import markdown_table
+from diffusion2gan.teachers.protocol import Teacher, TeacherConfig
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+from diffusion2gan.training.adversarial import AdversarialConfig
+from diffusion2gan.training.distance import LossConfig, build_distance
+from diffusion2gan.training.trainer import Trainer, TrainingConfig
+
+R1_EVERY = 16
+
+
+def load(network: str, device: str, folder: Path) -> tuple[Teacher, LossConfig]:
+    """The teacher, and a full-width E-LatentLPIPS of its latent space."""
+    if network == "embedded":
+        return StableDiffusionTeacher.from_pretrained(TeacherConfig(), embedded_folder("teacher"), device), LossConfig()
+    LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=4))).save_pretrained(folder / "vgg")
+    return random_sd15(device), LossConfig(perceptual=str(folder / "vgg"))
+
+
+def new_trainer(teacher: Teacher, loss: LossConfig, store: Path, folder: Path, a: argparse.Namespace, checkpointing: bool) -> Trainer:
+    config = TrainingConfig(steps=0, batch_size=a.batch, mixed_precision=a.precision, holdout=a.batch, compile=a.compile)
+    adversarial = AdversarialConfig(steps=1000, r1_every=R1_EVERY)
+    generator = OneStepGenerator.from_teacher(teacher, GeneratorConfig(gradient_checkpointing=checkpointing))
+    discriminator = build_discriminator(DiscriminatorConfig(gradient_checkpointing=checkpointing), teacher)
+    distance = build_distance(loss, teacher, teacher.device)
+    return Trainer(teacher, PairDataset(store), generator, distance, config, folder, None, adversarial, discriminator)
+
+
+def measure(trainer: Trainer, repeats: int) -> dict[str, dict[str, float]]:
+    """Seconds and MB of each kind of step."""
+    trainer._enter_phase_2()
+    guard, batches = trainer.guard, trainer._load(1)
+
+    def step(phase: int, at: int) -> None:
+        # A step is told by its number whether R1 is due.
+        trainer.guard, trainer.step = (guard if phase == 2 else None), at
+        trainer.train_step(batches)
+        synchronise(trainer.device)
+
+    kinds = {"phase 1": (1, 1), "phase 2": (2, 1), "phase 2, with R1": (2, R1_EVERY)}
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(repeats + 1):
+        for kind, (phase, at) in kinds.items():
+            started = time.perf_counter()
+            step(phase, at)
+            times[kind].append(time.perf_counter() - started)
+    return {
+        kind: {"s": statistics.median(times[kind][1:]), "MB": extra_memory(lambda where=where: step(*where), trainer.device)}
+        for kind, where in kinds.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=("embedded", "sd15"), default="embedded")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=None)
+    a = parser.parse_args()
+    device = default_device()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        teacher, loss = load(a.network, device, folder)
+        pairs = {
+            "count": 2 * a.batch,
+            "batch_size": a.batch,
+            "shard_size": a.batch,
+            "ode": {"steps": 1, "spacing": "trailing", "guidance": 1.0},
+        }
+        simulate(teacher, PairsConfig.model_validate(pairs), folder / "store", progress=False)
+        for checkpointing in (False, True):
+            row: dict[str, Any] = {"gradient checkpointing": checkpointing}
+            try:
+                trainer = new_trainer(teacher, loss, folder / "store", folder / f"run-{checkpointing}", a, checkpointing)
+                if device == "cuda":
+                    row["resident, MB"] = torch.cuda.memory_allocated() / 2**20
+                found = measure(trainer, a.repeats)
+            except RuntimeError as error:  # out of memory is one
+                rows.append(row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
+                continue
+            finally:
+                trainer = None  # type: ignore[assignment]
+            lazy = ((R1_EVERY - 1) * found["phase 2"]["s"] + found["phase 2, with R1"]["s"]) / R1_EVERY
+            row |= {f"{kind}, {unit}": value for kind, values in found.items() for unit, value in values.items()}
+            row |= {"phase 2 : phase 1, time": lazy / found["phase 1"]["s"], "R1's share of phase 2": 1 - found["phase 2"]["s"] / lazy}
+            rows.append(row)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    print(markdown_table(columns, [[row.get(c) for c in columns] for row in rows]))
+    if a.out:
+        result = {"device": device_name(device), "network": a.network, "batch": a.batch, "precision": a.precision, "compile": a.compile}
+        write_bytes_atomic(a.out, (json.dumps(result | {"rows": rows}, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
