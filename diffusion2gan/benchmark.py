@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from diffusion2gan.compare import teacher_pictures
-from diffusion2gan.device import can_compile, default_device
+from diffusion2gan.device import can_compile, default_device, has_bf16
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.emoji10k import Subject, evaluate_emoji10k
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
@@ -29,7 +29,9 @@ _TEACHER_BATCH = 64
 
 
 def teacher_subject(teacher: StableDiffusionTeacher, ode: SolverConfig, precision: str | None = None, compiled: bool = False) -> Subject:
-    """The teacher with its solver, in the precision that its pairs are made in."""
+    """The teacher with its solver, in the precision that its pairs are made in, where the machine has it."""
+    if precision == "bfloat16" and not has_bf16(teacher.device):
+        precision = None  # in software it would take many times as long; the name tells the two apart
     # A compiled network gives the same pictures; where it cannot be compiled, they take longer.
     compiled = compiled and can_compile(teacher.device)
     own = str(teacher.dtype).removeprefix("torch.")

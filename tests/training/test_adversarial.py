@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion2gan.discriminator.build import build_discriminator
-from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig, score
+from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig, MultiScaleDiscriminator, score
 from diffusion2gan.discriminator.regularization import GENERATED, OTHER_LATENT, OTHER_NOISE, OTHER_TEXT
 from diffusion2gan.errors import UserError
 from diffusion2gan.generator import OneStepGenerator
@@ -326,6 +326,27 @@ def test_gradient_checkpointing_changes_nothing(store: Path, tmp_path: Path) -> 
     checkpointed = _trainer(store, tmp_path / "b", discriminator={"gradient_checkpointing": True})
     checkpointed.run(progress=False)
     assert (_weights(plain.bare_generator) - _weights(checkpointed.bare_generator)).abs().max() < 1e-5
+
+
+def test_compiled_training_is_one_graph_and_the_same(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D with its hooks, in D's step and frozen in G's; R1 runs uncompiled beside it."""
+    plain = _trainer(store, tmp_path / "plain")
+    plain.run(progress=False)
+    real, compiled = torch.compile, []
+
+    def compile_whole(module: nn.Module, dynamic: bool) -> object:
+        compiled.append(type(module))
+        return real(module, dynamic=dynamic, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", compile_whole)
+    torch._dynamo.reset()
+    whole = _trainer(store, tmp_path / "whole", compile=True)
+    whole.run(progress=False)
+    assert compiled == [OneStepGenerator, MultiScaleDiscriminator]
+    assert plain.adversary is not None
+    assert whole.adversary is not None
+    torch.testing.assert_close(_weights(whole.bare_generator), _weights(plain.bare_generator), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(_weights(whole.adversary.bare), _weights(plain.adversary.bare), atol=1e-4, rtol=1e-4)
 
 
 def test_bf16_trains(store: Path, tmp_path: Path) -> None:
