@@ -37,7 +37,7 @@ class GeneratorConfig(Section):
     """The timestep at which the network is evaluated, recorded in the student. DDIM-50 with `leading` spacing starts at 981."""
     gradient_checkpointing: bool = False
     start: str | None = None
-    """A run's or a student's folder from whose weights the generator starts, instead of the teacher's."""
+    """A run's folder, which stands for the end of its phase 1, or a student's: the generator starts from its weights, not the teacher's."""
 
 
 class Float32Conv2d(nn.Conv2d):

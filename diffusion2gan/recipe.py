@@ -51,9 +51,22 @@ class Recipe(Section):
             raise ValueError(f"training.holdout is {self.training.holdout}, expected fewer than pairs.count ({self.pairs.count})")
         if self.teacher.dtype == "float64" and self.training.mixed_precision != "no":
             raise ValueError("training.mixed_precision is bf16 with a float64 teacher, expected no")
+        self._check_phase_2()
         if self.training.steps == 0 and self.adversarial is None:
             raise ValueError("training.steps is 0 and there is no adversarial section, expected at least 1: nothing would be trained")
         return self
+
+    def _check_phase_2(self) -> None:
+        adversarial, batch = self.adversarial, self.training.batch_size
+        if adversarial is None or not adversarial.weight:
+            return
+        if adversarial.other_noise and not self.discriminator.noise:
+            raise ValueError(
+                f"adversarial.other_noise is {adversarial.other_noise:g} and discriminator.noise is false, expected 0: a discriminator that does "
+                "not see the noise would be told that a real latent is fake"
+            )
+        if adversarial.r1 != "none" and adversarial.r1_count is not None and batch % adversarial.r1_count:
+            raise ValueError(f"adversarial.r1_count is {adversarial.r1_count}, expected a divisor of training.batch_size ({batch})")
 
 
 def builtin_recipes() -> dict[str, Path]:
@@ -179,7 +192,6 @@ _FREE_TO_CHANGE = {
     "description",
     "training.steps",
     "adversarial.steps",
-    "generator.start",
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.log_every",

@@ -123,7 +123,7 @@ def discriminator_picture(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
         of_name = [(r["step"], r[name]) for r in rows if name in r and "discriminator" in r]
         if of_name:
             losses.plot(*zip(*of_name, strict=True), label=label, linewidth=1.2)
-    losses.set_yscale("log")
+    losses.set_yscale("symlog", linthresh=1e-3)  # hinge and relativistic losses may be negative
     losses.set_ylabel("loss")
     for i, name in enumerate(told[-1][1]["columns"][1:] if told else [], start=1):
         both = [(step, t) for step, t in told if "real" in t and "generated" in t]

@@ -41,34 +41,45 @@ def open_run(recipe: Recipe, folder: Path) -> None:
     """Makes the run folder, or checks that it belongs to the same experiment. Raises UserError."""
     path = folder / "recipe.yaml"
     if path.exists():
-        saved = load_recipe(str(path))
-        check_same_experiment(recipe, saved, folder)
-        _check_lengths(recipe, saved, folder)
+        # A run that never came to train holds nothing that a mended recipe could spoil.
+        if _begun(folder):
+            saved = load_recipe(str(path))
+            check_same_experiment(recipe, saved, folder)
+            _check_lengths(recipe, saved, folder)
     elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise UserError(f"{folder}: not empty and no run (no recipe.yaml); choose a new --out")
     sweep_temporaries(folder)
     write_bytes_atomic(path, dump_recipe(recipe).encode())
 
 
+def _begun(folder: Path) -> bool:
+    return bool(checkpoints(folder / "checkpoints")) or (folder / "metrics.jsonl").exists()
+
+
 def _check_lengths(recipe: Recipe, saved: Recipe, folder: Path) -> None:
     """Raises UserError when a phase that is already ending, or has ended, is to be of another length."""
-    done = max((checkpoint_step(p) for p in checkpoints(folder / "checkpoints")), default=0)
-    begins = 0
+    found = [checkpoint_step(p) for p in checkpoints(folder / "checkpoints")]
+    if not found:
+        return
+    done, begins = max(found), 0
     for key in ("training", "adversarial"):
         ours, theirs = getattr(recipe, key), getattr(saved, key)
-        if ours is None or theirs is None:
-            return
+        if ours is None or theirs is None or ours.steps == theirs.steps:
+            begins += theirs.steps if theirs is not None else 0
+            continue
         ends = begins + theirs.steps
-        # Phase 2 begins where phase 1 ended.
-        over = key == "training" and theirs.steps and saved.adversarial is not None and done > ends
-        falling = theirs.decay_steps and done > ends - theirs.decay_steps
-        if ours.steps != theirs.steps and (over or falling):
-            why = "phase 2 has begun" if over else f"the learning rate is already falling (since {ends - theirs.decay_steps})"
-            raise UserError(
-                f"{folder}: {key}.steps is {theirs.steps} there and {ours.steps} now, but at step {done} {why}; choose a new --out, or "
-                "raise steps before the fall"
-            )
-        begins = ends
+        if saved.adversarial is not None and key == "training" and done >= ends:
+            why = "phase 2 has begun"
+        elif theirs.decay_steps and done > ends - theirs.decay_steps:
+            why = f"the learning rate is already falling (since {ends - theirs.decay_steps})"
+        elif begins + ours.steps < done:
+            why = "more is done already"
+        else:
+            return
+        raise UserError(
+            f"{folder}: {key}.steps is {theirs.steps} there and {ours.steps} now, but at step {done} {why}; choose a new --out, or raise steps "
+            "before that"
+        )
 
 
 def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = True, deadline: Callable[[], bool] | None = None) -> Trainer:
@@ -82,23 +93,25 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     check_pairs(recipe, settings, pairs.manifest, store)
     distance = build_distance(recipe.loss, teacher, accelerator.device)
     generator = OneStepGenerator.from_teacher(teacher, recipe.generator)
-    if recipe.generator.start is not None:
-        generator.load_state_dict(generator_weights(Path(recipe.generator.start), recipe))
+    # A run that goes on has its own weights; those that it started from may be gone.
+    start = None if _begun(folder) else recipe.generator.start
+    if start is not None:
+        generator.load_state_dict(generator_weights(Path(start), recipe))
+    adversarial = recipe.adversarial
+    with_d = adversarial is not None and adversarial.weight > 0
+    discriminator = build_discriminator(recipe.discriminator, teacher, recipe.training.seed) if with_d else None
     with disk_errors(folder):
         if accelerator.is_main_process:
             open_run(recipe, folder)
-            _check_inputs(folder, pairs, distance, generator if recipe.generator.start else None)
+            _check_inputs(folder, pairs, distance, None if start is None else weights_digest(generator))
         accelerator.wait_for_everyone()
-        adversarial = recipe.adversarial
-        with_d = adversarial is not None and adversarial.weight > 0
-        discriminator = build_discriminator(recipe.discriminator, teacher, recipe.training.seed) if with_d else None
         trainer = Trainer(teacher, pairs, generator, distance, recipe.training, folder, accelerator, adversarial, discriminator)
         trainer.run(progress, deadline)
     return trainer
 
 
 def generator_weights(start: Path, recipe: Recipe) -> dict[str, Tensor]:
-    """The weights at which a generator starts: the average of a run's last checkpoint, or those of an exported student.
+    """The weights at which a generator starts: the average at the end of a run's phase 1, or those of an exported student.
 
     Raises UserError when `start` is neither, or was made for another teacher, latent space or timestep.
     """
@@ -108,9 +121,19 @@ def generator_weights(start: Path, recipe: Recipe) -> dict[str, Tensor]:
         found = checkpoints(start / "checkpoints")
         if not found:
             raise UserError(f"generator.start: {start} has no checkpoint yet; run `diffusion2gan train` with that --out first")
-        timestep = load_recipe(str(start / "recipe.yaml")).generator.timestep
+        if not (start / "inputs.json").exists():
+            raise UserError(f"generator.start: {start} has no inputs.json, which says for what it was trained; copy the whole run")
+        begun_with = load_recipe(str(start / "recipe.yaml"))
+        timestep = begun_with.generator.timestep
         teacher_weights = json.loads((start / "inputs.json").read_text())["pairs"]["teacher"]["weights"]
-        weights = load_state(found[-1]).ema
+        at = found[-1]
+        if begun_with.adversarial is not None and checkpoint_step(at) > begun_with.training.steps:
+            at = checkpoint_path(start / "checkpoints", begun_with.training.steps)
+            if at not in found:
+                raise UserError(
+                    f"generator.start: {start} has no checkpoint of the end of its phase 1 ({at.name}); name an exported student"
+                )
+        weights = load_state(at).ema
     else:
         student = Student.from_pretrained(start)
         timestep, teacher_weights = student.generator.timestep, student.facts.get("teacher_weights")
@@ -122,17 +145,20 @@ def generator_weights(start: Path, recipe: Recipe) -> dict[str, Tensor]:
     return weights
 
 
-def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance, start: OneStepGenerator | None) -> None:
+def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance, start_weights: str | None) -> None:
     """Writes what the run was fed with to `RUN/inputs.json`, or raises UserError when it was fed with something else before."""
     perceptual = None if distance.network is None else weights_digest(distance.network)
     inputs = {
         "pairs": {k: v for k, v in pairs.manifest.items() if k != "shards"},
         "perceptual_weights": perceptual,
         "perceptual_settings": distance.settings,
-    } | ({"start_weights": weights_digest(start)} if start is not None else {})
-    written = canonical_json(inputs)
+    }
     path = folder / "inputs.json"
-    if path.exists():
+    saved = json.loads(path.read_text()) if path.exists() and _begun(folder) else None
+    # Of a run that goes on, only the record tells where it started.
+    inputs["start_weights"] = start_weights if saved is None else saved.get("start_weights")
+    written = canonical_json(inputs)
+    if saved is not None:
         # The same pairs may be kept otherwise: noise stored or not, shards of another size.
         kept = (
             "pairs.fingerprint",
@@ -144,7 +170,7 @@ def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance, start: O
             "pairs.text_precision",
             "pairs.compile",
         )
-        for key, ours, theirs in settings_difference(json.loads(written), json.loads(path.read_text())):
+        for key, ours, theirs in settings_difference(json.loads(written), saved):
             if key not in kept:
                 raise UserError(f"{folder}: this run was begun with {key} {theirs!r}, now it is {ours!r}; choose a new --out")
     write_bytes_atomic(path, written)

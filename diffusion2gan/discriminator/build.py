@@ -15,7 +15,7 @@ def build_discriminator(config: DiscriminatorConfig, teacher: Teacher, seed: int
 
     Raises UserError when it cannot be built around this teacher.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.kind == "scratch":
             return ConvolutionalDiscriminator.for_teacher(teacher, config)

@@ -16,7 +16,7 @@ import copy
 from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,10 +42,17 @@ class DiscriminatorConfig(Section):
     head_channels: int = Field(128, ge=1)
     gradient_checkpointing: bool = False
 
+    @model_validator(mode="after")
+    def _checkpointing(self) -> DiscriminatorConfig:
+        if self.kind == "scratch" and self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing is true with kind scratch, expected false: only the teacher's network has it")
+        return self
+
 
 class Discriminator(Protocol):
     """What the trainer needs of a discriminator."""
 
+    config: DiscriminatorConfig
     map_names: list[str]
     """Of the maps that it returns, in their order."""
 
@@ -98,8 +105,7 @@ class MultiScaleDiscriminator(nn.Module):
         self._evaluate = evaluate
         self._taps = UNetTaps(network)
         # The last feature is read, not converted to a prediction: parameters without a gradient would stall DDP.
-        network.conv_norm_out = None
-        network.conv_out = nn.Identity()
+        network.conv_norm_out = network.conv_out = nn.Identity()
         channels = network.conv_in.in_channels
         self.noise_in = _zero_convolution(channels, self._taps.input_channels(), 3) if config.noise else None
         encoder = self._taps.encoder_channels() if config.multi_scale else []

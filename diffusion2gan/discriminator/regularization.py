@@ -50,10 +50,13 @@ def r1_samples(generator: np.random.Generator, batch: int, count: int) -> np.nda
     return np.arange(count) * part + generator.integers(part, size=count)
 
 
-def mix_and_match(uniform: np.ndarray, shares: Sequence[float], rows: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def mix_and_match(
+    uniform: np.ndarray, shares: Sequence[float], rows: np.ndarray, prompts: Sequence[str], noise_is_seen: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """Which fakes of a batch are real latents in a wrong company, and whose.
 
     uniform: (B, 2) in [0, 1). shares: of OTHER_LATENT, OTHER_TEXT and OTHER_NOISE. rows: (B,) the pair of each sample; prompts: its text.
+    noise_is_seen: whether D sees z; to one that does not, another latent of the same text is no mismatch.
     Returns kind (B,) of KINDS and partner (B,): the sample that lends its latent, text or noise. A partner is never the same
     pair, and for OTHER_TEXT never of the same text; a sample that finds no such partner stays GENERATED, with itself.
     """
@@ -65,7 +68,7 @@ def mix_and_match(uniform: np.ndarray, shares: Sequence[float], rows: np.ndarray
     for i in np.flatnonzero(drawn < len(shares)):
         kind = OTHER_LATENT + int(drawn[i])
         allowed = rows != rows[i]
-        if kind == OTHER_TEXT:
+        if kind == OTHER_TEXT or not noise_is_seen:
             allowed &= texts != texts[i]
         candidates = np.flatnonzero(allowed)
         if len(candidates):

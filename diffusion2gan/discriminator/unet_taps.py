@@ -3,7 +3,7 @@
 fed    beside the input convolution; at the entrance of every encoder block below the first resolution
 read   in every decoder block: the skip feature, the feature that comes from below, the feature after they were joined
 
-Works for `UNet2DConditionModel` of any depth: four resolutions in SD 1.5, three in SDXL.
+Works for `UNet2DConditionModel` of any depth (four resolutions in SD 1.5, three in SDXL) and `UNet2DModel`.
 """
 
 from __future__ import annotations
@@ -86,16 +86,22 @@ class UNetTaps:
     def _feed_input(self, _module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
         return output if self._at_input is None else output + self._at_input
 
-    def _feed_encoder(self, block: int, _module: nn.Module, arguments: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _feed_encoder(
+        self, block: int, _module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._at_encoder is None:
             return arguments, named
+        if arguments:
+            return (self._at_encoder(block, arguments[0]), *arguments[1:]), named
         return arguments, named | {"hidden_states": self._at_encoder(block, named["hidden_states"])}
 
-    def _read_entrance(self, block: int, _module: nn.Module, _arguments: Any, named: dict[str, Any]) -> None:
+    def _read_entrance(self, block: int, _module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if self._read is not None:
-            self._read[block, "below"] = named["hidden_states"]
+            # By position in `UNet2DModel`, by name in `UNet2DConditionModel`.
+            below, residuals = arguments[:2] if arguments else (named["hidden_states"], named["res_hidden_states_tuple"])
+            self._read[block, "below"] = below
             # The block's first resnet joins the last of its residuals.
-            self._read[block, "skip"] = named["res_hidden_states_tuple"][-1]
+            self._read[block, "skip"] = residuals[-1]
 
     def _read_upsampler(self, block: int, _module: nn.Module, arguments: tuple[Any, ...]) -> None:
         if self._read is not None:

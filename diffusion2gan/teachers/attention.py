@@ -61,4 +61,7 @@ class _AsInForward:
 
 def checkpoint_as_computed(module: nn.Module, *arguments: Any) -> Any:
     """Gradient checkpointing, for `enable_gradient_checkpointing`, whose recomputation has the attention that the forward had."""
+    if torch.compiler.is_compiling():
+        # Nothing that is compiled has a double backward, and a graph takes no context of ours.
+        return checkpoint(module, *arguments, use_reentrant=False)
     return checkpoint(module, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), _AsInForward()))

@@ -7,9 +7,9 @@ generator_term  L_GAN of Eq. 6, which the trainer adds to the regression loss
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ from diffusion2gan.device import compile_for_one_shape
 from diffusion2gan.discriminator.multi_scale import Discriminator, score
 from diffusion2gan.discriminator.regularization import GENERATED, KINDS, r1_finite_difference, r1_penalty, r1_samples
 from diffusion2gan.errors import UserError
+from diffusion2gan.precision import no_tf32
 from diffusion2gan.schedule import warmup_and_decay
 from diffusion2gan.teachers.attention import plain_attention_on_cpu, twice_differentiable_attention
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
@@ -50,7 +51,7 @@ class AdversarialConfig(Section):
     decay_steps: int = Field(0, ge=0)
     """Both learning rates fall linearly to 0 over the last so many steps."""
     r1: Literal["exact", "finite_difference", "none"] = "exact"
-    """`finite_difference` needs no double backward: the only one for sharded networks (FSDP2)."""
+    """`finite_difference` needs no double backward."""
     r1_gamma: float = Field(1.0, gt=0)
     r1_every: int = Field(16, ge=1)
     """R1 is computed every so many steps and weighs so many times as much then."""
@@ -67,7 +68,7 @@ class AdversarialConfig(Section):
     stop_regression: float = Field(3.0, gt=1)
     """Training stops when the regression loss, averaged over about 50 steps, exceeds so many times its value at the start."""
     stop_accuracy: tuple[Share, Share] = (0.51, 0.99)
-    """Training stops when D's accuracy on real and generated latents stays outside for `stop_accuracy_steps` steps."""
+    """Training stops when D's accuracy on real and generated latents, over `stop_accuracy_steps` steps, lies outside."""
     stop_accuracy_steps: int = Field(500, ge=1)
 
     @model_validator(mode="after")
@@ -87,10 +88,11 @@ class AdversarialConfig(Section):
 
     def schedule(self, step: int) -> float:
         """Factor of both learning rates at step `step` of phase 2, a function of the step alone."""
+        assert step >= 0
         return warmup_and_decay(step, self.steps, self.warmup_steps, self.decay_steps)
 
 
-# Running means of the guard forget over about 50 steps.
+# The guard's running mean forgets over about 50 steps.
 _FORGET = 0.02
 
 
@@ -100,11 +102,12 @@ class Guard:
 
     start: float
     regression: float
-    accuracy: float = 0.75
-    outside: int = 0
-    """Steps in a row at which D's running accuracy lay outside the limits."""
+    answers: list[float] = field(default_factory=lambda: [0.0] * 4)
+    """D's over the last `answer_steps` steps: right and all about real latents, right and all about generated ones."""
+    answer_steps: int = 0
     good_step: int = 0
-    """The last checkpoint whose average was good."""
+    """The last checkpoint whose average was good, of those up to `judged_step`."""
+    judged_step: int = 0
 
     def follow_regression(self, value: float, config: AdversarialConfig) -> str | None:
         """Takes a step's regression loss; what is wrong with it, if anything."""
@@ -116,21 +119,29 @@ class Guard:
             )
         return None
 
-    def follow_accuracy(self, value: float, config: AdversarialConfig) -> str | None:
-        """Takes D's accuracy at a step; what is wrong with it, if anything."""
-        self.accuracy += _FORGET * (value - self.accuracy)
-        low, high = config.stop_accuracy
-        self.outside = self.outside + 1 if not low <= self.accuracy <= high else 0
-        if self.outside >= config.stop_accuracy_steps:
-            return (
-                f"the discriminator's accuracy on real and generated latents is {self.accuracy:.1%}, outside {low:.0%} to {high:.0%} for "
-                f"{self.outside} steps (adversarial.stop_accuracy)"
-            )
-        return None
+    def follow_accuracy(self, answers: Sequence[float], config: AdversarialConfig) -> str | None:
+        """Takes D's answers at a step; what is wrong with its accuracy, if anything."""
+        self.answers = [a + b for a, b in zip(self.answers, answers, strict=True)]
+        self.answer_steps += 1
+        if self.answer_steps < config.stop_accuracy_steps:
+            return None
+        # Over so many steps, not a streak: in small batches one step says little. Of both kinds alike, however many of D's fakes
+        # are G's own.
+        kinds = [(right, count) for right, count in (self.answers[:2], self.answers[2:]) if count]
+        mean, (low, high) = sum(right / count for right, count in kinds) / len(kinds), config.stop_accuracy
+        self.answers, self.answer_steps = [0.0] * 4, 0
+        if low <= mean <= high:
+            return None
+        return (
+            f"the discriminator's accuracy on real and generated latents was {mean:.1%} over {config.stop_accuracy_steps} steps, outside {low:.0%} "
+            f"to {high:.0%} (adversarial.stop_accuracy)"
+        )
 
-    def is_good(self, validation_loss: float) -> bool:
-        """Whether the average with this loss on held-out pairs is one to go back to."""
-        return self.outside == 0 and validation_loss <= 1.5 * self.start
+    def judge(self, step: int, validation_loss: float) -> None:
+        """Takes the loss on held-out pairs of the average that is saved at `step`: is it one to go back to?"""
+        self.judged_step = step
+        if validation_loss <= 1.5 * self.start:
+            self.good_step = step
 
 
 class Statistics:
@@ -146,15 +157,20 @@ class Statistics:
         self.sums = torch.zeros(len(self.ROWS), len(self.columns), 3, device=device)
 
     @torch.no_grad()
-    def add(self, real: losses.Maps, fake: losses.Maps, kind: Tensor) -> Tensor:
-        """Counts a micro-batch; returns (right, all) answers about real and generated latents, (2,)."""
-        logits = torch.cat([self._by_column(real), self._by_column(fake)])
+    def add(self, real: losses.Maps, fake: losses.Maps, kind: Tensor, relative: bool = False) -> Tensor:
+        """Counts a micro-batch. relative: an answer is right when the real logit is above the fake one of its row, not above 0.
+
+        Returns (right, all) answers about real and about generated latents, (2, 2).
+        """
+        of_real, of_fake = self._by_column(real), self._by_column(fake)
+        logits = torch.cat([of_real, of_fake])
         row = torch.cat([torch.zeros_like(kind), 1 + kind])
-        right = torch.where(row[:, None] == 0, logits > 0, logits < 0).float()
+        margin = torch.cat([of_real - of_fake] * 2) if relative else torch.cat([of_real, -of_fake])
+        right = (margin > 0).float()
         member = nn.functional.one_hot(row, len(self.ROWS)).float()
         sums = torch.einsum("br,bck->rck", member, torch.stack([logits, right, torch.ones_like(right)], dim=2))
         self.sums += sums
-        return sums[: 2 + GENERATED, 0, 1:].sum(0)
+        return sums[: 2 + GENERATED, 0, 1:]
 
     @staticmethod
     def _by_column(maps: losses.Maps) -> Tensor:
@@ -177,7 +193,7 @@ class Statistics:
 class Adversary:
     """D with its optimiser, regularisation and statistics. `accumulation` and `micro` as the trainer splits its batches.
 
-    Raises UserError for R1 samples that the processes cannot share, and for exact R1 where there is no double backward.
+    Raises UserError for R1 samples that the processes cannot share.
     """
 
     def __init__(
@@ -203,10 +219,6 @@ class Adversary:
                 f"adversarial.r1_count is {self.r1_count}, expected a multiple of the processes ({world}) that divides "
                 f"training.batch_size ({batch_size})"
             )
-        if config.r1 == "exact" and getattr(accelerator, "is_fsdp2", False):
-            raise UserError(
-                "adversarial.r1 is exact, and sharded networks (FSDP2) have no double backward; set adversarial.r1=finite_difference"
-            )
         self.bare = discriminator.to(accelerator.device).to(memory_format=torch.channels_last)
         network = getattr(discriminator, "network", None)
         if network is not None:
@@ -220,14 +232,19 @@ class Adversary:
         )
         self._called: nn.Module = compile_for_one_shape(self.bare, accelerator.device, "training.compile") if compiled else self.bare
         self._trained, self.optimizer = accelerator.prepare(self._called, raw)
-        names: Discriminator = discriminator  # type: ignore[assignment]
-        self.statistics = Statistics(names.map_names, accelerator.device)
+        described: Discriminator = discriminator  # type: ignore[assignment]
+        self.sees_noise = described.config.noise
+        self.statistics = Statistics(described.map_names, accelerator.device)
         self.told: dict[str, float] = {}
+        # Sum and number of R1's values since they were last told.
+        self._r1_told: list[float] = [0.0, 0]
 
     # --- D's step ---------------------------------------------------------------------------------------------------
 
-    def update(self, batches: list[OdePairBatch], fakes: list[Tensor], step: int, first_step: int, guard: Guard) -> str | None:
-        """One optimiser step of D on this process' micro-batches and G's latents for them.
+    def update(
+        self, batches: list[OdePairBatch], conditions: list[TextCondition], fakes: list[Tensor], step: int, first_step: int, guard: Guard
+    ) -> str | None:
+        """One optimiser step of D on this process' micro-batches, their c and G's latents for them.
 
         step: of the whole run. first_step: of phase 2. Returns what is wrong, before anything was updated, or None.
         """
@@ -235,36 +252,34 @@ class Adversary:
             group["lr"] = self.config.discriminator_learning_rate * self.config.schedule(step - first_step)
         r1_rows, directions = self._r1_rows(step, first_step)
         loss = torch.zeros((), device=self.accelerator.device)
-        penalty, answers = torch.zeros_like(loss), torch.zeros(2, device=loss.device)
-        for number, (pairs, fake) in enumerate(zip(batches, fakes, strict=True)):
+        penalty, answers = torch.zeros_like(loss), torch.zeros(2, 2, device=loss.device)
+        for number, (pairs, condition, fake) in enumerate(zip(batches, conditions, fakes, strict=True)):
             mine = [k for k, row in enumerate(r1_rows) if row // self.micro == number]
             # Gradients are exchanged once, with the last micro-batch.
             with self.accelerator.no_sync(self._trained) if number + 1 < len(batches) else nullcontext():
-                value, r1, right = self._step(pairs, fake, [r1_rows[k] % self.micro for k in mine], directions, mine)
+                value, r1, right = self._step(pairs, condition, fake, [r1_rows[k] % self.micro for k in mine], directions, mine)
             loss, penalty, answers = loss + value, penalty + r1, answers + right
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.bare.parameters() if p.grad is not None])
         world = self.accelerator.num_processes
-        summed = self.accelerator.reduce(torch.cat([torch.stack([loss, penalty]) / world, answers]), "sum")
-        values = torch.cat([summed, norm.reshape(1).to(summed)]).tolist()
-        self.told = {"discriminator_loss": values[0], "discriminator_gradient_norm": values[4]}
-        if r1_rows:
-            self.told["r1"] = values[1]
-        if not all(math.isfinite(v) for v in values):
-            named = {"discriminator_loss": values[0], "r1": values[1], "discriminator_gradient_norm": values[4]}
-            wrong = next(k for k, v in named.items() if not math.isfinite(v))
-            return f"the {wrong.replace('_', ' ')} is {named[wrong]}, expected a finite number"
-        wrong_accuracy = guard.follow_accuracy(values[2] / values[3], self.config)
-        if wrong_accuracy:
-            return wrong_accuracy
+        summed = self.accelerator.reduce(torch.cat([torch.stack([loss, penalty]) / world, answers.flatten()]), "sum")
+        total, r1, *counts, length = torch.cat([summed, norm.reshape(1).to(summed)]).tolist()
+        self.told = {"discriminator_loss": total, "discriminator_gradient_norm": length}
+        for name, value in (("discriminator loss", total), ("R1 penalty", r1), ("discriminator's gradient norm", length)):
+            if not math.isfinite(value):
+                return f"the {name} is {value}, expected a finite number"
+        wrong = guard.follow_accuracy(counts, self.config)
+        if wrong:
+            return wrong
+        if self._r1_due(step, first_step):
+            self._r1_told = [self._r1_told[0] + r1, self._r1_told[1] + 1]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return None
 
     def _step(
-        self, pairs: OdePairBatch, fake: Tensor, r1_rows: list[int], directions: Tensor | None, mine: list[int]
+        self, pairs: OdePairBatch, condition: TextCondition, fake: Tensor, r1_rows: list[int], directions: Tensor | None, mine: list[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Forward and backward of one micro-batch: its share of Eq. 5, of R1, and the (right, all) answers."""
-        condition = self.teacher.encode_prompts(pairs.prompts)
+        """Forward and backward of one micro-batch: its share of Eq. 5, of R1, and D's answers (`Statistics.add`)."""
         fake_latent, fake_noise, fake_condition = fake.detach().to(pairs.latent), pairs.noise, condition
         kind = torch.full((len(fake),), GENERATED, device=fake.device)
         if pairs.mixed is not None:
@@ -285,11 +300,14 @@ class Adversary:
             penalty = found.sum() * self.accelerator.num_processes / self.r1_count
         # R1 goes through one backward with the loss: alone it leaves the last biases without a gradient, and DDP waiting.
         self.accelerator.backward(loss + self.config.r1_every * self.config.r1_gamma / 2 * penalty)
-        return loss.detach(), penalty.detach(), self.statistics.add(real, of_fakes, kind)
+        return loss.detach(), penalty.detach(), self.statistics.add(real, of_fakes, kind, self.config.loss == "relativistic")
+
+    def _r1_due(self, step: int, first_step: int) -> bool:
+        return self.config.r1 != "none" and (step - first_step) % self.config.r1_every == 0
 
     def _r1_rows(self, step: int, first_step: int) -> tuple[list[int], Tensor | None]:
         """R1's samples of this process in this step, counted from its first, and their directions if by finite differences."""
-        if self.config.r1 == "none" or (step - first_step) % self.config.r1_every:
+        if not self._r1_due(step, first_step):
             return [], None
         generator = r1_generator(self.seed, step)
         share = self.batch_size // self.accelerator.num_processes
@@ -310,7 +328,7 @@ class Adversary:
         def s(x: Tensor) -> Tensor:
             return score(forward(self.bare, x, noise, condition))
 
-        with torch.autocast(latent.device.type, enabled=False):
+        with torch.autocast(latent.device.type, enabled=False), no_tf32():
             if direction is not None:
                 return r1_finite_difference(s, latent, direction, self.config.r1_sigma)
             with twice_differentiable_attention():
@@ -340,18 +358,20 @@ class Adversary:
     # --- What is kept and told --------------------------------------------------------------------------------------
 
     def tell(self) -> dict[str, Any]:
-        """D's statistics since they were last told, over all processes."""
+        """D's statistics and the mean of R1 since they were last told, over all processes."""
         sums = self.accelerator.reduce(self.statistics.sums.clone(), "sum")
         self.statistics.sums.zero_()
-        return self.statistics.tell(sums)
+        (r1, count), self._r1_told = self._r1_told, [0.0, 0]
+        return {"discriminator": self.statistics.tell(sums)} | ({"r1": r1 / count} if count else {})
 
     def state(self) -> dict[str, Any]:
         """All that an exact resume needs. To be called by every process: the statistics are of all of them."""
         sums = self.accelerator.reduce(self.statistics.sums.clone(), "sum")
-        return {"model": self.bare.state_dict(), "optimizer": self.optimizer.state_dict(), "statistics": sums}
+        return {"model": self.bare.state_dict(), "optimizer": self.optimizer.state_dict(), "statistics": sums, "r1": self._r1_told}
 
     def load(self, state: dict[str, Any]) -> None:
         self.bare.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._r1_told = state["r1"]
         if self.accelerator.is_main_process:
             self.statistics.sums.copy_(state["statistics"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -61,12 +62,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"))
 
 
-def save_state(state: TrainingState, folder: Path, keep: int, also_keep: int | None = None) -> Path:
-    """Writes a checkpoint atomically, then deletes all but the newest `keep` and the one of step `also_keep`."""
+def save_state(state: TrainingState, folder: Path, keep: int, also_keep: Sequence[int] = ()) -> Path:
+    """Writes a checkpoint atomically, then deletes all but the newest `keep` and those of the steps `also_keep`."""
     path = checkpoint_path(folder, state.step)
     torch_save_atomic(path, {"format": FORMAT, **state.__dict__})
     for old in checkpoints(folder)[:-keep]:
-        if checkpoint_step(old) != also_keep:
+        if checkpoint_step(old) not in also_keep:
             old.unlink(missing_ok=True)
     sweep_temporaries(folder)
     return path

@@ -36,7 +36,7 @@ from diffusion2gan.report import discriminator_picture
 from diffusion2gan.run_log import RunLog, read_scalars, refuse_lost_checkpoint
 from diffusion2gan.schedule import warmup_and_decay
 from diffusion2gan.teachers.attention import plain_attention_on_cpu
-from diffusion2gan.teachers.protocol import Teacher
+from diffusion2gan.teachers.protocol import Teacher, TextCondition
 from diffusion2gan.training.adversarial import AdversarialConfig, Adversary, Guard
 from diffusion2gan.training.batches import OdePairBatch, mixed_fakes, pair_batch
 from diffusion2gan.training.distance import Distance
@@ -120,6 +120,8 @@ class Trainer:
     ):
         self.teacher, self.pairs, self.distance, self.config, self.folder = teacher, pairs, distance, config, folder
         self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.mixed_precision)
+        if getattr(self.accelerator, "is_fsdp2", False):
+            raise UserError("sharded training (FSDP) is asked for and not supported yet; use DDP (`torchrun -m diffusion2gan train`)")
         if len(pairs) <= config.holdout:
             raise UserError(f"training.holdout is {config.holdout} but the store has {len(pairs)} pairs; simulate more, or hold out fewer")
         world = self.accelerator.num_processes
@@ -156,12 +158,15 @@ class Trainer:
         self.step = 0
         self.stopping = False
         self.gradient_scale = math.nan
+        self._validated: tuple[int, dict[str, float]] = (-1, {})
         self.log = RunLog(folder, self.accelerator.is_main_process)
         self._resume()
 
     def _adversary(self, adversarial: AdversarialConfig | None, discriminator: nn.Module | None) -> Adversary | None:
-        if adversarial is None or discriminator is None:
+        if adversarial is None or not adversarial.weight:
             return None
+        if discriminator is None:
+            raise ValueError(f"adversarial.weight is {adversarial.weight} and there is no discriminator")
         config = self.config
         return Adversary(
             discriminator,
@@ -199,20 +204,19 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step)
         adversary = self.adversary if self.in_phase_2 else None
+        conditions = [self.teacher.encode_prompts(m.prompts) for m in micro_batches]
         fakes: list[Tensor | None] = [None] * len(micro_batches)
         if adversary is not None:
-            fakes = self._discriminator_step(adversary, micro_batches)
+            fakes = self._discriminator_step(adversary, micro_batches, conditions)
         told = torch.zeros(3, device=self.device)
         with adversary.frozen() if adversary is not None else nullcontext():
-            for number, (micro_batch, fake) in enumerate(zip(micro_batches, fakes, strict=True)):
+            for number, (micro_batch, condition, fake) in enumerate(zip(micro_batches, conditions, fakes, strict=True)):
                 # Gradients are exchanged once, with the last micro-batch.
                 with self.accelerator.no_sync(self.generator) if number + 1 < len(micro_batches) else nullcontext():
-                    told[:2] += self.generator_step(micro_batch, fake, adversary)
+                    told[:2] += self.generator_step(micro_batch, condition, fake, adversary)
         told[2] = float(stop)
         loss, adversarial_loss, stops = self.accelerator.reduce(told, "mean")
-        if self.guard is not None and self.adversarial is not None and math.isfinite(loss.item()):
-            self._refuse(self.guard.follow_regression(loss.item(), self.adversarial))
-        norm = self._clip(loss + adversarial_loss)
+        norm = self._clip({"regression loss": loss.item(), "adversarial loss": adversarial_loss.item()})
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         # Phase 2 begins from a good average, and an average that forgets quickly would lose it.
@@ -222,19 +226,24 @@ class Trainer:
         scalars = {"loss": loss.item(), "gradient_norm": norm, "learning_rate": self.rate(self.step - 1)}
         return scalars | ({"adversarial_loss": adversarial_loss.item(), **adversary.told} if adversary is not None else {})
 
-    def _discriminator_step(self, adversary: Adversary, micro_batches: list[OdePairBatch]) -> list[Tensor | None]:
+    def _discriminator_step(
+        self, adversary: Adversary, micro_batches: list[OdePairBatch], conditions: list[TextCondition]
+    ) -> list[Tensor | None]:
         """D's update; returns G's latents where they can still be used for G's own."""
         assert self.guard is not None
         # Of several micro-batches, not all can be held with their graph: G's step computes them again.
         whole = len(micro_batches) == 1
         with torch.set_grad_enabled(whole):
-            fakes = [self.generator(p.noise, self.teacher.encode_prompts(p.prompts)) for p in micro_batches]
-        self._refuse(adversary.update(micro_batches, fakes, self.step, self.config.steps, self.guard))
+            fakes = [self.generator(p.noise, c) for p, c in zip(micro_batches, conditions, strict=True)]
+        wrong = adversary.update(micro_batches, conditions, fakes, self.step, self.config.steps, self.guard)
+        if wrong:
+            raise self._stopped(wrong)
         return fakes if whole else [None] * len(fakes)
 
-    def generator_step(self, pairs: OdePairBatch, fake: Tensor | None = None, adversary: Adversary | None = None) -> Tensor:
+    def generator_step(
+        self, pairs: OdePairBatch, condition: TextCondition, fake: Tensor | None = None, adversary: Adversary | None = None
+    ) -> Tensor:
         """Forward and backward of d(G(z, c), x) + lambda_GAN L_GAN; returns this micro-batch's share of both means, (2,)."""
-        condition = self.teacher.encode_prompts(pairs.prompts)
         if fake is None:
             fake = self.generator(pairs.noise, condition)
         with self.accelerator.autocast():
@@ -246,28 +255,34 @@ class Trainer:
         self.accelerator.backward(regression + adversarial)
         return torch.stack([regression, adversarial]).detach()
 
-    def _refuse(self, wrong: str | None) -> None:
-        """Raises UserError for what a guard found."""
-        if wrong is not None:
-            assert self.guard is not None
-            good = checkpoint_path(self.folder / "checkpoints", self.guard.good_step)
-            raise UserError(
-                f"step {self.step}: {wrong}; nothing was updated, the last good average is in {good} (diffusion2gan export --step "
-                f"{self.guard.good_step}); start again in a new --out with lower adversarial.learning_rate, "
-                "adversarial.discriminator_learning_rate or adversarial.weight"
+    def _stopped(self, wrong: str) -> UserError:
+        """What to say when a step may not be taken."""
+        if self.guard is None:
+            last = checkpoints(self.folder / "checkpoints")
+            return UserError(
+                f"step {self.step}: {wrong}; stopped before the update, the last good state is {last[-1] if last else 'the start'}; start again "
+                "in a new --out with a lower training.learning_rate"
             )
+        good = self.guard.good_step
+        return UserError(
+            f"step {self.step}: {wrong}; stopped before the update, the last good average is in {checkpoint_path(self.folder / 'checkpoints', good)} "
+            f"(diffusion2gan export --step {good}); start again in a new --out with lower adversarial.learning_rate, "
+            "adversarial.discriminator_learning_rate or adversarial.weight"
+        )
 
-    def _clip(self, loss: Tensor) -> float:
-        """Cuts the gradient to `gradient_clip` times its running norm. Raises UserError before anything non-finite is applied."""
+    def _clip(self, terms: dict[str, float]) -> float:
+        """Cuts the gradient to `gradient_clip` times its running norm. Raises UserError before anything non-finite is applied, and
+        when phase 2 has gone wrong by its regression loss."""
         parameters = [p for p in self.bare_generator.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         value, scale = norm.item(), self.gradient_scale
-        if not math.isfinite(loss.item()) or not math.isfinite(value):
-            last = checkpoints(self.folder / "checkpoints")
-            raise UserError(
-                f"step {self.step}: the regression loss is {loss.item()} and its gradient norm {value}, expected finite numbers; nothing was updated, "
-                f"the last good state is {last[-1] if last else 'the start'}; start again in a new --out with a lower training.learning_rate"
-            )
+        for name, term in (terms | {"gradient norm": value}).items():
+            if not math.isfinite(term):
+                raise self._stopped(f"the {name} is {term}, expected a finite number")
+        if self.guard is not None and self.adversarial is not None:
+            wrong = self.guard.follow_regression(terms["regression loss"], self.adversarial)
+            if wrong:
+                raise self._stopped(wrong)
         if not math.isnan(scale):
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.gradient_clip * scale, norm)
             value = min(value, self.config.gradient_clip * scale)
@@ -287,7 +302,8 @@ class Trainer:
             return batches
         # Partners come from the whole batch, so that two processes swap as one does.
         uniform = mix_uniforms(self.config.seed, step, len(rows))
-        kind, partner = mix_and_match(uniform, self.adversary.config.mix_shares, rows, [self.pairs.prompt(int(r)) for r in rows])
+        prompts = [self.pairs.prompt(int(r)) for r in rows]
+        kind, partner = mix_and_match(uniform, self.adversary.config.mix_shares, rows, prompts, self.adversary.sees_noise)
         parts = [slice(i, i + self.micro) for i in starts]
         return [replace(b, mixed=mixed_fakes(b, self.pairs, kind[p], rows[partner[p]])) for b, p in zip(batches, parts, strict=True)]
 
@@ -329,7 +345,7 @@ class Trainer:
                 done = self.step in (config.steps, self.total_steps)
                 if self.step % config.log_every == 0 or done:
                     rate = config.batch_size / (time.perf_counter() - started)
-                    of_d = {"discriminator": self.adversary.tell()} if self.adversary is not None and self.in_phase_2 else {}
+                    of_d = self.adversary.tell() if self.adversary is not None and self.in_phase_2 else {}
                     self.log.scalars(self.step, scalars, images_per_second=round(rate, 2), **of_d)
                     bar.set_postfix(loss=f"{scalars['loss']:.4f}", img_s=f"{rate:.0f}")
                 bar.update()
@@ -337,7 +353,7 @@ class Trainer:
                     # Before anything that takes time: who asks for a stop may not wait long.
                     self._save()
                 if self.step % config.validate_every == 0 or done:
-                    self.log.scalars(self.step, self.validate())
+                    self.log.scalars(self.step, self._validation())
                 if self.step % config.sample_every == 0 or done:
                     self._sample()
                 # Last of a step: what is resumed from has all its rows and pictures.
@@ -351,8 +367,8 @@ class Trainer:
         self.bare_generator.load_state_dict(self.ema.state)
         self._raw_optimizer.state.clear()
         self.gradient_scale = math.nan
-        start = self.validate()["validation_loss"]
-        self.guard = Guard(start=start, regression=start, good_step=self.step)
+        start = self._validation()["validation_loss"]
+        self.guard = Guard(start=start, regression=start, good_step=self.step, judged_step=self.step)
         self._save()
 
     def _held_out(self, count: int) -> list[OdePairBatch]:
@@ -390,8 +406,9 @@ class Trainer:
         images = np.concatenate([to_uint8(torch.cat(targets)), to_uint8(torch.cat(fakes))])
         picture = grid(images, columns=len(prompts), captions=prompts + [""] * len(prompts), row_labels=["teacher", "student"])
         self.log.picture(self.step, "held-out", picture)
-        if self.adversary is not None and self.in_phase_2:
-            self.log.picture(self.step, "discriminator", discriminator_picture(read_scalars(self.log.path)))
+        told = [row for row in read_scalars(self.log.path) if "discriminator" in row]
+        if told:
+            self.log.picture(self.step, "discriminator", discriminator_picture(told))
 
     def _environment(self) -> dict[str, str]:
         here = environment(self.config.compile, self.accelerator.num_processes)
@@ -400,8 +417,8 @@ class Trainer:
     def _save(self) -> None:
         guard, adversary = self.guard, self.adversary.state() if self.adversary is not None and self.in_phase_2 else None
         # Who asked for a stop may not wait for a judgement.
-        if guard is not None and not self.stopping and guard.is_good(self.validate()["validation_loss"]):
-            guard.good_step = self.step
+        if not self.stopping:
+            self._judge()
         if self.accelerator.is_main_process:
             state = TrainingState(
                 self.step,
@@ -413,8 +430,21 @@ class Trainer:
                 adversary,
                 None if guard is None else asdict(guard),
             )
-            save_state(state, self.folder / "checkpoints", self.config.keep_checkpoints, None if guard is None else guard.good_step)
+            # Phase 1's end stays too: other runs may start from it.
+            kept = () if guard is None else (guard.good_step, self.config.steps)
+            save_state(state, self.folder / "checkpoints", self.config.keep_checkpoints, kept)
         self.accelerator.wait_for_everyone()
+
+    def _judge(self) -> None:
+        """In phase 2: whether the average of this step is one to go back to. Every process comes to the same answer."""
+        if self.guard is not None and self.guard.judged_step != self.step:
+            self.guard.judge(self.step, self._validation()["validation_loss"])
+
+    def _validation(self) -> dict[str, float]:
+        """`validate` of this step, computed once."""
+        if self._validated[0] != self.step:
+            self._validated = (self.step, self.validate())
+        return self._validated[1]
 
     def _resume(self) -> None:
         found = checkpoints(self.folder / "checkpoints")
@@ -427,6 +457,8 @@ class Trainer:
             self.guard = None if state.guard is None else Guard(**state.guard)
             if self.adversary is not None and state.adversary is not None:
                 self.adversary.load(state.adversary)
+            # Where the run was asked to stop, nobody had the time.
+            self._judge()
         else:
             refuse_lost_checkpoint(self.folder, "checkpoints/step-*.pt", self.config.checkpoint_every)
         self.log.rewind(self.step)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from diffusion2gan.discriminator.convolutional import ConvolutionalDiscriminator
@@ -109,6 +109,20 @@ def test_taps_change_nothing_of_the_network(plan: str) -> None:
     assert torch.equal(before, after)
     assert torch.equal(before, read[0])
     assert taps._read is None
+
+
+def test_taps_of_an_unconditional_network() -> None:
+    """`UNet2DModel` calls its blocks by position."""
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=4,
+    )  # fmt: skip
+    discriminator = MultiScaleDiscriminator(network, lambda x, t, _c, n: n(x, t, return_dict=False)[0], DiscriminatorConfig())
+    maps = discriminator(torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), TextCondition(torch.zeros(2, 0, 0)))
+    assert {k: tuple(m.shape[2:]) for k, m in maps.items()} == {f"{i}.{r}": (s, s) for i, s in ((0, 4), (1, 8)) for r in READOUTS}
+    sum(m.square().sum() for m in maps.values()).backward()
+    assert not [n for n, p in discriminator.named_parameters() if p.grad is None]
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusion2gan.pipeline import Student
 from diffusion2gan.recipe import Recipe, parse_recipe
 from diffusion2gan.run import export_run, generator_weights, simulate_recipe, train_recipe
 from diffusion2gan.training.state import checkpoint_path, checkpoints, load_state
+from diffusion2gan.training.trainer import Trainer
 from tests.conftest import tiny_pipeline
 from tests.helpers import recipe_values
 
@@ -101,18 +103,81 @@ def test_a_run_keeps_its_start_and_its_lengths(
         train_recipe(other, phase_1["store"], tmp_path / "run", progress=False)
 
     again()
-    # The same weights under another name are the same start.
-    again(generator={"start": str(phase_1["student"])})
-    with pytest.raises(UserError, match="begun with start_weights"):
-        again(generator={})
+    for other in ({"start": str(phase_1["student"])}, {}):
+        with pytest.raises(UserError, match="generator.start is .* there and"):
+            again(generator=other)
     with pytest.raises(UserError, match=r"training.steps is 2 there and 3 now, but at step 6 phase 2 has begun"):
         again(training__steps=3)
     with pytest.raises(UserError, match=r"adversarial.steps is 4 there and 9 now, but at step 6 the learning rate is already falling"):
         again(adversarial=changes["adversarial"] | {"steps": 9})  # type: ignore[operator]
     with pytest.raises(UserError, match=r"adversarial.weight is 0.5 there and 0.25 now"):
         again(adversarial=changes["adversarial"] | {"weight": 0.25})  # type: ignore[operator]
-    with pytest.raises(UserError, match=r"discriminator.noise is True there and False now"):
-        again(discriminator={"noise": False})
+    with pytest.raises(UserError, match=r"discriminator.multi_scale is True there and False now"):
+        again(discriminator={"multi_scale": False})
+
+
+def test_lengths_that_no_longer_fit_are_refused(
+    phase_1: dict[str, Path], tmp_path: Path, tiny_teacher_folder: Path, prompts_file: Path
+) -> None:
+    def train(out: str, steps: int, after: int, stop: int | None = None) -> Trainer:
+        recipe = _recipe(
+            tiny_teacher_folder, prompts_file, training__steps=steps, adversarial=PHASE_2 | {"steps": after}, training__checkpoint_every=1
+        )
+        count = iter(range(100))
+        deadline = None if stop is None else (lambda: next(count) + 1 >= stop)
+        return train_recipe(recipe, phase_1["store"], tmp_path / out, progress=False, deadline=deadline)
+
+    train("a", 8, 2, stop=4)
+    with pytest.raises(UserError, match="training.steps is 8 there and 3 now, but at step 4 more is done already"):
+        train("a", 3, 2)
+    assert train("a", 5, 2).step == 7
+    train("b", 3, 2, stop=3)
+    with pytest.raises(UserError, match="training.steps is 3 there and 6 now, but at step 3 phase 2 has begun"):
+        train("b", 6, 2)
+    train("c", 0, 4, stop=2)
+    with pytest.raises(UserError, match="training.steps is 0 there and 5 now, but at step 2 phase 2 has begun"):
+        train("c", 5, 4)
+    with pytest.raises(UserError, match="adversarial.steps is 4 there and 1 now, but at step 2 more is done already"):
+        train("c", 0, 1)
+    assert train("c", 0, 3).step == 3
+
+
+def test_a_start_is_the_end_of_phase_1(phase_1: dict[str, Path], tmp_path: Path, tiny_teacher_folder: Path, prompts_file: Path) -> None:
+    """Also of a run that has gone on to phase 2: every row of Table 2 starts from the same student."""
+    whole = _recipe(tiny_teacher_folder, prompts_file, training__steps=6, adversarial=PHASE_2, training__keep_checkpoints=1)
+    train_recipe(whole, phase_1["store"], tmp_path / "whole", progress=False)
+    weights = generator_weights(tmp_path / "whole", whole)
+    expected = load_state(checkpoints(phase_1["run"] / "checkpoints")[-1]).ema
+    assert all(torch.equal(v, weights[k]) for k, v in expected.items())
+    checkpoint_path(tmp_path / "whole" / "checkpoints", 6).unlink()
+    with pytest.raises(UserError, match=r"no checkpoint of the end of its phase 1 \(step-00000006.pt\)"):
+        generator_weights(tmp_path / "whole", whole)
+
+
+def test_a_run_goes_on_without_its_start(phase_1: dict[str, Path], tmp_path: Path, tiny_teacher_folder: Path, prompts_file: Path) -> None:
+    shutil.copytree(phase_1["run"], tmp_path / "start")
+    recipe = _phase_2(phase_1, tmp_path / "start", tiny_teacher_folder, prompts_file)
+    train_recipe(recipe, phase_1["store"], tmp_path / "run", progress=False)
+    begun = json.loads((tmp_path / "run" / "inputs.json").read_text())
+    assert begun["start_weights"]
+    shutil.rmtree(tmp_path / "start")
+    longer = _phase_2(phase_1, tmp_path / "start", tiny_teacher_folder, prompts_file, adversarial=PHASE_2 | {"steps": 5})
+    assert train_recipe(longer, phase_1["store"], tmp_path / "run", progress=False).step == 5
+    assert json.loads((tmp_path / "run" / "inputs.json").read_text()) == begun
+
+
+def test_what_was_refused_can_be_mended_in_the_same_folder(
+    phase_1: dict[str, Path], tmp_path: Path, tiny_teacher_folder: Path, prompts_file: Path
+) -> None:
+    def train(**changes: Any) -> Trainer:
+        recipe = _phase_2(phase_1, phase_1["run"], tiny_teacher_folder, prompts_file, **changes)
+        return train_recipe(recipe, phase_1["store"], tmp_path / "run", progress=False)
+
+    with pytest.raises(UserError, match="discriminator.timestep is 1000"):
+        train(discriminator={"timestep": 1000})
+    with pytest.raises(UserError, match="first_pairs is 999, expected at most"):
+        train(training__steps=0, training__first_pairs=999)
+    assert train().step == 4
 
 
 def test_export_of_an_earlier_step(phase_1: dict[str, Path], tmp_path: Path) -> None:
