@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes of the test suite; each computes with one thread.
+JOBS ?= 2
 # glibc gives large buffers back to the kernel at every step; keeping them makes CPU training up to twice as fast.
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
@@ -12,7 +14,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m diffusion2gan demo --out runs/demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
