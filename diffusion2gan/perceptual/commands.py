@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +207,8 @@ def reconstruct_command(
     pixel_source = str(embedded_folder("pixel_vgg")) if pixel_metric is None and embedded else pixel_metric
     pixel = None if pixel_source is None else LatentLPIPS.from_pretrained(pixel_source).to(device)
     _check_channels(encoder, latent, vae)
+    if pixel is None:
+        warnings.warn("no --pixel-metric: the row of LPIPS through the decoder is left out", stacklevel=2)
     if images:
         pictures = [read_picture(path) for path in images]
         if len({p.shape for p in pictures}) > 1:

@@ -107,9 +107,13 @@ def train_classifier(
         right = {f"train_top1_{k}": (v.argmax(1) == labels[k]).float().mean() for k, v in logits.items()}
         return classification_loss(logits, labels), right
 
+    latest: dict[str, float] = {}
+
     def validate(state: dict[str, Tensor]) -> dict[str, float]:
         average.load_state_dict(state)
-        return accuracies(average, validation())
+        latest.update(accuracies(average, validation()))
+        return dict(latest)
 
     average.load_state_dict(fit(model, loss_of_step, config, folder, validate, validate_every))
-    return average.vgg.freeze(), accuracies(average, validation())
+    # `fit` ends with a validation, unless there was nothing left to train.
+    return average.vgg.freeze(), latest or accuracies(average, validation())
