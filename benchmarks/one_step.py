@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from measure import device_name
-from sd15 import random_sd15
+from random_teachers import random_sd15, random_sdxl
 
 from diffusion2gan.device import compile_for_one_shape, default_device
 from diffusion2gan.embedded.weights import embedded_folder
@@ -39,7 +39,7 @@ def timed(act: Callable[[], torch.Tensor]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=("embedded", "sd15"), default="embedded")
+    parser.add_argument("--network", choices=("embedded", "sd15", "sdxl"), default="embedded")
     parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
@@ -47,8 +47,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     a = parser.parse_args()
     device, dtype = default_device(), getattr(torch, a.precision)
-    if a.network == "sd15":
-        teacher = random_sd15(device)
+    if a.network != "embedded":
+        teacher = {"sd15": random_sd15, "sdxl": random_sdxl}[a.network](device)
     else:
         teacher = StableDiffusionTeacher.from_pretrained(TeacherConfig(), embedded_folder("teacher"), device)
     for module in (teacher.text_encoder, teacher.vae):

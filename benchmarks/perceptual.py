@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from measure import device_name, extra_memory, synchronise
-from sd15 import random_unet, random_vae
+from random_teachers import random_unet, random_vae
 from torch import Tensor
 
 from diffusion2gan import losses

@@ -3,8 +3,8 @@
     python benchmarks/training_step.py --out benchmarks/results/training_step_cpu.json
     python benchmarks/training_step.py --network sd15 --batch 8 --precision bf16 --out ...      # on a GPU
 
-The trainer itself is measured, on pairs of a one-step solve; Stable Diffusion 1.5 has random weights: time and memory do not
-depend on them. Kinds of steps take turns, so that a drifting machine cancels out; times are medians of all but the first.
+The trainer itself is measured, on pairs of a one-step solve; Stable Diffusion 1.5 and SDXL have random weights: time and memory
+do not depend on them. Kinds of steps take turns, so that a drifting machine cancels out; times are medians of all but the first.
 `memory`: what a step allocates beyond what was there; `resident`: weights, averages and optimiser states (GPU only). A step that
 does not fit is recorded with its error.
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from measure import device_name, extra_memory, synchronise
-from sd15 import random_sd15
+from random_teachers import random_sd15, random_sdxl
 
 from diffusion2gan.device import default_device
 from diffusion2gan.discriminator.build import build_discriminator
@@ -48,7 +48,7 @@ def load(network: str, device: str, folder: Path) -> tuple[Teacher, LossConfig]:
     if network == "embedded":
         return StableDiffusionTeacher.from_pretrained(TeacherConfig(), embedded_folder("teacher"), device), LossConfig()
     LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=4))).save_pretrained(folder / "vgg")
-    return random_sd15(device), LossConfig(perceptual=str(folder / "vgg"))
+    return {"sd15": random_sd15, "sdxl": random_sdxl}[network](device), LossConfig(perceptual=str(folder / "vgg"))
 
 
 def new_trainer(teacher: Teacher, loss: LossConfig, store: Path, folder: Path, a: argparse.Namespace, checkpointing: bool) -> Trainer:
@@ -86,7 +86,7 @@ def measure(trainer: Trainer, repeats: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=("embedded", "sd15"), default="embedded")
+    parser.add_argument("--network", choices=("embedded", "sd15", "sdxl"), default="embedded")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--compile", action="store_true")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from diffusion2gan.errors import UserError
@@ -24,8 +24,9 @@ from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import to_uint8
 from diffusion2gan.pairs.dataset import canonical_json
 from diffusion2gan.pairs.seeds import draw_noise
+from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.teachers.protocol import TeacherConfig
-from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher, no_progress_bars
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher, family_of, no_progress_bars
 
 STUDENT_FILE = "diffusion2gan.json"
 FORMAT = "diffusion2gan-student-1"
@@ -43,7 +44,7 @@ def student_scheduler(teacher_config: dict[str, Any]) -> DDIMScheduler:
 
 
 def export_student(
-    pipeline: StableDiffusionPipeline,
+    pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline,
     generator_weights: dict[str, Tensor],
     timestep: int,
     folder: Path,
@@ -69,18 +70,20 @@ def export_student(
     with atomic_folder(folder) as target:
         _save(pipeline, target, dtype)
         write_bytes_atomic(target / STUDENT_FILE, canonical_json({"format": FORMAT, "timestep": timestep} | facts))
-        write_bytes_atomic(target / "README.md", _card(facts, dtype).encode())
+        write_bytes_atomic(target / "README.md", _card(facts, dtype, type(pipeline).__name__).encode())
 
 
-def _save(pipeline: StableDiffusionPipeline, folder: Path, dtype: torch.dtype) -> None:
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+def _save(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline, folder: Path, dtype: torch.dtype) -> None:
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)):
+        if part is None:
+            continue
         # Module.to: the pipeline's own `to` warns of layers that these models do not have.
         torch.nn.Module.to(part, dtype)
     with no_progress_bars():
         pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def _card(facts: dict[str, Any], dtype: torch.dtype) -> str:
+def _card(facts: dict[str, Any], dtype: torch.dtype, pipeline: str) -> str:
     lines = "\n".join(f"- {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items())
     return f"""---
 library_name: diffusers
@@ -91,8 +94,8 @@ pipeline_tag: text-to-image
 Distilled with diffusion2gan. It draws in one network evaluation what its teacher draws in many, from the same noise.
 
 ```python
-from diffusers import StableDiffusionPipeline
-pipeline = StableDiffusionPipeline.from_pretrained("this folder")
+from diffusers import {pipeline}
+pipeline = {pipeline}.from_pretrained("this folder")
 image = pipeline("red heart", num_inference_steps=1, guidance_scale=1).images[0]
 ```
 
@@ -122,8 +125,10 @@ class Student:
         facts = json.loads(path.read_text())
         if facts.get("format") != FORMAT:
             raise UserError(f"{path}: format {facts.get('format')!r}, expected {FORMAT!r}; export the student again with this version")
-        config = TeacherConfig.model_validate({"source": str(folder), "dtype": dtype})
-        teacher = StableDiffusionTeacher.from_pretrained(config, folder, device)
+        config = TeacherConfig.model_validate(
+            {"family": family_of(Path(folder)) or "stable_diffusion", "source": str(folder), "dtype": dtype}
+        )
+        teacher = load_teacher(config, device)
         # The folder's network is the student's own; "teacher" here lends it text encoder, decoder and schedule.
         generator = OneStepGenerator.around(teacher.network, teacher, facts["timestep"])
         return cls(teacher, generator.to(memory_format=torch.channels_last), facts)

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusion2gan.perceptual import LatentLPIPS, LatentVGG
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
@@ -29,33 +29,61 @@ torch.set_num_threads(1)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
+def _tiny_tokenizer() -> CLIPTokenizer:
+    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1} | {c: 2 + i for i, c in enumerate(LETTERS)}
+    vocabulary |= {c + "</w>": 28 + i for i, c in enumerate(LETTERS)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=8)
+
+
+def _tiny_text_config(layers: int = 1, projection: int = 16) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=54, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2,
+        max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1, projection_dim=projection,
+    )  # fmt: skip
+
+
+def _tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8),
+        layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16, mid_block_add_attention=False, scaling_factor=0.7,
+    )  # fmt: skip
+
+
+def _tiny_scheduler(prediction_type: str) -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, prediction_type=prediction_type,
+    )  # fmt: skip
+
+
+def tiny_sdxl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
+    """A whole `StableDiffusionXLPipeline`: two text encoders, three resolutions, 8 x 8 x 4 latents."""
+    torch.manual_seed(seed)
+    text, text_2 = CLIPTextModel(_tiny_text_config(2)), CLIPTextModelWithProjection(_tiny_text_config(3, projection=12))
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 1, 2),
+        cross_attention_dim=32, attention_head_dim=(2, 4, 4), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 12,
+    )  # fmt: skip
+    return StableDiffusionXLPipeline(
+        vae=_tiny_vae(), text_encoder=text, text_encoder_2=text_2, tokenizer=_tiny_tokenizer(), tokenizer_2=_tiny_tokenizer(), unet=unet,
+        scheduler=_tiny_scheduler("epsilon"), add_watermarker=False,
+    )  # fmt: skip
+
+
 def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionPipeline:
     """A whole `StableDiffusionPipeline` of 60 thousand parameters: 8 x 8 x 4 latents, 16 x 16 pixels."""
     torch.manual_seed(seed)
-    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1} | {c: 2 + i for i, c in enumerate(LETTERS)}
-    vocabulary |= {c + "</w>": 28 + i for i, c in enumerate(LETTERS)}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=8)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1, projection_dim=16,
-        )
-    )  # fmt: skip
+    tokenizer, text_encoder = _tiny_tokenizer(), CLIPTextModel(_tiny_text_config())
     unet = UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=16, attention_head_dim=2,
     )  # fmt: skip
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8),
-        layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16, mid_block_add_attention=False, scaling_factor=0.7,
-    )  # fmt: skip
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1, prediction_type=prediction_type,
-    )  # fmt: skip
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        vae=_tiny_vae(), text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=_tiny_scheduler(prediction_type),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 

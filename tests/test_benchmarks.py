@@ -62,6 +62,13 @@ def test_ratios_of_the_perceptual_benchmark(tmp_path: Path, monkeypatch: pytest.
         assert ratios[name]["U-Net step, time"] is None
 
 
+def test_random_teachers_are_the_published_ones() -> None:
+    """Parameters of SD 1.5's and SDXL's U-Nets; nothing is allocated on the meta device."""
+    script = _script("random_teachers")
+    for name, millions in (("random_unet", 859.5), ("random_sdxl_unet", 2567.5)):
+        assert sum(p.numel() for p in script[name]("meta").parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
 def test_differences_of_seeds() -> None:
     script = _script("ablation")
     rng = np.random.default_rng(0)

@@ -7,8 +7,11 @@ from pathlib import Path
 import torch
 
 from diffusion2gan.embedded.weights import embedded_folder
-from diffusion2gan.teachers.protocol import Teacher, TeacherConfig
+from diffusion2gan.teachers.protocol import TeacherConfig
+from diffusion2gan.teachers.sdxl import SDXLTeacher
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+
+FAMILIES: dict[str, type[StableDiffusionTeacher]] = {kind.family: kind for kind in (StableDiffusionTeacher, SDXLTeacher)}
 
 
 def teacher_folder(config: TeacherConfig) -> str | Path:
@@ -16,6 +19,6 @@ def teacher_folder(config: TeacherConfig) -> str | Path:
     return embedded_folder("teacher") if config.source == "embedded" else config.source
 
 
-def load_teacher(config: TeacherConfig, device: str | torch.device = "cpu") -> Teacher:
+def load_teacher(config: TeacherConfig, device: str | torch.device = "cpu") -> StableDiffusionTeacher:
     """Loads the teacher that a recipe names. Raises UserError when it cannot be found or is of another kind."""
-    return StableDiffusionTeacher.from_pretrained(config, teacher_folder(config), device)
+    return FAMILIES[config.family].from_pretrained(config, teacher_folder(config), device)

@@ -129,7 +129,7 @@ class OdeSolver:
         negative_prompt: str = "",
     ):
         self.teacher, self.config, self.batch_size, self.compiled = teacher, config, batch_size, compiled
-        self.negative = teacher.encode_prompts([negative_prompt])
+        self.negative = teacher.encode_negative(negative_prompt)
         teacher.network.to(memory_format=torch.channels_last)
         self.network: nn.Module | None = None
         dtype = teacher.dtype if precision is None else getattr(torch, precision)

@@ -20,7 +20,7 @@ PredictionType = Literal["epsilon", "v_prediction"]
 class TeacherConfig(Section):
     """Which pretrained model is the teacher."""
 
-    family: Literal["stable_diffusion"] = "stable_diffusion"
+    family: Literal["stable_diffusion", "sdxl"] = "stable_diffusion"
     source: str = "embedded"
     """`embedded`, a diffusers folder, or a hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`."""
     revision: str | None = None
@@ -85,6 +85,10 @@ class Teacher(Protocol):
 
     def encode_prompts(self, prompts: Sequence[str]) -> TextCondition:
         """Prompts -> c."""
+        ...
+
+    def encode_negative(self, prompt: str = "") -> TextCondition:
+        """The condition of the unconditional branch of guidance, one row."""
         ...
 
     def evaluate(self, latent: Tensor, timestep: Tensor, condition: TextCondition, network: nn.Module | None = None) -> Tensor:

@@ -51,6 +51,9 @@ def text_free_prefix(network: Any) -> list[nn.Module]:
     if blocks is None or not hasattr(network, "conv_in"):
         return []
     prefix = [network.conv_in]
+    if getattr(network.config, "addition_embed_type", None) is not None:
+        # SDXL's time embedding holds pooled text: everything after the first convolution has read it.
+        return prefix
     for block in blocks:
         if getattr(block, "attentions", None):
             # `resnets[0]` runs before `attentions[0]`.

@@ -12,13 +12,16 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.teachers.protocol import PredictionType, TeacherConfig, TextCondition
+
+# What a family's folders are opened with, by `teacher.family`.
+PIPELINES: dict[str, Any] = {"stable_diffusion": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
 
 def weights_digest(*modules: nn.Module) -> str:
@@ -33,9 +36,9 @@ def weights_digest(*modules: nn.Module) -> str:
 
 
 def _files_digest(folder: Path, variant: str | None) -> str:
-    """sha256 over the weight files of network and text encoder: of what is stored, whatever precision it is loaded in."""
+    """sha256 over the weight files of network and text encoders: of what is stored, whatever precision it is loaded in."""
     digest = hashlib.sha256()
-    for part in ("unet", "text_encoder"):
+    for part in ("unet", "text_encoder", "text_encoder_2"):
         files = sorted((folder / part).glob("*.safetensors"))
         of_variant = [p for p in files if (f".{variant}" in p.name if variant else p.name.count(".") == 1)]
         for path in of_variant or files:
@@ -48,7 +51,15 @@ def _local_folder(config: TeacherConfig, folder: str | Path) -> Path:
     """The folder itself, or for a hub id the one in the hub's cache."""
     if Path(folder).is_dir():
         return Path(folder)
-    return Path(StableDiffusionPipeline.download(str(folder), revision=config.revision, variant=config.variant, use_safetensors=True))
+    pipeline = PIPELINES[config.family]
+    return Path(pipeline.download(str(folder), revision=config.revision, variant=config.variant, use_safetensors=True))
+
+
+def family_of(folder: Path) -> str | None:
+    """The family of a diffusers folder by its model_index.json; None for another kind of folder."""
+    path = folder / "model_index.json"
+    name = json.loads(path.read_text()).get("_class_name") if path.is_file() else None
+    return next((family for family, kind in PIPELINES.items() if kind.__name__ == name), None)
 
 
 def stored_weights(config: TeacherConfig, folder: str | Path) -> str:
@@ -71,19 +82,20 @@ def no_progress_bars() -> Iterator[None]:
                 logger.enable_progress_bar()
 
 
-def load_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """A stock pipeline from a folder or hub id, safetensors only, without safety checker. Raises UserError when it isn't one."""
+def load_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dtype) -> Any:
+    """A stock pipeline of `config.family` from a folder or hub id, safetensors only, without safety checker.
+
+    Raises UserError when it isn't one, or of another family.
+    """
+    unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
+        local = _local_folder(config, folder)
+        found = family_of(local)
+        if found not in (None, config.family):
+            raise UserError(f"teacher.family is {config.family}, but {folder} is of family {found}; set teacher.family={found}")
         with no_progress_bars():
-            return StableDiffusionPipeline.from_pretrained(
-                folder,
-                revision=config.revision,
-                variant=config.variant,
-                dtype=dtype,
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
-                use_safetensors=True,
+            return PIPELINES[config.family].from_pretrained(
+                local, variant=config.variant, dtype=dtype, use_safetensors=True, **(unused if config.family == "stable_diffusion" else {})
             )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -94,6 +106,8 @@ def load_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dtype)
 
 class StableDiffusionTeacher:
     """Implements `Teacher` for `StableDiffusionPipeline` folders; epsilon- and v-prediction."""
+
+    family = "stable_diffusion"
 
     def __init__(
         self,
@@ -149,7 +163,7 @@ class StableDiffusionTeacher:
             [sorted(self.tokenizer.get_vocab().items()), self.tokenizer("a red heart, number 7", truncation=True).input_ids]
         )
         return {
-            "family": "stable_diffusion",
+            "family": self.family,
             "source": self.source,
             "weights": self._weights or weights_digest(self.network, self.text_encoder),
             "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
@@ -168,9 +182,17 @@ class StableDiffusionTeacher:
         ).input_ids
         return TextCondition(self.text_encoder(ids.to(self.device))[0].to(self.dtype))
 
+    def encode_negative(self, prompt: str = "") -> TextCondition:
+        """The unconditional branch's condition, one row."""
+        return self.encode_prompts([prompt])
+
     def evaluate(self, latent: Tensor, timestep: Tensor, condition: TextCondition, network: nn.Module | None = None) -> Tensor:
         return (self.network if network is None else network)(
-            latent, timestep, encoder_hidden_states=condition.embeddings, return_dict=False
+            latent,
+            timestep,
+            encoder_hidden_states=condition.embeddings,
+            added_cond_kwargs=dict(condition.added) if condition.added else None,
+            return_dict=False,
         )[0]
 
     def decode(self, latent: Tensor) -> Tensor:

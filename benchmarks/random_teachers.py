@@ -1,0 +1,78 @@
+"""Stable Diffusion 1.5 and SDXL from their published configurations, with random weights: time and memory do not depend on them."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from diffusion2gan.embedded.weights import embedded_folder
+from diffusion2gan.teachers.sdxl import SDXLTeacher
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+
+
+def random_unet(device: torch.device | str) -> UNet2DConditionModel:
+    """SD 1.5's, 860 M parameters."""
+    with torch.device(device):
+        return UNet2DConditionModel(
+            sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
+            cross_attention_dim=768, attention_head_dim=8,
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        )  # fmt: skip
+
+
+def random_sdxl_unet(device: torch.device | str) -> UNet2DConditionModel:
+    """SDXL's, 2,567 M parameters."""
+    with torch.device(device):
+        return UNet2DConditionModel(
+            sample_size=128, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280), layers_per_block=2,
+            cross_attention_dim=2048, attention_head_dim=(5, 10, 20), transformer_layers_per_block=(1, 2, 10), use_linear_projection=True,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+        )  # fmt: skip
+
+
+def random_vae(device: torch.device | str, latent_channels: int = 4, scaling_factor: float = 0.18215) -> AutoencoderKL:
+    """4 channels: SD 1.5's and SDXL's; with 16 it has the size of Stable Diffusion 3's."""
+    with torch.device(device):
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=latent_channels,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=scaling_factor,
+        )  # fmt: skip
+
+
+def _text_config(hidden: int, layers: int, heads: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=heads, projection_dim=hidden,
+        bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+
+
+def _tokenizer() -> CLIPTokenizer:
+    """The embedded one stands in for CLIP's."""
+    tokenizer = StableDiffusionPipeline.from_pretrained(embedded_folder("teacher"), safety_checker=None).tokenizer
+    tokenizer.model_max_length = 77
+    return tokenizer
+
+
+def _schedule() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
+
+
+def random_sd15(device: str) -> StableDiffusionTeacher:
+    with torch.device(device):
+        text = CLIPTextModel(_text_config(768, 12, 12))
+    return StableDiffusionTeacher(random_unet(device), random_vae(device), text, _tokenizer(), dict(_schedule().config))
+
+
+def random_sdxl(device: str) -> SDXLTeacher:
+    with torch.device(device):
+        text, text_2 = CLIPTextModel(_text_config(768, 12, 12)), CLIPTextModelWithProjection(_text_config(1280, 32, 20))
+    pipeline = StableDiffusionXLPipeline(
+        vae=random_vae(device, scaling_factor=0.13025), text_encoder=text, text_encoder_2=text_2, tokenizer=_tokenizer(),
+        tokenizer_2=_tokenizer(), unet=random_sdxl_unet(device), scheduler=_schedule(), add_watermarker=False,
+    )  # fmt: skip
+    return SDXLTeacher.from_pipeline(pipeline)
