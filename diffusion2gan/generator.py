@@ -73,6 +73,14 @@ def _last_layers_in_float32(network: nn.Module) -> None:
         network.conv_out = replacement
 
 
+def trainable_copy(teacher: Teacher) -> Any:
+    """The teacher's network to be trained: in float32 or better, for steps of 1e-5 and an average's 1e-3 would round away in half
+    precision."""
+    network = copy.deepcopy(teacher.network).requires_grad_(True).train()
+    # torch's own `to`: diffusers' warns of modules to be kept in float32 and names none.
+    return nn.Module.to(network, torch.promote_types(teacher.dtype, torch.float32))
+
+
 class OneStepGenerator(nn.Module):
     """G(z, c) -> x in one network evaluation. Untrained, it is the teacher's own one-step estimate.
 
@@ -95,10 +103,7 @@ class OneStepGenerator(nn.Module):
     def from_teacher(cls, teacher: Teacher, config: GeneratorConfig | None = None) -> OneStepGenerator:
         """A student that starts as a copy of the teacher's network, trainable."""
         config = config or GeneratorConfig()
-        network = copy.deepcopy(teacher.network).requires_grad_(True).train()
-        if teacher.dtype in (torch.float16, torch.bfloat16):
-            # Trained weights are float32: steps of 1e-5 and an average's 1e-3 would round away in half precision.
-            network = network.float()
+        network = trainable_copy(teacher)
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         return cls.around(network, teacher, config.timestep)

@@ -43,8 +43,9 @@ Maps = Mapping[str, Tensor]
 """Logits (B, 1, h, w) by the name of their map."""
 
 
-def _mean_over_maps(losses: Iterable[Tensor]) -> Tensor:
-    return torch.stack([loss.flatten(1).mean(1) for loss in losses]).mean(0)
+def mean_over_maps(maps: Iterable[Tensor]) -> Tensor:
+    """The mean over maps of the mean over locations: (B, 1, h, w) each -> (B,)."""
+    return torch.stack([m.flatten(1).mean(1) for m in maps]).mean(0)
 
 
 def discriminator_loss(real: Maps, fake: Maps, kind: str = "logistic") -> Tensor:
@@ -55,11 +56,11 @@ def discriminator_loss(real: Maps, fake: Maps, kind: str = "logistic") -> Tensor
     """
     pairs = [(r, fake[name]) for name, r in real.items()]
     if kind == "logistic":
-        return _mean_over_maps(F.softplus(-r) + F.softplus(f) for r, f in pairs)
+        return mean_over_maps(F.softplus(-r) + F.softplus(f) for r, f in pairs)
     if kind == "hinge":
-        return _mean_over_maps(F.relu(1 - r) + F.relu(1 + f) for r, f in pairs)
+        return mean_over_maps(F.relu(1 - r) + F.relu(1 + f) for r, f in pairs)
     if kind == "relativistic":
-        return _mean_over_maps(F.softplus(f - r) for r, f in pairs)
+        return mean_over_maps(F.softplus(f - r) for r, f in pairs)
     raise ValueError(f"adversarial loss {kind!r}, expected logistic, hinge or relativistic")
 
 
@@ -69,11 +70,11 @@ def generator_loss(fake: Maps, kind: str = "logistic", real: Maps | None = None)
     logistic: -log D(G), non-saturating. hinge: -f. relativistic: -log sigmoid(f - r), which needs `real`, the maps of the same rows.
     """
     if kind == "logistic":
-        return _mean_over_maps(F.softplus(-f) for f in fake.values())
+        return mean_over_maps(F.softplus(-f) for f in fake.values())
     if kind == "hinge":
-        return _mean_over_maps(-f for f in fake.values())
+        return mean_over_maps(-f for f in fake.values())
     if kind == "relativistic":
         if real is None:
             raise ValueError("the relativistic loss compares with real samples, expected their maps")
-        return _mean_over_maps(F.softplus(real[name] - f) for name, f in fake.items())
+        return mean_over_maps(F.softplus(real[name] - f) for name, f in fake.items())
     raise ValueError(f"adversarial loss {kind!r}, expected logistic, hinge or relativistic")

@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from diffusion2gan.pairs.simulate import PairsConfig, simulate
 from diffusion2gan.perceptual import LatentLPIPS, LatentVGG
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.pipeline import export_student
@@ -56,19 +58,23 @@ def _tiny_scheduler(prediction_type: str) -> DDIMScheduler:
     )  # fmt: skip
 
 
+def tiny_sdxl_unet() -> UNet2DConditionModel:
+    """SDXL's plan: three resolutions, deeper attention below, pooled text and time ids."""
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16, 32), layers_per_block=2, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 3),
+        cross_attention_dim=32, attention_head_dim=(2, 4, 8), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 12,
+    )  # fmt: skip
+
+
 def tiny_sdxl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
     """A whole `StableDiffusionXLPipeline`: two text encoders, three resolutions, 8 x 8 x 4 latents."""
     torch.manual_seed(seed)
     text, text_2 = CLIPTextModel(_tiny_text_config(2)), CLIPTextModelWithProjection(_tiny_text_config(3, projection=12))
-    unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 1, 2),
-        cross_attention_dim=32, attention_head_dim=(2, 4, 4), use_linear_projection=True, addition_embed_type="text_time",
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 12,
-    )  # fmt: skip
     return StableDiffusionXLPipeline(
-        vae=_tiny_vae(), text_encoder=text, text_encoder_2=text_2, tokenizer=_tiny_tokenizer(), tokenizer_2=_tiny_tokenizer(), unet=unet,
+        vae=_tiny_vae(), text_encoder=text, text_encoder_2=text_2, tokenizer=_tiny_tokenizer(), tokenizer_2=_tiny_tokenizer(), unet=tiny_sdxl_unet(),
         scheduler=_tiny_scheduler("epsilon"), add_watermarker=False,
     )  # fmt: skip
 
@@ -93,6 +99,13 @@ def _fresh_accelerator() -> Iterator[None]:
     """accelerate keeps its precision for the life of a process; a test must not inherit another's."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def tiny_store(folder: Path, prompts: Path, **changes: Any) -> Path:
+    """A finished store of 24 pairs of the tiny teacher, in shards of 8."""
+    config = {"count": 24, "prompts": {"source": str(prompts)}, "ode": {"steps": 4, "guidance": 2.0}, "batch_size": 8, "shard_size": 8}
+    simulate(StableDiffusionTeacher.from_pipeline(tiny_pipeline()), PairsConfig.model_validate(config | changes), folder, progress=False)
+    return folder
 
 
 @pytest.fixture

@@ -113,6 +113,16 @@ def test_store_noise_killed_at(point: str, number: int, tmp_path: Path, world: d
     assert tree_digest(tmp_path / "killed") == tree_digest(tmp_path / "unbroken")
 
 
+def _kill_a_training_at(point: str, number: int, run: Path, unbroken: dict[str, Path]) -> None:
+    """Killed there and repeated, a training of `unbroken`'s recipe ends as its own run did."""
+    command = ("train", unbroken["recipe"], "--pairs", unbroken["store"], "--out", run)
+    _kill_at(point, number, *command)
+    again = run_command(*command)
+    assert again.returncode == 0, again.stderr
+    _assert_same_run(run, unbroken["run"])
+    assert not list(run.rglob("*.tmp"))
+
+
 # Renames of a training: recipe (1), inputs.json (2), picture (3), checkpoint of step 3 (4), picture (5), checkpoints of steps 6
 # and 9 (6, 7), picture (8), checkpoint of step 12 (9).
 @pytest.mark.parametrize(
@@ -121,22 +131,13 @@ def test_store_noise_killed_at(point: str, number: int, tmp_path: Path, world: d
     + [(p, n) for p in ("before-rename", "after-rename") for n in (1, 2, 3, 4, 6, 9)],
 )
 def test_train_killed_at(point: str, number: int, tmp_path: Path, world: dict[str, Path]) -> None:
-    command = ("train", world["recipe"], "--pairs", world["store"], "--out", tmp_path / "run")
-    _kill_at(point, number, *command)
-    again = run_command(*command)
-    assert again.returncode == 0, again.stderr
-    _assert_same_run(tmp_path / "run", world["run"])
-    assert not list((tmp_path / "run").rglob("*.tmp"))
+    _kill_a_training_at(point, number, tmp_path / "run", world)
 
 
 # Steps 3 and 7 lie in either phase; phase 2 begins with a checkpoint of its own.
 @pytest.mark.parametrize(("point", "number"), [("step", 3), ("step", 7), ("before-rename", 6), ("after-rename", 6), ("mid-write", 4)])
 def test_train_with_a_discriminator_killed_at(point: str, number: int, tmp_path: Path, gan: dict[str, Path]) -> None:
-    command = ("train", gan["recipe"], "--pairs", gan["store"], "--out", tmp_path / "run")
-    _kill_at(point, number, *command)
-    again = run_command(*command)
-    assert again.returncode == 0, again.stderr
-    _assert_same_run(tmp_path / "run", gan["run"])
+    _kill_a_training_at(point, number, tmp_path / "run", gan)
 
 
 def _kill_five_times(command: tuple[object, ...], finished_parts: Callable[[], int]) -> None:
@@ -171,14 +172,19 @@ def test_train_killed_at_random_times(tmp_path: Path, world: dict[str, Path]) ->
     _assert_same_run(run, world["run"])
 
 
-def test_two_torchrun_workers_make_the_same_store(tmp_path: Path, world: dict[str, Path]) -> None:
+def _in_two_processes(*arguments: object) -> None:
+    """Runs the command line under torchrun, over gloo."""
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "diffusion2gan"]
-    # Enough work that neither worker is done before the other has begun.
-    settings = ("--set", "pairs.count=64", "--set", "pairs.ode.steps=60")
-    command = [*program, "simulate", str(world["recipe"]), "--out", str(tmp_path / "two"), *settings]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_two_torchrun_workers_make_the_same_store(tmp_path: Path, world: dict[str, Path]) -> None:
+    # Enough work that neither worker is done before the other has begun.
+    settings = ("--set", "pairs.count=64", "--set", "pairs.ode.steps=60")
+    _in_two_processes("simulate", world["recipe"], "--out", tmp_path / "two", *settings)
     assert run_command("simulate", world["recipe"], "--out", tmp_path / "one", *settings).returncode == 0
     assert tree_digest(tmp_path / "two") == tree_digest(tmp_path / "one")
     ranks = {json.loads(line)["rank"] for line in (tmp_path / "two.log.jsonl").read_text().splitlines()}
@@ -188,12 +194,8 @@ def test_two_torchrun_workers_make_the_same_store(tmp_path: Path, world: dict[st
 def test_two_processes_train_as_one(tmp_path: Path, world: dict[str, Path]) -> None:
     """DDP over gloo: the same losses and weights as one process with the whole batch, and the same again after a resume."""
     run = tmp_path / "run"
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "diffusion2gan"]
-    command = [*program, "train", str(world["recipe"]), "--pairs", str(world["store"]), "--out", str(run)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for steps in (("--set", "training.steps=6"), ()):
-        done = subprocess.run([*command, *steps], capture_output=True, text=True, env=environment, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
+        _in_two_processes("train", world["recipe"], "--pairs", world["store"], "--out", run, *steps)
     one = {r["step"]: r["loss"] for r in metrics(world["run"]) if "loss" in r}
     two = {r["step"]: r["loss"] for r in metrics(run) if "loss" in r}
     assert two == pytest.approx(one, rel=1e-3)
@@ -204,11 +206,7 @@ def test_two_processes_train_as_one(tmp_path: Path, world: dict[str, Path]) -> N
 
 def test_two_processes_play_as_one(tmp_path: Path, gan: dict[str, Path]) -> None:
     """D and G over gloo: losses, R1, D's statistics and the weights of both as in one process with the whole batch."""
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "diffusion2gan"]
-    command = [*program, "train", str(gan["recipe"]), "--pairs", str(gan["store"]), "--out", str(tmp_path / "run")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    _in_two_processes("train", gan["recipe"], "--pairs", gan["store"], "--out", tmp_path / "run")
     for ours, theirs in zip(metrics(tmp_path / "run"), metrics(gan["run"]), strict=True):
         for key, value in theirs.items():
             if key == "discriminator":

@@ -12,7 +12,6 @@ So at the beginning the features are the teacher's, exactly, and each addition g
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Literal, Protocol
 
 import torch
@@ -23,7 +22,8 @@ from torch.nn import functional as F
 from diffusion2gan.config import Section
 from diffusion2gan.discriminator.unet_taps import READOUTS, UNetTaps
 from diffusion2gan.errors import UserError
-from diffusion2gan.generator import Evaluate
+from diffusion2gan.generator import Evaluate, trainable_copy
+from diffusion2gan.losses import Maps, mean_over_maps
 from diffusion2gan.teachers.attention import checkpoint_as_computed
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
 
@@ -126,11 +126,10 @@ class MultiScaleDiscriminator(nn.Module):
             raise UserError(
                 f"discriminator.timestep is {config.timestep}, expected 0 to {len(teacher.alphas_cumprod) - 1}, the teacher's schedule"
             )
-        network = copy.deepcopy(teacher.network).requires_grad_(True).train()
-        dtype = torch.promote_types(teacher.dtype, torch.float32)
+        network = trainable_copy(teacher)
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing(checkpoint_as_computed)
-        return cls(nn.Module.to(network, dtype), teacher.evaluate, config).to(teacher.device, dtype)
+        return cls(network, teacher.evaluate, config).to(teacher.device, network.dtype)
 
     def forward(self, latent: Tensor, noise: Tensor, condition: TextCondition) -> dict[str, Tensor]:
         dtype = next(self.network.parameters()).dtype
@@ -149,6 +148,6 @@ class MultiScaleDiscriminator(nn.Module):
         return dict(zip(self.map_names, logits, strict=True))
 
 
-def score(maps: dict[str, Tensor]) -> Tensor:
+def score(maps: Maps) -> Tensor:
     """s of each sample: the mean over maps of the mean over locations, (B,). Positive: taken for real."""
-    return torch.stack([m.flatten(1).mean(1) for m in maps.values()]).mean(0)
+    return mean_over_maps(maps.values())

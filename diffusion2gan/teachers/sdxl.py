@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion2gan.teachers.protocol import TextCondition
-from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher, weights_digest
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher, token_ids, tokenizer_digest
 
 
 class SDXLTeacher(StableDiffusionTeacher):
@@ -38,15 +36,12 @@ class SDXLTeacher(StableDiffusionTeacher):
     def from_pipeline(cls, pipeline: Any) -> SDXLTeacher:
         return cls(pipeline)
 
+    def _text_encoders(self) -> list[nn.Module]:
+        return [self.text_encoder, self.text_encoder_2]
+
     def identity(self) -> dict[str, Any]:
-        second = json.dumps(
-            [sorted(self.tokenizer_2.get_vocab().items()), self.tokenizer_2("a red heart, number 7", truncation=True).input_ids]
-        )
-        own = super().identity()
-        weights = self._weights or weights_digest(self.network, self.text_encoder, self.text_encoder_2)
-        return own | {
-            "weights": weights,
-            "tokenizer_2": hashlib.sha256(second.encode()).hexdigest()[:16],
+        return super().identity() | {
+            "tokenizer_2": tokenizer_digest(self.tokenizer_2),
             "force_zeros_for_empty_prompt": self.force_zeros_for_empty_prompt,
         }
 
@@ -55,10 +50,7 @@ class SDXLTeacher(StableDiffusionTeacher):
         """Prompts -> both encoders' penultimate layers side by side (B, L, D1 + D2), with `added` as above."""
         layers, pooled = [], torch.empty(0)
         for tokenizer, encoder in ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)):
-            ids = tokenizer(
-                list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-            ).input_ids
-            found = encoder(ids.to(self.device), output_hidden_states=True)
+            found = encoder(token_ids(tokenizer, prompts).to(self.device), output_hidden_states=True)
             layers.append(found.hidden_states[-2])
             pooled = found[0]
         embeddings = torch.cat(layers, dim=-1).to(self.dtype)

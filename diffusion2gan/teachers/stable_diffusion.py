@@ -35,6 +35,19 @@ def weights_digest(*modules: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def tokenizer_digest(tokenizer: CLIPTokenizer) -> str:
+    """Of the vocabulary, and of how a sentence is cut."""
+    vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer("a red heart, number 7", truncation=True).input_ids])
+    return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+
+
+def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
+    """(B, L), padded and cut to the tokenizer's length as the stock pipelines do."""
+    return tokenizer(
+        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
 def _files_digest(folder: Path, variant: str | None) -> str:
     """sha256 over the weight files of network and text encoders: of what is stored, whatever precision it is loaded in."""
     digest = hashlib.sha256()
@@ -157,16 +170,16 @@ class StableDiffusionTeacher:
     def dtype(self) -> torch.dtype:
         return next(self.network.parameters()).dtype
 
+    def _text_encoders(self) -> list[nn.Module]:
+        return [self.text_encoder]
+
     def identity(self) -> dict[str, Any]:
         schedule = self.scheduler_config
-        vocabulary = json.dumps(
-            [sorted(self.tokenizer.get_vocab().items()), self.tokenizer("a red heart, number 7", truncation=True).input_ids]
-        )
         return {
             "family": self.family,
             "source": self.source,
-            "weights": self._weights or weights_digest(self.network, self.text_encoder),
-            "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
+            "weights": self._weights or weights_digest(self.network, *self._text_encoders()),
+            "tokenizer": tokenizer_digest(self.tokenizer),
             "schedule": hashlib.sha256(self.alphas_cumprod.float().numpy().tobytes()).hexdigest()[:16],
             "steps_offset": schedule.get("steps_offset", 0),
             "set_alpha_to_one": schedule.get("set_alpha_to_one", True),
@@ -176,11 +189,8 @@ class StableDiffusionTeacher:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> TextCondition:
-        """Prompts -> embeddings (B, L, D), padded and cut to the tokenizer's length as the stock pipeline does."""
-        ids = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        ).input_ids
-        return TextCondition(self.text_encoder(ids.to(self.device))[0].to(self.dtype))
+        """Prompts -> embeddings (B, L, D)."""
+        return TextCondition(self.text_encoder(token_ids(self.tokenizer, prompts).to(self.device))[0].to(self.dtype))
 
     def encode_negative(self, prompt: str = "") -> TextCondition:
         """The unconditional branch's condition, one row."""

@@ -174,7 +174,8 @@ class Statistics:
 
     @staticmethod
     def _by_column(maps: losses.Maps) -> Tensor:
-        return torch.stack([score(dict(maps)), *(m.flatten(1).mean(1) for m in maps.values())], dim=1).float()
+        of_map = torch.stack([m.flatten(1).mean(1) for m in maps.values()], dim=1).float()
+        return torch.cat([of_map.mean(1, keepdim=True), of_map], dim=1)
 
     def tell(self, sums: Tensor) -> dict[str, Any]:
         """kind -> {"count", "logit": [by column], "accuracy": [by column]}, of the kinds that occurred."""
@@ -191,7 +192,7 @@ class Statistics:
 
 
 class Adversary:
-    """D with its optimiser, regularisation and statistics. `accumulation` and `micro` as the trainer splits its batches.
+    """D with its optimiser, regularisation and statistics. `batch_size` and `micro` as the trainer splits its batches.
 
     Raises UserError for R1 samples that the processes cannot share.
     """

@@ -406,7 +406,8 @@ class Trainer:
         images = np.concatenate([to_uint8(torch.cat(targets)), to_uint8(torch.cat(fakes))])
         picture = grid(images, columns=len(prompts), captions=prompts + [""] * len(prompts), row_labels=["teacher", "student"])
         self.log.picture(self.step, "held-out", picture)
-        told = [row for row in read_scalars(self.log.path) if "discriminator" in row]
+        # At the first step of phase 2 there is nothing to draw yet.
+        told = [row for row in read_scalars(self.log.path) if "discriminator" in row] if self.in_phase_2 else []
         if told:
             self.log.picture(self.step, "discriminator", discriminator_picture(told))
 

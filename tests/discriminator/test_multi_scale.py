@@ -11,7 +11,7 @@ from diffusion2gan.discriminator.unet_taps import READOUTS, UNetTaps
 from diffusion2gan.errors import UserError
 from diffusion2gan.teachers.protocol import TextCondition
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
-from tests.conftest import tiny_pipeline
+from tests.conftest import tiny_pipeline, tiny_sdxl_unet
 
 
 def _evaluate(latent: Tensor, timestep: Tensor, condition: TextCondition, network: nn.Module) -> Tensor:
@@ -28,27 +28,16 @@ def _like_sd15() -> UNet2DConditionModel:
     )  # fmt: skip
 
 
-def _like_sdxl() -> UNet2DConditionModel:
-    """SDXL's plan: three resolutions, deeper attention below, pooled text and time ids."""
-    return UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(8, 16, 32), layers_per_block=2, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 3),
-        cross_attention_dim=12, attention_head_dim=(2, 4, 8), use_linear_projection=True, addition_embed_type="text_time",
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 10,
-    )  # fmt: skip
-
-
 def _like_pixels() -> UNet2DConditionModel:
     return tiny_pipeline().unet
 
 
-PLANS = {"sd15": (_like_sd15, 4), "sdxl": (_like_sdxl, 3), "tiny": (_like_pixels, 2)}
+PLANS = {"sd15": (_like_sd15, 4), "sdxl": (tiny_sdxl_unet, 3), "tiny": (_like_pixels, 2)}
 
 
 def _inputs(plan: str, batch: int = 2, size: int = 16) -> tuple[Tensor, Tensor, TextCondition]:
-    width = 16 if plan == "tiny" else 12
-    added = {"text_embeds": torch.randn(batch, 10), "time_ids": torch.rand(batch, 6)} if plan == "sdxl" else {}
+    width = {"sd15": 12, "sdxl": 32, "tiny": 16}[plan]
+    added = {"text_embeds": torch.randn(batch, 12), "time_ids": torch.rand(batch, 6)} if plan == "sdxl" else {}
     return torch.randn(batch, 4, size, size), torch.randn(batch, 4, size, size), TextCondition(torch.randn(batch, 5, width), added)
 
 
@@ -169,7 +158,7 @@ def test_each_addition_is_seen_once_it_has_weight() -> None:
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 12), (20, 24)])
 def test_any_size_of_latent(size: tuple[int, int]) -> None:
-    discriminator = MultiScaleDiscriminator(_like_sdxl(), _evaluate, DiscriminatorConfig())
+    discriminator = MultiScaleDiscriminator(tiny_sdxl_unet(), _evaluate, DiscriminatorConfig())
     _, _, condition = _inputs("sdxl")
     maps = discriminator(torch.randn(2, 4, *size), torch.randn(2, 4, *size), condition)
     assert maps["2.joined"].shape[2:] == size

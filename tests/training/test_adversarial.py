@@ -15,28 +15,18 @@ from diffusion2gan.discriminator.regularization import GENERATED, OTHER_LATENT, 
 from diffusion2gan.errors import UserError
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.pairs.dataset import PairDataset
-from diffusion2gan.pairs.simulate import PairsConfig, simulate
 from diffusion2gan.run_log import read_scalars
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from diffusion2gan.training.adversarial import AdversarialConfig, Guard, Statistics
 from diffusion2gan.training.distance import LossConfig, build_distance
 from diffusion2gan.training.state import checkpoint_step, checkpoints, load_state
 from diffusion2gan.training.trainer import Trainer, TrainingConfig
-from tests.conftest import tiny_pipeline
+from tests.conftest import tiny_pipeline, tiny_store
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, prompts_file: Path) -> Path:
-    folder = tmp_path_factory.mktemp("pairs") / "store"
-    config = {
-        "count": 48,
-        "prompts": {"source": str(prompts_file)},
-        "ode": {"steps": 4, "guidance": 2.0},
-        "batch_size": 8,
-        "shard_size": 16,
-    }
-    simulate(StableDiffusionTeacher.from_pipeline(tiny_pipeline()), PairsConfig.model_validate(config), folder, progress=False)
-    return folder
+    return tiny_store(tmp_path_factory.mktemp("pairs") / "store", prompts_file, count=48, shard_size=16)
 
 
 def _trainer(

@@ -11,7 +11,6 @@ import torch
 from diffusion2gan.errors import UserError
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.pairs.dataset import PairDataset
-from diffusion2gan.pairs.simulate import PairsConfig, simulate
 from diffusion2gan.perceptual import LatentLPIPS, LatentVGG
 from diffusion2gan.perceptual.augmentations import Augmentation
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
@@ -21,15 +20,12 @@ from diffusion2gan.training.distance import Distance, LossConfig, build_distance
 from diffusion2gan.training.order import SampleOrder, augmentation_uniforms
 from diffusion2gan.training.state import checkpoints, environment, load_state
 from diffusion2gan.training.trainer import Trainer, TrainingConfig
-from tests.conftest import tiny_pipeline
+from tests.conftest import tiny_pipeline, tiny_store
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, prompts_file: Path) -> Path:
-    folder = tmp_path_factory.mktemp("pairs") / "store"
-    config = {"count": 24, "prompts": {"source": str(prompts_file)}, "ode": {"steps": 4, "guidance": 2.0}, "batch_size": 8, "shard_size": 8}
-    simulate(StableDiffusionTeacher.from_pipeline(tiny_pipeline()), PairsConfig.model_validate(config), folder, progress=False)
-    return folder
+    return tiny_store(tmp_path_factory.mktemp("pairs") / "store", prompts_file)
 
 
 @pytest.fixture(scope="session")
