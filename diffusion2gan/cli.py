@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -337,6 +338,15 @@ def _seed(text: str) -> int:
     return value
 
 
+def _leave_process_group() -> None:
+    """Ends a torchrun's process group while the interpreter is whole: a gloo thread that still holds a tensor at its end aborts
+    the process."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # a trainer in a reference cycle would keep the group's threads alive
+        distributed.destroy_process_group()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 2 for what the user must mend (one line on stderr), 130 when interrupted."""
     arguments = _parser().parse_args(argv)
@@ -346,6 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"diffusion2gan: warning: {message}\n"
     try:
         arguments.function(arguments)
+        _leave_process_group()
     except UserError as error:
         print(f"diffusion2gan: {error}", file=sys.stderr)
         return 2

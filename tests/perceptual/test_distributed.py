@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -52,7 +53,9 @@ def _worker(rank: int, folder: str) -> None:
     fsdp = _gradients(generator, loss, rows)
     if rank == 0:
         torch.save({"ddp": ddp, "fsdp": fsdp}, Path(folder) / "gradients.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    # Not through the interpreter's end: a gloo thread that lets go of a tensor there aborts the process, once in many runs.
+    os._exit(0)
 
 
 def test_gradients_equal_those_of_one_process(tmp_path: Path) -> None:
