@@ -205,8 +205,14 @@ def _smoothed(x: Tensor, linear: Tensor) -> Tensor:
     x = x.transpose(0, 1)
     with torch.autocast(x.device.type, enabled=False):
         for _ in range(2):
-            x = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
+            x = F.conv2d(_edges_repeated(x), kernel, groups=x.shape[1])
     return x.transpose(0, 1)
+
+
+def _edges_repeated(x: Tensor) -> Tensor:
+    """x with one more row and column on each side. Not `F.pad(mode="replicate")`: its backward, compiled, fails for channels-last x."""
+    x = torch.cat((x[..., :1], x, x[..., -1:]), dim=-1)
+    return torch.cat((x[..., :1, :], x, x[..., -1:, :]), dim=-2)
 
 
 def _shrinking_part(square: Tensor) -> Tensor:

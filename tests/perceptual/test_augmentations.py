@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusion2gan.device import can_compile
 from diffusion2gan.errors import UserError
-from diffusion2gan.perceptual.augmentations import Augmentation, AugmentationParameters
+from diffusion2gan.perceptual.augmentations import Augmentation, AugmentationParameters, _edges_repeated, _smoothed
 
 torch.set_num_threads(1)
 N = Augmentation.N_UNIFORM
@@ -292,6 +293,25 @@ def test_compiles_as_one_graph() -> None:
 
     x = torch.randn(2, 4, 8, 8)
     torch.testing.assert_close(torch.compile(both, fullgraph=True, backend="aot_eager")(x, u), both(x, u))
+
+
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="needs a C++ compiler")
+def test_the_smoothing_compiles_for_channels_last() -> None:
+    """By inductor itself, backward too: the layout that its kernels give must be the one that they promise."""
+    x = torch.randn(2, 3, 6, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
+    linear = torch.tensor([[[1.5, 0.3], [0.0, 2.0]], [[1.0, 0.0], [0.0, 1.0]]])
+    weight = torch.randn(2, 3, 6, 7)
+
+    def loss(x: Tensor) -> Tensor:
+        return (_smoothed(x, linear) * weight).sum()
+
+    (expected,), (found,) = (torch.autograd.grad(f(x), x) for f in (loss, torch.compile(loss, fullgraph=True, dynamic=False)))
+    torch.testing.assert_close(found, expected)
+
+
+def test_edges_are_repeated_as_replicate_padding_repeats_them() -> None:
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(_edges_repeated(x), torch.nn.functional.pad(x, (1, 1, 1, 1), mode="replicate"))
 
 
 def test_errors() -> None:
