@@ -24,13 +24,12 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from diffusion2gan.benchmark import evaluate_student
-from diffusion2gan.compare import teacher_pictures
 from diffusion2gan.device import default_device
 from diffusion2gan.evaluation.emoji10k import drawn_prompt_list, noise_seeds
 from diffusion2gan.files import write_bytes_atomic
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.images import grid, png_bytes
-from diffusion2gan.pipeline import STUDENT_FILE, Student
+from diffusion2gan.pipeline import STUDENT_FILE, Student, teacher_pictures
 from diffusion2gan.recipe import load_recipe
 from diffusion2gan.report import markdown_table
 from diffusion2gan.run import export_run, train_recipe

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import device_name
 from random_teachers import random_sd15, random_sdxl
 
 from diffusion2gan.device import compile_for_one_shape, default_device
 from diffusion2gan.embedded.weights import embedded_folder
+from diffusion2gan.evaluation.speed import device_name
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.report import markdown_table

@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import device_name, extra_memory, synchronise
 from random_teachers import random_unet, random_vae
 from torch import Tensor
 
 from diffusion2gan import losses
+from diffusion2gan.evaluation.speed import device_name, extra_memory, synchronise
 from diffusion2gan.perceptual import Augmentation, DecodedLPIPS, ELatentLPIPS, LatentLPIPS, LatentVGG
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.report import markdown_table

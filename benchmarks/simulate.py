@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import torch
-from measure import device_name
 
 from diffusion2gan.device import default_device
 from diffusion2gan.embedded.weights import embedded_folder
+from diffusion2gan.evaluation.speed import device_name
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.precision import no_tf32
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig

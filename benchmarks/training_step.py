@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import device_name, extra_memory, synchronise
 from random_teachers import random_sd15, random_sdxl
 
 from diffusion2gan.device import default_device
 from diffusion2gan.discriminator.build import build_discriminator
 from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig
 from diffusion2gan.embedded.weights import embedded_folder
+from diffusion2gan.evaluation.speed import device_name, extra_memory, synchronise
 from diffusion2gan.files import write_bytes_atomic
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.pairs.dataset import PairDataset

@@ -1,4 +1,4 @@
-"""The embedded benchmark for a student: what `diffusion2gan evaluate` runs."""
+"""The embedded benchmark, of a student or of the teacher itself."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusion2gan.compare import teacher_pictures
 from diffusion2gan.device import can_compile, default_device, has_bf16
 from diffusion2gan.errors import UserError
-from diffusion2gan.evaluation.emoji10k import Subject, evaluate_emoji10k
+from diffusion2gan.evaluation.emoji10k import Subject, drawn_prompt_list, evaluate_emoji10k, noise_seeds
+from diffusion2gan.evaluation.evaluate import SHOWN, describe, keep_samples
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.images import to_tensor, to_uint8
-from diffusion2gan.pipeline import STUDENT_FILE, Student
+from diffusion2gan.pipeline import STUDENT_FILE, Student, teacher_pictures
 from diffusion2gan.report import cell, markdown_table
 from diffusion2gan.teachers.load import teacher_folder
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
@@ -62,24 +62,56 @@ def evaluate_student(
     folder: Path, out: Path, shared: Path, list_name: str = "test", count: int | None = None, preservation_count: int | None = None
 ) -> dict[str, Any]:
     """Protocol `emoji10k-v1` of a student of the embedded teacher, with the solver and precision its pairs were made with."""
-    config = TeacherConfig(source="embedded")
-    device = default_device()
-    student = Student.from_pretrained(folder, "float32", device)
+    teacher = _embedded_teacher()
+    student = Student.from_pretrained(folder, "float32", str(teacher.device))
     facts = json.loads((folder / STUDENT_FILE).read_text())
-    ode = SolverConfig.model_validate(facts["ode"])
-    teacher = StableDiffusionTeacher.from_pretrained(config, teacher_folder(config), device)
     if facts["teacher_weights"] != teacher.identity()["weights"]:
         raise UserError(
             f"{folder}: a student of teacher {facts['teacher_weights'][:16]}..., but the embedded teacher is {teacher.identity()['weights'][:16]}...; "
             "the protocol compares a student with its own teacher"
         )
-    precision, compiled = facts.get("precision"), facts.get("compile", False)
-    sampler = teacher_subject(teacher, ode, precision, compiled)
-    generator = OneStepGenerator.from_teacher(teacher, GeneratorConfig(timestep=facts["timestep"])).requires_grad_(False).eval()
-    untrained = Student(teacher, generator.to(memory_format=torch.channels_last))
+    sampler = teacher_subject(teacher, SolverConfig.model_validate(facts["ode"]), facts.get("precision"), facts.get("compile", False))
+    return _evaluate(
+        student_subject(student), folder.name, sampler, teacher, facts["timestep"], out, shared, list_name, count, preservation_count
+    )
 
+
+def evaluate_teacher(
+    ode: SolverConfig, out: Path, shared: Path, list_name: str = "test", count: int | None = None, preservation_count: int | None = None
+) -> dict[str, Any]:
+    """The same of the embedded teacher itself, solved as `ode` says: what a perfect student would score."""
+    teacher = _embedded_teacher()
+    sampler = teacher_subject(teacher, ode)
+    timestep = len(teacher.alphas_cumprod) - 1
+    return _evaluate(sampler, "embedded teacher", sampler, teacher, timestep, out, shared, list_name, count, preservation_count)
+
+
+def _embedded_teacher() -> StableDiffusionTeacher:
+    config = TeacherConfig(source="embedded")
+    return StableDiffusionTeacher.from_pretrained(config, teacher_folder(config), default_device())
+
+
+def _evaluate(
+    subject: Subject,
+    name: str,
+    sampler: Subject,
+    teacher: StableDiffusionTeacher,
+    timestep: int,
+    out: Path,
+    shared: Path,
+    list_name: str,
+    count: int | None,
+    preservation_count: int | None,
+) -> dict[str, Any]:
+    describe(out, name, {"subject": subject.identity, "teacher": sampler.identity})
+    # Before all else, so that there is something to look at.
+    prompts = [p.prompt for p in drawn_prompt_list(list_name, SHOWN)]
+    if not (out / "samples" / list_name).exists():
+        keep_samples(out / "samples" / list_name, subject.sample(prompts, noise_seeds(list_name, "A", SHOWN)), prompts, 0)
+    generator = OneStepGenerator.from_teacher(teacher, GeneratorConfig(timestep=timestep)).requires_grad_(False).eval()
+    untrained = Student(teacher, generator.to(memory_format=torch.channels_last))
     return evaluate_emoji10k(
-        student_subject(student), sampler, student_subject(untrained), autoencode_with(teacher), out,
+        subject, sampler, student_subject(untrained), autoencode_with(teacher), out,
         shared=shared, list_name=list_name, count=count, preservation_count=preservation_count,
     )  # fmt: skip
 

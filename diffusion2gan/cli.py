@@ -87,32 +87,42 @@ def _generate(a: argparse.Namespace) -> None:
     print(f"wrote {a.output}: {len(images)} pictures, {seconds / len(images):.4f} s each, seeds {seeds[0]} to {seeds[-1]}")
 
 
-def _compare(a: argparse.Namespace) -> None:
-    from diffusion2gan.compare import compare_pictures
+def _model_options(a: argparse.Namespace):  # type: ignore[no-untyped-def]
     from diffusion2gan.device import default_device
-    from diffusion2gan.files import write_bytes_atomic
-    from diffusion2gan.images import png_bytes
-    from diffusion2gan.teachers.load import load_teacher
-    from diffusion2gan.teachers.ode import SolverConfig
-    from diffusion2gan.teachers.protocol import TeacherConfig
+    from diffusion2gan.evaluation.models import ModelOptions
 
-    student = _student(a.student, a.dtype)
-    teacher = load_teacher(TeacherConfig(source=a.teacher, dtype=a.dtype), default_device())
-    picture, seconds = compare_pictures(teacher, student, a.prompt, a.seed, a.count, SolverConfig(steps=a.steps, guidance=a.guidance))
-    write_bytes_atomic(a.output, png_bytes(picture))
-    print(
-        f"wrote {a.output}: teacher {a.steps} steps {seconds[0]:.3f} s a picture, student 1 step {seconds[1]:.4f} s, ratio {seconds[0] / seconds[1]:.1f}"
-    )
+    return ModelOptions(a.steps, a.guidance, a.dtype, default_device(), a.batch_size, getattr(a, "captions", None))
+
+
+def _compare(a: argparse.Namespace) -> None:
+    from diffusion2gan.evaluation.commands import compare_command
+
+    print(compare_command(a.subject, a.prompt, a.output, _model_options(a), a.seed, a.count))
 
 
 def _evaluate(a: argparse.Namespace) -> None:
-    from diffusion2gan.benchmark import evaluate_student, result_table
-    from diffusion2gan.embedded.weights import embedded_student
+    from dataclasses import replace
 
-    student = embedded_student() if a.student == "embedded" else Path(a.student)
-    result = evaluate_student(student, a.out, a.shared or a.out, a.list, a.count, a.preservation_count)
-    print(result_table(result))
-    print(f"wrote {a.out / 'emoji10k-v1.json'}")
+    from diffusion2gan.evaluation.commands import evaluate_command
+
+    options = _model_options(a)
+    teacher_options = replace(options, steps=a.teacher_steps, guidance=a.teacher_guidance, captions=None)
+    protocols = [p for text in a.protocol or ["emoji10k-v1"] for p in text.split(",") if p]
+    print(
+        evaluate_command(
+            a.model, protocols, a.out, a.shared, options, data=a.data, weights=a.weights, teacher=a.teacher, teacher_options=teacher_options,
+            count=a.count, preservation_count=a.preservation_count, list_name=a.list, block=a.block, save_pictures=a.save_pictures,
+        )
+    )  # fmt: skip
+    print(f"wrote {a.out}")
+
+
+def _speed(a: argparse.Namespace) -> None:
+    from diffusion2gan.evaluation.commands import speed_command
+
+    steps, a.steps = a.steps, None
+    a.batch_size = max(a.batches)
+    print(speed_command(a.model, _model_options(a), steps, a.batches, a.output, a.warmup, a.runs))
 
 
 def _demo(a: argparse.Namespace) -> None:
@@ -160,6 +170,8 @@ def _perceptual_score(a: argparse.Namespace) -> None:
     print(score_command(a.metric, a.vae, a.bapps, a.resolution, not a.no_clamp), end="")
 
 
+_PRECISIONS = ("float64", "float32", "float16", "bfloat16")
+
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -186,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_stages(commands)
     _add_pairs(commands)
     _add_student(commands)
+    _add_evaluation(commands)
     _add_perceptual(commands)
     _command(commands, "recipes", _recipes, "List the built-in recipes")
     _add_embedded(commands)
@@ -211,15 +224,6 @@ def _add_stages(commands: Commands) -> None:
     sub.add_argument("--last", action="store_true", help="the last weights instead of their average")
     sub.add_argument("--step", type=int, default=None, help="of the checkpoint after so many steps instead of the last")
 
-    text = "Score a student of the embedded teacher by protocol emoji10k-v1 (goes on where it stopped)"
-    sub = _command(commands, "evaluate", _evaluate, text)
-    sub.add_argument("student", help="`embedded` or a folder written by export")
-    sub.add_argument("--out", type=Path, required=True)
-    sub.add_argument("--shared", type=Path, default=None, help="where features of teacher and reference are kept for all students")
-    sub.add_argument("--list", choices=("test", "validation"), default="test")
-    sub.add_argument("--count", type=_positive, default=None, help="only the first so many prompts; marks the result partial")
-    sub.add_argument("--preservation-count", type=_positive, default=None)
-
 
 def _add_pairs(commands: Commands) -> None:
     pairs = commands.add_parser("pairs", help="Check, show or convert a pair store").add_subparsers(required=True, metavar="COMMAND")
@@ -237,25 +241,69 @@ def _add_pairs(commands: Commands) -> None:
 
 
 def _add_student(commands: Commands) -> None:
-    precisions = ("float64", "float32", "float16", "bfloat16")
     sub = _command(commands, "generate", _generate, "Draw pictures with a student, one step each")
     sub.add_argument("student", help="`embedded` or a folder written by export")
     sub.add_argument("prompt", nargs="+")
     sub.add_argument("--seed", type=_seed, default=0)
     sub.add_argument("-n", "--count", type=_positive, default=1, help="pictures a prompt")
     sub.add_argument("-o", "--output", type=Path, default=Path("out.png"))
-    sub.add_argument("--dtype", choices=precisions, default="float32")
+    sub.add_argument("--dtype", choices=_PRECISIONS, default="float32")
 
-    sub = _command(commands, "compare", _compare, "Teacher and student side by side from the same noise")
-    sub.add_argument("student", help="`embedded` or a folder written by export")
-    sub.add_argument("prompt", nargs="+")
-    sub.add_argument("--teacher", default="embedded", help="`embedded`, a diffusers folder or a hub id")
-    sub.add_argument("--steps", type=_positive, default=50)
-    sub.add_argument("--guidance", type=float, default=3.0)
+
+_MODEL = "`embedded`, a student folder, `teacher:SOURCE`, a diffusers folder or hub id, sdxl-turbo, sdxl-lightning, lcm, instaflow"
+
+
+def _model_arguments(sub: argparse.ArgumentParser, steps: bool = True) -> None:
+    if steps:
+        sub.add_argument("--steps", type=_positive, default=None, help="of a teacher (default 50) or a diffusers pipeline")
+    sub.add_argument("--guidance", type=float, default=None, help="of a teacher (default 3) or a diffusers pipeline")
+    sub.add_argument("--dtype", choices=_PRECISIONS, default="float32")
+    sub.add_argument("--batch-size", type=_positive, default=32, help="pictures drawn at once")
+
+
+def _add_evaluation(commands: Commands) -> None:
+    text = (
+        "Score a model by published protocols, or a student of the embedded teacher by emoji10k-v1 (goes on where it stopped; torchrun too)"
+    )
+    sub = _command(commands, "evaluate", _evaluate, text)
+    sub.add_argument("model", help=f"{_MODEL}, or a folder of pictures")
+    sub.add_argument(
+        "--protocol", action="append", default=None, help="one or several, by commas: see docs/evaluation.md (default emoji10k-v1)"
+    )
+    sub.add_argument("--out", type=Path, required=True, help="folder of the results, one for each model")
+    sub.add_argument("--shared", type=Path, default=None, help="where features of teacher and reference are kept for all models")
+    sub.add_argument("--data", type=Path, default=Path("data"), help="folder of COCO or CIFAR-10 as their publishers pack them")
+    sub.add_argument("--weights", type=Path, default=None, help="folder of the scoring networks' weights (default: $DIFFUSION2GAN_WEIGHTS)")
+    sub.add_argument("--captions", type=Path, default=None, help="of a folder of pictures: one a line (default: captions.txt inside)")
+    sub.add_argument("--teacher", default=None, help="whose pictures dreamsim5k compares with (default: a student's own teacher)")
+    sub.add_argument("--teacher-steps", type=_positive, default=None)
+    sub.add_argument("--teacher-guidance", type=float, default=None)
+    sub.add_argument("--count", type=_positive, default=None, help="only the first so many prompts; marks the result partial")
+    sub.add_argument("--preservation-count", type=_positive, default=None, help="the same for emoji10k-v1's prompts of ODE preservation")
+    sub.add_argument(
+        "--list", choices=("test", "validation"), default="test", help="prompts of emoji10k-v1; settings are chosen on validation"
+    )
+    sub.add_argument("--block", type=int, default=0, help="noise block, 0 to 127: other noises, same prompts")
+    sub.add_argument("--save-pictures", action="store_true", help="keep every picture as a PNG")
+    _model_arguments(sub)
+
+    text = "Put evaluated models side by side in one report, or what models draw from the same noises into one grid"
+    sub = _command(commands, "compare", _compare, text)
+    sub.add_argument("subject", nargs="+", help=f"folders written by evaluate; with --prompt, models: {_MODEL}. NAME=... names one")
+    sub.add_argument("--prompt", nargs="+", default=[], help="prompts to draw")
     sub.add_argument("--seed", type=_seed, default=0)
     sub.add_argument("-n", "--count", type=_positive, default=4, help="noises a prompt")
-    sub.add_argument("-o", "--output", type=Path, default=Path("compare.png"))
-    sub.add_argument("--dtype", choices=precisions, default="float32")
+    sub.add_argument("-o", "--output", type=Path, default=Path("comparison"), help="folder of the report, or a .png for the grid alone")
+    _model_arguments(sub)
+
+    sub = _command(commands, "speed", _speed, "Time a model end to end, and fit the line of fixed time and time a step")
+    sub.add_argument("model", help=_MODEL)
+    sub.add_argument("--steps", type=_positive, nargs="+", default=[], help="of a teacher or pipeline; several give the line")
+    sub.add_argument("--batches", type=_positive, nargs="+", default=[1])
+    sub.add_argument("--warmup", type=_positive, default=10)
+    sub.add_argument("--runs", type=_positive, default=50)
+    sub.add_argument("-o", "--output", type=Path, default=None, help="also as JSON")
+    _model_arguments(sub, steps=False)
 
 
 def _perceptual_reconstruct(a: argparse.Namespace) -> None:

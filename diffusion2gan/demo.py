@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusion2gan.compare import teacher_pictures
 from diffusion2gan.device import default_device, has_bf16
 from diffusion2gan.embedded.weights import embedded_student, weights_root
 from diffusion2gan.errors import UserError
@@ -26,7 +25,7 @@ from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import grid
 from diffusion2gan.pairs.dataset import PairDataset, canonical_json
 from diffusion2gan.pairs.seeds import draw_noise, evaluation_seed
-from diffusion2gan.pipeline import STUDENT_FILE, Student
+from diffusion2gan.pipeline import STUDENT_FILE, Student, teacher_pictures
 from diffusion2gan.recipe import Recipe, dump_recipe, load_recipe
 from diffusion2gan.report import Page, curves
 from diffusion2gan.run import export_run, simulate_recipe, train_recipe

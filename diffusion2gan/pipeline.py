@@ -25,6 +25,7 @@ from diffusion2gan.images import to_uint8
 from diffusion2gan.pairs.dataset import canonical_json
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.teachers.load import load_teacher
+from diffusion2gan.teachers.ode import OdeSolver
 from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher, family_of, no_progress_bars
 
@@ -149,3 +150,14 @@ class Student:
             x = self.latents(prompts[start:stop], draw_noise(seeds[start:stop], self.teacher.latent_shape))
             parts.append(to_uint8(self.teacher.decode(x)))
         return np.concatenate(parts)
+
+
+@torch.inference_mode()
+def teacher_pictures(solver: OdeSolver, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+    """The teacher's pictures (B, h, w, 3) uint8, one for each prompt and seed."""
+    teacher, parts = solver.teacher, []
+    for start in range(0, len(prompts), solver.batch_size):
+        stop = start + solver.batch_size
+        x = solver.solve(draw_noise(seeds[start:stop], teacher.latent_shape), prompts[start:stop])
+        parts.append(to_uint8(teacher.decode(x.to(teacher.dtype))))
+    return np.concatenate(parts)

@@ -20,7 +20,7 @@ from diffusion2gan.files import disk_errors, sweep_temporaries, write_bytes_atom
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.pairs.dataset import PairDataset, canonical_json
 from diffusion2gan.pairs.prompts import prompts_digest, read_prompts
-from diffusion2gan.pairs.simulate import Worker, simulate, store_settings
+from diffusion2gan.pairs.simulate import simulate, store_settings
 from diffusion2gan.pipeline import Student, export_student
 from diffusion2gan.recipe import Recipe, check_pairs, check_same_experiment, dump_recipe, load_recipe
 from diffusion2gan.teachers.load import load_teacher, teacher_folder
@@ -28,6 +28,7 @@ from diffusion2gan.teachers.stable_diffusion import load_pipeline, stored_weight
 from diffusion2gan.training.distance import Distance, build_distance
 from diffusion2gan.training.state import checkpoint_path, checkpoint_step, checkpoints, load_state
 from diffusion2gan.training.trainer import Trainer
+from diffusion2gan.worker import Worker
 
 
 def simulate_recipe(recipe: Recipe, store: Path, progress: bool = True) -> dict[str, Any]:

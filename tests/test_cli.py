@@ -63,11 +63,39 @@ def test_generate_and_compare(world: Path, tiny_teacher_folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "seeds 7 to 10" in done.stdout
     assert Image.open(world / "out.png").size[0] > 4 * 16
+    teacher = f"teacher:{tiny_teacher_folder}"
     done = run_command(
-        "compare", world / "student", "cat", "sun", "--teacher", tiny_teacher_folder, "--steps", 2, "-n", 2, "-o", world / "c.png"
+        "compare", teacher, f"ours={world / 'student'}", "--prompt", "cat", "sun", "--steps", 2, "-n", 2, "-o", world / "c.png"
     )
     assert done.returncode == 0, done.stderr
-    assert "ratio" in done.stdout
+    assert "times as fast as the first" in done.stdout and "| ours |" in done.stdout
+    assert Image.open(world / "c.png").height > 4 * 96  # two prompts, a row for each model
+
+
+def test_evaluate_speed_and_compare_reports(world: Path, tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("open_clip")
+    from tests.evaluation.test_evaluate import small_coco
+    from tests.evaluation.test_extractors import tiny_clip
+
+    small_coco(tmp_path / "data")
+    tiny_clip(tmp_path / "weights")
+    inputs = ("--data", tmp_path / "data", "--weights", tmp_path / "weights", "--shared", tmp_path / "shared", "--count", 6)
+    teacher = f"teacher:{tiny_teacher_folder}"
+    for name, model, settings in (("student", world / "student", ()), ("teacher", teacher, ("--steps", 2, "--guidance", 2))):
+        done = run_command("evaluate", model, "--protocol", "clip5k_coco17", "--out", tmp_path / name, *inputs, *settings)
+        assert done.returncode == 0, done.stderr
+        assert "CLIP score (partial)" in done.stdout
+    done = run_command("compare", tmp_path / "student", f"its teacher={tmp_path / 'teacher'}", "-o", tmp_path / "report")
+    assert done.returncode == 0, done.stderr
+    assert "its teacher" in (tmp_path / "report" / "report.md").read_text()
+    # What cannot run is said at the end, with the exit code of bad input; what can has been written.
+    done = run_command("evaluate", world / "student", "--protocol", "clip5k_coco17,fid5k_coco17", "--out", tmp_path / "student", *inputs)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "diffusion2gan: fid5k_coco17: not everything could run" in done.stderr.splitlines()[-1]
+    assert "inception-2015-12-05.pt" in done.stderr and "CLIP score" in done.stdout
+    done = run_command("speed", teacher, "--steps", 1, 3, "--guidance", 2, "--warmup", 1, "--runs", 2, "-o", tmp_path / "speed.json")
+    assert done.returncode == 0, done.stderr
+    assert "ms an evaluation of the network" in done.stdout
 
 
 def test_pairs_commands(world: Path) -> None:
@@ -124,8 +152,11 @@ def test_bad_input_is_one_line_and_exit_code_2(world: Path, tmp_path: Path) -> N
     _assert_one_line(
         run_command("train", recipe, "--pairs", store, "--out", tmp_path / "r", "--set", "training.betas=[1.5, 0.9]"), "training.betas"
     )
-    _assert_one_line(run_command("evaluate", tmp_path, "--out", tmp_path / "e"), "no student here")
-    _assert_one_line(run_command("compare", world / "student", "cat", "--guidance", "0.5", "--teacher", world / "student"), "guidance")
+    _assert_one_line(run_command("evaluate", tmp_path, "--out", tmp_path / "e"), "emoji10k-v1 scores `embedded`")
+    _assert_one_line(run_command("evaluate", tmp_path, "--protocol", "fid", "--out", tmp_path / "e"), "protocol 'fid'")
+    _assert_one_line(run_command("compare", world / "student", world / "student"), "holds no evaluation")
+    bad = ("compare", f"teacher:{world / 'student'}", "--prompt", "cat", "--guidance", "0.5")
+    _assert_one_line(run_command(*bad), "guidance")
     _assert_one_line(run_command("demo", "--out", tmp_path / "d", "--minutes", "1"), "--minutes is 1")
     assert tree_digest(world) == before
     assert not (tmp_path / "r").exists()

@@ -18,7 +18,6 @@ import gzip
 import hashlib
 import json
 import platform
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -31,11 +30,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from diffusion2gan.embedded import emoji
 from diffusion2gan.embedded.emoji import EmojiDataset, EmojiRecord
 from diffusion2gan.errors import UserError
+from diffusion2gan.evaluation import shards
 from diffusion2gan.evaluation.metrics import (
     Moments,
     Probe,
@@ -50,7 +49,8 @@ from diffusion2gan.evaluation.metrics import (
     variance_within,
     within_prompt_diversity,
 )
-from diffusion2gan.files import atomic_path, disk_errors, sweep_temporaries, write_bytes_atomic
+from diffusion2gan.evaluation.shards import Extractor, Produce, seconds_per_image
+from diffusion2gan.files import write_bytes_atomic
 from diffusion2gan.pairs.seeds import evaluation_seed
 
 PROTOCOL = "emoji10k-v1"
@@ -318,84 +318,16 @@ SHARD = 250
 
 
 def extract(
-    produce: Callable[[int, int], np.ndarray],
-    count: int,
-    folder: Path,
-    block: str,
-    scorer: Scorer,
-    identity: Mapping[str, Any],
-    progress: bool = True,
+    produce: Produce, count: int, folder: Path, block: str, scorer: Scorer, identity: Mapping[str, Any], progress: bool = True
 ) -> np.ndarray:
-    """Features (count, d) of the pictures `produce(start, stop)`, by way of `folder/features-BLOCK-00003-of-00040.npy`.
+    """Features (count, d) of the pictures `produce(start, stop)`, kept in `folder`: `shards.extract` with the protocol's scorer.
 
-    Each shard is written under a temporary name and renamed; one that exists is read, not made again. `identity` (JSON) says
-    what the pictures are: a folder that was begun with another raises UserError.
+    `identity` (JSON) says what the pictures are: a folder that was begun with another raises UserError.
     """
-    described = json.loads(json.dumps({"protocol": PROTOCOL, "count": count, "scoring_sha256": scorer.sha256, **identity}))
-    spans = [(start, min(start + SHARD, count)) for start in range(0, count, SHARD)]
-    total = len(spans)
-    manifest = folder / f"features-{block}-of-{total:05d}.json"
-    sweep_temporaries(folder)
-    if manifest.exists():
-        found = json.loads(manifest.read_text())
-        for key in sorted({*found, *described}):
-            if found.get(key) != described.get(key):
-                raise UserError(
-                    f"{manifest}: {key} is {found.get(key)!r}, this run has {described.get(key)!r}; choose another folder or delete this one"
-                )
-    else:
-        write_bytes_atomic(manifest, json.dumps(described, indent=1, sort_keys=True).encode())
-
-    paths = [folder / f"features-{block}-{k:05d}-of-{total:05d}.npy" for k in range(total)]
-    # What is done counts as `initial`, so that rate and ETA are of the work of this process.
-    done = sum(stop - start for path, (start, stop) in zip(paths, spans, strict=True) if path.exists())
-    shards = []
-    with tqdm(total=count, initial=done, desc=f"{folder.name} {block}", unit="img", disable=not progress) as bar:
-        for path, (start, stop) in zip(paths, spans, strict=True):
-            if path.exists():
-                shards.append(_read_shard(path, stop - start))
-            else:
-                shards.append(_make_shard(produce, start, stop, folder, block, path, scorer))
-                bar.update(stop - start)
-    return np.concatenate(shards)
-
-
-def _read_shard(path: Path, rows: int) -> np.ndarray:
-    try:
-        features: np.ndarray = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError):
-        raise UserError(f"{path}: not a whole .npy file; delete it and run the command again") from None
-    if features.ndim != 2 or len(features) != rows:
-        raise UserError(f"{path}: shape {features.shape}, expected {rows} rows; delete it and run the command again")
-    return features
-
-
-def _make_shard(
-    produce: Callable[[int, int], np.ndarray], start: int, stop: int, folder: Path, block: str, path: Path, scorer: Scorer
-) -> np.ndarray:
-    began = time.perf_counter()
-    images = produce(start, stop)
-    seconds = time.perf_counter() - began
-    if len(images) != stop - start:
-        raise UserError(f"the sampler returned {len(images)} pictures for {stop - start} prompts, expected one each")
-    features = scorer.features(images)
-    with disk_errors(path), open(folder / f"seconds-{block}.jsonl", "a") as log:
-        log.write(json.dumps({"images": stop - start, "seconds": seconds}) + "\n")
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, features)
-    return features
-
-
-def seconds_per_image(folder: Path, block: str) -> float | None:
-    """Sampling time a picture, noise to uint8, as `extract` logged it; None when it was not logged."""
-    path = folder / f"seconds-{block}.jsonl"
-    if not path.exists():
-        return None
-    # A kill can leave half a last line.
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    # The first shard warms up; it counts only when there is no other.
-    rows = rows[1:] or rows
-    return float(sum(r["seconds"] for r in rows) / sum(r["images"] for r in rows)) if rows else None
+    described = {"protocol": PROTOCOL, "count": count, "scoring_sha256": scorer.sha256, **identity}
+    one = Extractor(f"features-{block}", described, lambda pictures, *_: scorer.features(np.asarray(pictures)))
+    found = shards.extract(produce, count, folder, [one], size=SHARD, log=block, label=f"{folder.name} {block}", progress=progress)
+    return found[one.name].load()
 
 
 def extract_samples(

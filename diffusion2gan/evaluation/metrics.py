@@ -6,7 +6,7 @@ N pictures (or M of another set), d feature dimensions, P prompts, n noises of e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +51,21 @@ class Moments:
             centred = features[start : start + _ROWS] - mean
             scatter += centred.T @ centred
         return cls(n, mean, scatter / (n - 1))
+
+    @classmethod
+    def over(cls, parts: Iterable[np.ndarray]) -> Moments:
+        """Moments of the rows of all `parts` (n, d) together, one pass in the order given. Raises UserError as `of` does."""
+        n, shift, total, scatter = 0, np.empty(0), np.empty(0), np.empty((0, 0))
+        for part in parts:
+            x = _as_matrix(part, "features").astype(np.float64)
+            if not n:
+                # About any fixed point near the mean: nothing cancels.
+                shift, total, scatter = x.mean(0), np.zeros(x.shape[1]), np.zeros((x.shape[1], x.shape[1]))
+            x -= shift
+            n, total, scatter = n + len(x), total + x.sum(0), scatter + x.T @ x
+        if n < 2:
+            raise UserError(f"{n} feature vectors, expected at least 2: a covariance needs two; generate more pictures")
+        return cls(n, shift + total / n, (scatter - np.outer(total, total) / n) / (n - 1))
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both samples together, exactly as if they had been one."""
@@ -115,6 +130,20 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return max(distance, 0.0)
 
 
+def frechet_distance_of_few(a: np.ndarray, b: np.ndarray) -> float:
+    """The same of (N, d) and (M, d) features, without a d x d matrix: for fewer samples than dimensions, where it is the exact and
+    the quick way. Tr (S1 S2)^(1/2) is the nuclear norm of A1 A2^T, A = (X - mean) / sqrt(N - 1)."""
+    if _as_matrix(a, "features").shape[1] != _as_matrix(b, "features").shape[1]:
+        raise UserError(f"features of {a.shape[1]} and {b.shape[1]} dimensions, expected equal; both must come from one scoring network")
+    if min(len(a), len(b)) < 2:
+        raise UserError(f"a Frechet distance of {min(len(a), len(b))} samples, expected at least 2; generate more pictures")
+    means = [x.mean(0, dtype=np.float64) for x in (a, b)]
+    roots = [(x - mean) / np.sqrt(len(x) - 1) for x, mean in zip((a, b), means, strict=True)]
+    cross = np.linalg.norm(roots[0] @ roots[1].T, "nuc")
+    distance = ((means[0] - means[1]) ** 2).sum() + sum((root**2).sum() for root in roots) - 2 * cross
+    return max(float(distance), 0.0)
+
+
 @dataclass(frozen=True)
 class FdInfinity:
     """FD_N = `intercept` + `slope` / N, and the (N, FD_N) it was fitted to."""
@@ -169,16 +198,31 @@ def _squared_exactly(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 _BAND = np.float32(1e-5)
 
 
-def _radii(x: np.ndarray, k: int, block: int) -> np.ndarray:
+class _Points:
+    """`given` (N, d), and for float32 products `shifted` to near the origin: the smaller the norms, the better float32 does.
+    Exact distances are of `given`: the shift rounds, and a tie would no longer be one."""
+
+    def __init__(self, given: np.ndarray, centre: np.ndarray):
+        self.given, self.shifted = given, (given - centre).astype(np.float32)
+        self.norms = (self.shifted * self.shifted).sum(1)
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def squared(self, rows: np.ndarray | slice, other: _Points, columns: slice) -> np.ndarray:
+        """Distances of some rows to some of another set, in float32."""
+        return _squared(self.shifted[rows], other.shifted[columns], self.norms[rows], other.norms[columns])
+
+
+def _radii(x: _Points, k: int, block: int) -> np.ndarray:
     """Squared distance of each point to its k-th nearest other point, (N,) float64."""
-    x2 = (x * x).sum(1)
     n, spare = len(x), min(len(x) - 1, k + 8)
     radii = np.empty(n)
     for i in range(0, n, block):
-        rows = x[i : i + block]
-        nearest, where = np.empty((len(rows), 0), np.float32), np.empty((len(rows), 0), np.int64)
+        rows = slice(i, min(i + block, n))
+        nearest, where = np.empty((rows.stop - i, 0), np.float32), np.empty((rows.stop - i, 0), np.int64)
         for j in range(0, n, block):
-            d2 = _squared(rows, x[j : j + block], x2[i : i + block], x2[j : j + block])
+            d2 = x.squared(rows, x, slice(j, j + block))
             if i == j:
                 np.fill_diagonal(d2, np.inf)  # self by index: a duplicate is a neighbour, at distance 0
             nearest = np.concatenate([nearest, d2], 1)
@@ -188,27 +232,28 @@ def _radii(x: np.ndarray, k: int, block: int) -> np.ndarray:
                 nearest, where = np.take_along_axis(nearest, keep, 1), np.take_along_axis(where, keep, 1)
         # float32 only finds the candidates; which is the k-th, and how far it is, float64 differences say.
         for r, candidates in enumerate(where):
-            radii[i + r] = np.partition(_squared_exactly(x[candidates], rows[r]), k - 1)[k - 1]
+            radii[i + r] = np.partition(_squared_exactly(x.given[candidates], x.given[i + r]), k - 1)[k - 1]
     return radii
 
 
-def _share_inside(points: np.ndarray, centres: np.ndarray, radii: np.ndarray, block: int) -> float:
-    """Share of `points` within at least one ball (centre, squared radius), the boundary included."""
-    p2, c2 = (points * points).sum(1), (centres * centres).sum(1)
+def _share_inside(points: _Points, centres: _Points, radii: np.ndarray, block: int, strict: bool) -> float:
+    """Share of `points` within at least one ball (centre, squared radius), the boundary included unless `strict`."""
+    is_inside = np.less if strict else np.less_equal
     inside = np.zeros(len(points), bool)
     for i in range(0, len(points), block):
         for j in range(0, len(centres), block):
             todo = i + np.flatnonzero(~inside[i : i + block])
             if not len(todo):
                 break
-            d2, r2 = _squared(points[todo], centres[j : j + block], p2[todo], c2[j : j + block]), radii[j : j + block].astype(np.float32)
-            band = _BAND * (p2[todo][:, None] + c2[None, j : j + block])
+            columns = slice(j, j + block)
+            d2, r2 = points.squared(todo, centres, columns), radii[columns].astype(np.float32)
+            band = _BAND * (points.norms[todo][:, None] + centres.norms[None, columns])
             inside[todo[(d2 < r2 - band).any(1)]] = True
             # Too close to the boundary for float32: look again, one candidate a point at a time.
             close = (np.abs(d2 - r2) <= band) & ~inside[todo][:, None]
             while (open_rows := np.flatnonzero(close.any(1))).size:
                 first = close[open_rows].argmax(1)
-                hit = _squared_exactly(points[todo[open_rows]], centres[j + first]) <= radii[j + first]
+                hit = is_inside(_squared_exactly(points.given[todo[open_rows]], centres.given[j + first]), radii[j + first])
                 inside[todo[open_rows[hit]]] = True
                 close[open_rows[hit]] = False
                 close[open_rows, first] = False
@@ -223,10 +268,11 @@ def nearest(points: np.ndarray, centres: np.ndarray, block: int = 2048) -> np.nd
     return np.concatenate([(c2 - 2 * (points[i : i + block] @ centres.T)).argmin(1) for i in range(0, len(points), block)])
 
 
-def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3, block: int = 2048) -> tuple[float, float]:
+def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3, block: int = 2048, strict: bool = False) -> tuple[float, float]:
     """(precision, recall) of (N, d) against (M, d) features: the share of generated pictures inside the union of the balls
     of real ones, and the other way round; a ball reaches to the k-th nearest *other* picture of its own set.
 
+    `strict` leaves a ball's boundary out (PyTorch-StudioGAN's reading): the same unless pictures are duplicates.
     Blockwise: never more than a few `block` x `block` matrices in memory. Raises UserError unless k < N and k < M.
     """
     _as_matrix(generated, "generated features"), _as_matrix(real, "real features")
@@ -234,11 +280,10 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3, block:
         raise UserError(
             f"precision/recall: k = {k} of {len(generated)} and {len(real)} pictures, expected 1 <= k < both; generate more pictures"
         )
-    # The distance does not change, and the smaller the norms, the better float32 does.
     centre = real.mean(0, dtype=np.float64)
-    generated, real = (generated - centre).astype(np.float32), (real - centre).astype(np.float32)
-    precision = _share_inside(generated, real, _radii(real, k, block), block)
-    recall = _share_inside(real, generated, _radii(generated, k, block), block)
+    fakes, reals = _Points(generated, centre), _Points(real, centre)
+    precision = _share_inside(fakes, reals, _radii(reals, k, block), block, strict)
+    recall = _share_inside(reals, fakes, _radii(fakes, k, block), block, strict)
     return precision, recall
 
 

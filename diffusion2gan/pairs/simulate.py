@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +40,7 @@ from diffusion2gan.pairs.prompts import PromptsConfig, prompts_digest, read_prom
 from diffusion2gan.pairs.seeds import MAX_STORE_SEED, NOISE_RECIPE, draw_noise, noise_fingerprint, pair_seed
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.protocol import Teacher
+from diffusion2gan.worker import Worker
 
 
 class PairsConfig(Section):
@@ -68,19 +67,6 @@ class PairsConfig(Section):
         if self.shard_size % self.batch_size:
             raise ValueError(f"shard_size is {self.shard_size}, expected a multiple of batch_size ({self.batch_size})")
         return self
-
-
-@dataclass(frozen=True)
-class Worker:
-    """One of `world` processes that fill a store together."""
-
-    rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def from_environment(cls) -> Worker:
-        """What torchrun says, or a single worker."""
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def store_settings(teacher: Teacher, config: PairsConfig, prompts_sha256: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from diffusion2gan.evaluation.metrics import (
     bootstrap_interval,
     fd_infinity,
     frechet_distance,
+    frechet_distance_of_few,
     gap_closed,
     precision_recall,
     retrieval,
@@ -61,6 +63,21 @@ def test_moments_are_numpys_and_merge_as_one_pass(tmp_path: Path) -> None:
     assert loaded.n == 5000
     assert np.array_equal(loaded.covariance, whole.covariance)
     assert np.array_equal(loaded.mean, whole.mean)
+
+
+def test_frechet_distance_of_few_is_the_same_distance() -> None:
+    rng = np.random.default_rng(0)
+    for n, m, d in ((40, 50, 16), (12, 9, 30)):
+        a, b = rng.standard_normal((n, d)), 1.5 * rng.standard_normal((m, d)) + 0.3
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = frechet_distance(Moments.of(a), Moments.of(b))
+        assert frechet_distance_of_few(a, b) == pytest.approx(expected, rel=1e-7)
+    assert frechet_distance_of_few(a, a) == pytest.approx(0, abs=1e-12)
+    with pytest.raises(UserError, match="30 and 29 dimensions"):
+        frechet_distance_of_few(a, b[:, :29])
+    with pytest.raises(UserError, match="1 samples"):
+        frechet_distance_of_few(a[:1], b)
 
 
 def test_frechet_distance_refuses_one_sample_and_warns_when_rank_deficient(tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from diffusion2gan.pairs import maintain
 from diffusion2gan.pairs.dataset import PairDataset, encode_shard, shard_name
 from diffusion2gan.pairs.prompts import PromptsConfig, read_prompts
 from diffusion2gan.pairs.seeds import draw_noise, pair_seed
-from diffusion2gan.pairs.simulate import PairsConfig, Worker, _next_shard, simulate
+from diffusion2gan.pairs.simulate import PairsConfig, _next_shard, simulate
 from diffusion2gan.recipe import Recipe, check_pairs
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+from diffusion2gan.worker import Worker
 from tests.conftest import tiny_pipeline
 from tests.helpers import recipe_values, tree_digest
 

@@ -1,0 +1,199 @@
+"""What the commands `evaluate`, `compare` and `speed` run: names to models, models to folders of results."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffusion2gan.benchmark import evaluate_student, evaluate_teacher, result_table
+from diffusion2gan.embedded.weights import embedded_student
+from diffusion2gan.errors import UserError
+from diffusion2gan.evaluation.comparison import read_evaluation, write_comparison
+from diffusion2gan.evaluation.evaluate import Evaluation, describe, summary
+from diffusion2gan.evaluation.models import Model, ModelOptions, load_model, teacher_model
+from diffusion2gan.evaluation.protocols import PROTOCOLS
+from diffusion2gan.evaluation.speed import latency, latency_line
+from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.images import grid, png_bytes
+from diffusion2gan.pipeline import STUDENT_FILE
+from diffusion2gan.recipe import load_recipe
+from diffusion2gan.report import markdown_table
+from diffusion2gan.teachers.ode import SolverConfig
+
+EMOJI, LATENCY = "emoji10k-v1", "latency"
+
+
+def evaluate_command(
+    spec: str,
+    protocols: Sequence[str],
+    out: Path,
+    shared: Path | None,
+    options: ModelOptions,
+    *,
+    data: Path,
+    weights: Path | None,
+    teacher: str | None,
+    teacher_options: ModelOptions,
+    count: int | None = None,
+    preservation_count: int | None = None,
+    list_name: str = "test",
+    block: int = 0,
+    save_pictures: bool = False,
+) -> str:
+    """Runs the protocols and returns their table. Raises UserError at the end when any of them could not run."""
+    known = [EMOJI, *PROTOCOLS, LATENCY]
+    if unknown := [p for p in protocols if p not in known]:
+        raise UserError(f"protocol {unknown[0]!r}, expected some of {', '.join(known)}")
+    shared, parts, skipped = shared or out, [], {}
+    if EMOJI in protocols:
+        parts.append(_embedded_benchmark(spec, out, shared, options, list_name, count, preservation_count))
+    others = [p for p in protocols if p in PROTOCOLS]
+    if others or LATENCY in protocols:
+        model = load_model(spec, options)
+        if others:
+            wanted = any(PROTOCOLS[p].teacher for p in others)
+            evaluation = Evaluation(
+                model, out, shared, data, weights, _teacher_of(model, teacher, teacher_options) if wanted else None,
+                count, block, options.device, save_pictures,
+            )  # fmt: skip
+            skipped = evaluation.run(others)
+            parts.append(summary(out, others))
+        if LATENCY in protocols:
+            describe(out, model.name, model.identity)
+            result = latency(model)
+            write_bytes_atomic(out / "latency.json", (json.dumps(result, indent=1) + "\n").encode())
+            parts.append(_latency_table([result]))
+    for protocol, reasons in skipped.items():
+        for reason in reasons:
+            warnings.warn(f"{protocol}, {reason}", stacklevel=1)
+    if skipped:
+        print("\n".join(parts))
+        raise UserError(f"{', '.join(skipped)}: not everything could run (see above); what could is in {out}")
+    return "\n".join(parts)
+
+
+def _embedded_benchmark(
+    spec: str, out: Path, shared: Path, options: ModelOptions, list_name: str, count: int | None, preservation_count: int | None
+) -> str:
+    if spec == "teacher:embedded":
+        ode = load_recipe("emoji").pairs.ode
+        changed = {k: v for k, v in (("steps", options.steps), ("guidance", options.guidance)) if v is not None}
+        result = evaluate_teacher(ode.model_copy(update=changed), out, shared, list_name, count, preservation_count)
+    else:
+        student = embedded_student() if spec == "embedded" else Path(spec)
+        if not (student / STUDENT_FILE).is_file():
+            raise UserError(
+                f"{spec}: {EMOJI} scores `embedded`, `teacher:embedded` or a student written by export; name one, or other protocols"
+            )
+        result = evaluate_student(student, out, shared, list_name, count, preservation_count)
+    return result_table(result)
+
+
+def _teacher_of(model: Model, named: str | None, options: ModelOptions) -> Model | None:
+    """The teacher that ODE preservation compares with: the one named, or a student's own, solved as its pairs were."""
+    if named is not None:
+        return load_model(named, options)
+    facts = model.facts
+    if "teacher" not in facts or "ode" not in facts or facts["teacher"] == "local folder":
+        return None
+    ode = SolverConfig.model_validate(facts["ode"])
+    return teacher_model(facts["teacher"], f"teacher:{facts['teacher']}", ode, options.dtype, options.device, options.batch_size)
+
+
+# --- compare --------------------------------------------------------------------------------------------------------
+def _named(subject: str) -> tuple[str | None, str]:
+    """NAME=SUBJECT or SUBJECT."""
+    name, equals, rest = subject.partition("=")
+    return (name, rest) if equals and name and rest else (None, subject)
+
+
+def compare_command(
+    subjects: Sequence[str], prompts: Sequence[str], out: Path, options: ModelOptions, seed: int = 0, count: int = 4
+) -> str:
+    """Evaluation folders become a report in the folder `out`; models draw `prompts`, `count` noises each, into one grid (`out` if it
+    ends in .png, else `out/prompts.png`). Raises UserError when there is nothing to do."""
+    evaluated = [read_evaluation(Path(path), name) for name, path in map(_named, subjects) if (Path(path) / "model.json").is_file()]
+    others = [s for s in subjects if not (Path(_named(s)[1]) / "model.json").is_file()]
+    if others and not prompts:
+        raise UserError(
+            f"{others[0]}: holds no evaluation; run `diffusion2gan evaluate` on it first, or give --prompt to compare pictures alone"
+        )
+    said = []
+    if prompts:
+        if not others:
+            raise UserError("--prompt needs models to draw with, and these are folders of evaluations; name the models")
+        models = [replace(model, name=name or model.name) for name, spec in map(_named, others) for model in [load_model(spec, options)]]
+        picture, seconds = drawn_side_by_side(models, prompts, seed, count)
+        path = out if out.suffix.lower() == ".png" else out / "prompts.png"
+        write_bytes_atomic(path, picture)
+        rows = [[m.name, s, seconds[0] / s] for m, s in zip(models, seconds, strict=True)]
+        said.append(markdown_table(["model", "seconds a picture", "times as fast as the first"], rows) + f"\nwrote {path}")
+    if evaluated:
+        if out.suffix:
+            raise UserError(f"{out}: a report is a folder, expected a name without a suffix")
+        said.append(write_comparison(evaluated, out) + f"\nwrote {out / 'report.html'} and {out / 'report.md'}")
+    return "\n".join(said)
+
+
+def drawn_side_by_side(models: Sequence[Model], prompts: Sequence[str], seed: int, count: int) -> tuple[bytes, list[float]]:
+    """A PNG with a row for each prompt and model, all from the same noises, and the seconds a picture took of each model."""
+    texts = [p for p in prompts for _ in range(count)]
+    seeds = [seed + i for _ in prompts for i in range(count)]
+    drawn, seconds = [], []
+    for model in models:
+        model.draw(texts[:1], seeds[:1])  # untimed: the first call pays for more than itself
+        started = time.perf_counter()
+        drawn.append(model.draw(texts, seeds))
+        seconds.append((time.perf_counter() - started) / len(texts))
+    side = min(d.shape[1] for d in drawn)
+    if any(d.shape[1:] != drawn[0].shape[1:] for d in drawn):
+        drawn = [np.stack([np.asarray(Image.fromarray(p).resize((side, side), Image.Resampling.LANCZOS)) for p in d]) for d in drawn]
+    rows = [d[i * count : (i + 1) * count] for i in range(len(prompts)) for d in drawn]
+    labels = [f"{m.name}: {p}"[:36] if k == 0 else m.name for p in prompts for k, m in enumerate(models)]
+    return png_bytes(grid(np.concatenate(rows), count, row_labels=labels, scale=max(1, 96 // side))), seconds
+
+
+# --- speed ----------------------------------------------------------------------------------------------------------
+def _latency_table(results: Sequence[dict]) -> str:  # type: ignore[type-arg]
+    rows = [
+        [
+            r["model"]["name"], r["evaluations"], r["batch"], 1000 * r["t_e2e"], f"{1000 * r['t_e2e_p10']:.4g} to {1000 * r['t_e2e_p90']:.4g}",
+            1000 * r["t_network"], 1000 * r["t_e2e_host"], r["images_per_second"],
+        ]
+        for r in results
+    ]  # fmt: skip
+    columns = ["model", "evaluations", "batch", "end to end, ms", "10 to 90 %", "network, ms", "with the host, ms", "img/s"]
+    return markdown_table(columns, rows)
+
+
+def speed_command(
+    spec: str, options: ModelOptions, steps: Sequence[int], batches: Sequence[int], out: Path | None, warmup: int, runs: int
+) -> str:
+    """Latency of a model at each batch size, and of a teacher or pipeline at each number of steps with the line through them."""
+    results = []
+    several: list[int | None] = list(steps) or [options.steps]
+    for count in several:
+        model = load_model(spec, replace(options, steps=count, batch_size=max(batches)))
+        results += [latency(model, batch, warmup, runs) for batch in batches]
+        del model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    text = _latency_table(results)
+    found: dict[str, object] = {"results": results}
+    singles = [(r["evaluations"], r["t_e2e"]) for r in results if r["batch"] == 1]
+    if len({n for n, _ in singles}) > 1:
+        line = latency_line(singles)
+        found["line"] = line
+        text += f"\n{1000 * line['fixed']:.4g} ms fixed + {1000 * line['per_step']:.4g} ms an evaluation of the network\n"
+    if out:
+        write_bytes_atomic(out, (json.dumps(found, indent=1) + "\n").encode())
+        text += f"\nwrote {out}"
+    return text

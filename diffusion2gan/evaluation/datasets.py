@@ -1,0 +1,186 @@
+"""Prompts and real pictures of the published protocols, read from a folder of the data set as its publisher packs it.
+
+DATA/annotations/captions_val2014.json, DATA/val2014/*.jpg
+DATA/annotations/captions_val2017.json, DATA/val2017/*.jpg
+DATA/captions_coco14_test.txt           (DMD2's list of 30,000; without it, a seeded list of our own)
+DATA/cifar-10-batches-bin/data_batch_1.bin ... 5
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.evaluation.shards import Pictures
+from diffusion2gan.images import open_rgb
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+DMD2_LIST = "captions_coco14_test.txt"
+DMD2_SHA256 = "edabd2a556026cbf5d36a5fffa35ad43d7ba71b72f6d640b727c1edefb7f1945"
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """`prompts`, the list's `name`, and the sha256 of its lines."""
+
+    name: str
+    prompts: tuple[str, ...]
+    sha256: str
+
+    def first(self, count: int | None) -> PromptList:
+        """The list cut to its first `count` prompts, under the same name. Raises UserError for a count out of range."""
+        if count is None or count == len(self.prompts):
+            return self
+        if not 1 <= count <= len(self.prompts):
+            raise UserError(f"count is {count}, expected 1 to {len(self.prompts)} prompts of the list {self.name}")
+        return PromptList(self.name, self.prompts[:count], digest_of_lines(self.prompts[:count]))
+
+
+def digest_of_lines(lines: Sequence[str]) -> str:
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+
+
+class PictureSet(Protocol):
+    """Real or generated pictures by number. `identity` is a digest of which they are, never only a name."""
+
+    name: str
+    identity: str
+
+    def __len__(self) -> int: ...
+    def pictures(self, start: int, stop: int) -> Pictures:
+        """Numbers start to stop - 1, uint8 RGB."""
+        ...
+
+
+class PictureFolder:
+    """The pictures below a folder, sorted by path; grey and transparent ones become RGB. Raises UserError when there are none."""
+
+    def __init__(self, folder: Path, name: str | None = None):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder, expected pictures; check the path")
+        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
+        if not self.paths:
+            raise UserError(f"{folder}: holds no picture, expected files ending in {', '.join(PICTURE_SUFFIXES)}")
+        self.folder, self.name = folder, name or folder.name
+        # Of names and sizes: the contents of 40,000 files would take minutes at every start.
+        files = (f"{p.relative_to(folder).as_posix()} {p.stat().st_size}" for p in self.paths)
+        self.identity = digest_of_lines(list(files))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def pictures(self, start: int, stop: int) -> list[np.ndarray]:
+        remedy = "take it out of the folder, or replace it"
+        return [np.asarray(open_rgb(path, remedy)) for path in self.paths[start:stop]]
+
+
+class Cifar10:
+    """CIFAR-10's 50,000 training pictures, from its binary version (the other one is a pickle), in the order of the files."""
+
+    name = "cifar10-train"
+    _ROW = 1 + 3 * 32 * 32
+
+    def __init__(self, folder: Path):
+        self._paths = [folder / f"data_batch_{i}.bin" for i in range(1, 6)]
+        if missing := [p for p in self._paths if not p.exists()]:
+            raise UserError(f"{missing[0]}: no such file, expected the binary version of CIFAR-10 unpacked in {folder.parent}")
+        sizes = [p.stat().st_size for p in self._paths]
+        if wrong := [p for p, size in zip(self._paths, sizes, strict=True) if size % self._ROW or not size]:
+            raise UserError(f"{wrong[0]}: {wrong[0].stat().st_size} bytes, expected a multiple of {self._ROW}; unpack the archive again")
+        self._starts = np.cumsum([0] + [size // self._ROW for size in sizes])
+        self.identity = digest_of_lines([f"{p.name} {size}" for p, size in zip(self._paths, sizes, strict=True)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def pictures(self, start: int, stop: int) -> np.ndarray:
+        rows = []
+        for path, first, end in zip(self._paths, self._starts, self._starts[1:], strict=False):
+            if start < end and stop > first:
+                file = np.memmap(path, np.uint8, "r").reshape(-1, self._ROW)
+                rows.append(file[max(start - first, 0) : stop - first, 1:])
+        return np.concatenate(rows).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+
+
+class Subset:
+    """Chosen numbers of another set."""
+
+    def __init__(self, whole: PictureSet, rows: np.ndarray, name: str):
+        self._whole, self._rows, self.name = whole, rows, name
+        self.identity = hashlib.sha256(f"{whole.identity} {rows.astype('<i8').tobytes().hex()}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def pictures(self, start: int, stop: int) -> list[np.ndarray]:
+        return [self._whole.pictures(int(i), int(i) + 1)[0] for i in self._rows[start:stop]]
+
+
+def seeded_rows(total: int, count: int) -> np.ndarray:
+    """`count` of `total` numbers without replacement, sorted: NumPy's PCG64(0), as eval practice for COCO subsets has it."""
+    return np.sort(np.random.Generator(np.random.PCG64(0)).choice(total, count, replace=False))
+
+
+def _captions(path: Path) -> dict[int, tuple[int, str]]:
+    """Image id -> its caption of the smallest annotation id."""
+    try:
+        annotations = json.loads(path.read_text())["annotations"]
+        rows = [(int(a["image_id"]), int(a["id"]), str(a["caption"])) for a in annotations]
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}), expected COCO's captions; name the data set's folder by --data"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not COCO's captions, expected `annotations` with image_id, id and caption") from None
+    first: dict[int, tuple[int, str]] = {}
+    for image, annotation, caption in rows:
+        if image not in first or annotation < first[image][0]:
+            first[image] = (annotation, " ".join(caption.split()))
+    return first
+
+
+def _listed(name: str, captions: dict[int, tuple[int, str]], images: Sequence[int]) -> PromptList:
+    lines = [f"{i}\t{captions[i][0]}\t{captions[i][1]}" for i in images]
+    return PromptList(name, tuple(captions[i][1] for i in images), digest_of_lines(lines))
+
+
+def coco14_prompts(data: Path, count: int = 30_000) -> PromptList:
+    """DMD2's list when the file is there (its digest is checked), else a seeded choice of pictures, each with its first caption."""
+    path = data / DMD2_LIST
+    if path.exists():
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != DMD2_SHA256:
+            raise UserError(f"{path}: sha256 is {digest[:16]}..., expected {DMD2_SHA256[:16]}...; copy DMD2's file again, or take it away")
+        return PromptList("coco14-30k-dmd2", tuple(line.strip() for line in content.decode().splitlines()), digest)
+    captions = _captions(data / "annotations" / "captions_val2014.json")
+    images = sorted(captions)
+    if len(images) < count:
+        raise UserError(f"{data}: captions of {len(images)} pictures, expected at least {count}; unpack all of COCO 2014's annotations")
+    return _listed("coco14-30k-seed0", captions, [images[i] for i in seeded_rows(len(images), count)])
+
+
+def coco17_prompts(data: Path) -> PromptList:
+    """Every picture of val2017 in order of its id, with the caption of the smallest annotation id."""
+    captions = _captions(data / "annotations" / "captions_val2017.json")
+    return _listed("coco17-5k-first", captions, sorted(captions))
+
+
+def prompts_of_file(path: Path) -> PromptList:
+    """A text file, one prompt a line. Raises UserError for an empty line or file."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}), expected a text file with one prompt a line") from None
+    if not lines:
+        raise UserError(f"{path}: is empty, expected one prompt a line")
+    if empty := next((i for i, line in enumerate(lines, 1) if not line.strip()), None):
+        raise UserError(f"{path}: line {empty} is empty, expected one prompt a line; delete the line")
+    return PromptList(path.name, tuple(line.strip() for line in lines), digest_of_lines(lines))

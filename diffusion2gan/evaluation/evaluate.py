@@ -1,0 +1,385 @@
+"""Runs protocols on a model: draws each set of pictures once for all metrics that want it, a shard at a time, and scores.
+
+    OUT/model.json                       what was evaluated
+    OUT/PROTOCOL.json                    the numbers, with all they depend on
+    OUT/samples/SET/00000.png ...        the first pictures of each set, for `compare`
+    OUT/features/SET-HASH/               features; the same command goes on where it stopped
+    SHARED/reference|teacher/...         the same of real pictures and of the teacher, for all models
+
+A metric whose weights or data are missing is said and skipped; the others finish.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffusion2gan import __version__
+from diffusion2gan.errors import UserError
+from diffusion2gan.evaluation import datasets, shards
+from diffusion2gan.evaluation.datasets import PictureFolder, PictureSet, PromptList, coco14_prompts, coco17_prompts
+from diffusion2gan.evaluation.extractors import Network, Pictures, build_network
+from diffusion2gan.evaluation.models import Model
+from diffusion2gan.evaluation.protocols import PROTOCOLS, Given, Protocol
+from diffusion2gan.evaluation.shards import Extractor, Rows
+from diffusion2gan.files import atomic_path, write_bytes_atomic
+from diffusion2gan.images import png_bytes
+from diffusion2gan.pairs.seeds import evaluation_seed, noise_fingerprint
+from diffusion2gan.worker import Worker
+
+FORMAT = "diffusion2gan-result-1"
+SHOWN = 16
+BLOCKS = 256
+CIFAR_COUNT = 50_000
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """A set of `count` generated pictures: its prompts, how many pictures of each, and the real pictures beside it."""
+
+    count: int
+    prompts: Callable[[Path], PromptList]
+    reference: Callable[[Path], PictureSet] | None
+    replicas: int = 1
+
+
+def _unconditional(_: Path) -> PromptList:
+    return PromptList("no prompts", ("",) * CIFAR_COUNT, datasets.digest_of_lines([""] * CIFAR_COUNT))
+
+
+SAMPLES: Mapping[str, SampleSet] = {
+    "coco14": SampleSet(30_000, coco14_prompts, lambda data: PictureFolder(data / "val2014")),
+    "coco17": SampleSet(5_000, coco17_prompts, lambda data: PictureFolder(data / "val2017")),
+    "coco17x8": SampleSet(40_000, coco17_prompts, None, replicas=8),
+    "cifar10": SampleSet(CIFAR_COUNT, _unconditional, lambda data: datasets.Cifar10(data / "cifar-10-batches-bin")),
+}
+
+
+def noise_seed(sample: int, block: int) -> int:
+    """The noise of picture number `sample`, the same for every model and protocol; blocks 0 to 255 never meet, nor do they meet
+    a pair store's or emoji10k-v1's."""
+    return evaluation_seed((1 << 52) | (block << 40) | sample)
+
+
+@dataclass(eq=False)
+class Evaluation:
+    """One model and where its results go. `count`: only the first so many prompts, which marks results partial.
+    `block`: noise block 0 to 127 (other noises, same prompts); the teacher's control pictures use block + 128."""
+
+    model: Model
+    out: Path
+    shared: Path
+    data: Path
+    weights: Path | None = None
+    teacher: Model | None = None
+    count: int | None = None
+    block: int = 0
+    device: str = "cpu"
+    save_pictures: bool = False
+    progress: bool = True
+    worker: Worker = field(default_factory=Worker.from_environment)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.block < BLOCKS // 2:
+            raise UserError(f"noise block {self.block}, expected 0 to {BLOCKS // 2 - 1}")
+        self._networks: dict[str, Network | UserError] = {}
+        self._prompts: dict[str, PromptList | UserError] = {}
+        self._references: dict[str, PictureSet] = {}
+
+    # --- What is needed ---------------------------------------------------------------------------------------------
+    def _network(self, kind: str) -> Network:
+        if kind not in self._networks:
+            try:
+                self._networks[kind] = build_network(kind, self.weights, self.device)
+            except UserError as error:
+                self._networks[kind] = error
+        found = self._networks[kind]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def _prompt_list(self, samples: str) -> PromptList:
+        """The set's prompts; of a folder of pictures its own captions, picture by picture."""
+        if samples not in self._prompts:
+            try:
+                self._prompts[samples] = self._read_prompts(samples)
+            except UserError as error:
+                self._prompts[samples] = error
+        found = self._prompts[samples]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def _read_prompts(self, samples: str) -> PromptList:
+        folder, replicas = self.model.folder, SAMPLES[samples].replicas
+        if folder is None:
+            return SAMPLES[samples].prompts(self.data).first(self.count)
+        if len(folder) % replicas:
+            raise UserError(f"{folder.folder}: {len(folder)} pictures, expected a multiple of {replicas}: that many of each prompt in turn")
+        captions = self.model.captions[::replicas] or ("",) * (len(folder) // replicas)
+        name = f"captions of {folder.name}" if self.model.captions else "no captions"
+        return PromptList(name, captions, datasets.digest_of_lines(captions)).first(self.count)
+
+    # --- Running ----------------------------------------------------------------------------------------------------
+    def run(self, ids: Sequence[str]) -> dict[str, list[str]]:
+        """Runs the protocols; returns what was skipped and why, by protocol. Raises UserError for an unknown id or when the
+        pictures cannot be made."""
+        protocols = [_known(i) for i in ids]
+        jobs = [(p, self._samples_of(p, protocols)) for p in protocols]
+        skipped: dict[str, list[str]] = {p.id: [] for p in protocols}
+        ready: list[tuple[Protocol, str, list[str]]] = []
+        for protocol, samples in jobs:
+            kinds = [k for k in protocol.networks if self._is_ready(protocol, samples, k, skipped[protocol.id])]
+            if kinds:
+                ready.append((protocol, samples, kinds))
+        describe(self.out, self.model.name, self.model.identity)
+        # Every set is drawn once, for all networks of all protocols.
+        for samples in dict.fromkeys(s for _, s, _ in ready):
+            mine = [(p, kinds) for p, s, kinds in ready if s == samples]
+            self._generated(self.model, samples, _union(k for _, k in mine), self.block)
+            if kinds := _union(k for p, k in mine if p.teacher):
+                assert self.teacher is not None
+                for block in (self.block, self.block + BLOCKS // 2):
+                    self._generated(self.teacher, samples, kinds, block)
+            if kinds := _union(k for p, k in mine if p.reference):
+                self._reference_rows(samples, kinds)
+        if self.worker.rank == 0:
+            for protocol, samples, kinds in ready:
+                entries = [self._entry(protocol, e, k) for k in kinds for e in protocol.networks[k](self._given(protocol, samples, k))]
+                self._write(protocol, samples, entries, skipped[protocol.id])
+        return {k: v for k, v in skipped.items() if v}
+
+    def _samples_of(self, protocol: Protocol, beside: Sequence[Protocol]) -> str:
+        """A protocol of any pictures takes those that are drawn anyway."""
+        return protocol.samples or next((p.samples for p in beside if p.samples and p.reference), "coco14")
+
+    def _is_ready(self, protocol: Protocol, samples: str, kind: str, skipped: list[str]) -> bool:
+        try:
+            if protocol.teacher and self.teacher is None:
+                raise UserError(f"{protocol.id} compares with the teacher's pictures; name it by --teacher")
+            if protocol.teacher and self.model.folder is not None:
+                raise UserError(f"{protocol.id} needs pictures of chosen noises, which a folder of pictures has not; name a model")
+            prompts = self._prompt_list(samples)
+            if kind == "clip" and not all(prompts.prompts):
+                raise UserError(
+                    f"{protocol.id} needs captions; put one a line into captions.txt beside the pictures, or name a file by --captions"
+                )
+            if protocol.reference:
+                self._reference(samples)
+            self._network(kind)
+        except UserError as error:
+            skipped.append(f"{kind}: {error}")
+            return False
+        return True
+
+    def _reference(self, samples: str) -> PictureSet:
+        if samples not in self._references:
+            make = SAMPLES[samples].reference
+            if make is None:
+                raise UserError(f"{samples} has no reference pictures")
+            self._references[samples] = make(self.data)
+        return self._references[samples]
+
+    # --- Features ---------------------------------------------------------------------------------------------------
+    def _extractors(self, kinds: Sequence[str], identity: Mapping[str, Any], captions: Sequence[str]) -> list[Extractor]:
+        def rows_of(network: Network) -> Callable[[Pictures, int, int], np.ndarray]:
+            return lambda pictures, start, stop: network.features(pictures, captions[start:stop])
+
+        networks = [self._network(k) for k in kinds]
+        return [Extractor(k, {**identity, "network": dict(n.facts)}, rows_of(n)) for k, n in zip(kinds, networks, strict=True)]
+
+    def _identity(self, model: Model, samples: str, block: int) -> dict[str, Any]:
+        """All that a set of pictures depends on."""
+        prompts = self._prompt_list(samples)
+        return {
+            "model": dict(model.identity),
+            "samples": samples,
+            "count": len(prompts.prompts) * SAMPLES[samples].replicas,
+            "prompts": prompts.sha256,
+            "noise": None if model.folder else {"block": block, "recipe": noise_fingerprint()},
+        }
+
+    def _folder(self, model: Model, samples: str, block: int) -> Path:
+        """Pictures of other settings are other pictures: they go elsewhere, and never into one distance together."""
+        above = self.out / "features" if model is self.model else self.shared / "teacher"
+        return above / f"{samples}-{_hash(self._identity(model, samples, block))}"
+
+    def _generated(self, model: Model, samples: str, kinds: Sequence[str], block: int) -> dict[str, Rows]:
+        captions = [p for p in self._prompt_list(samples).prompts for _ in range(SAMPLES[samples].replicas)]
+
+        def produce(start: int, stop: int) -> Pictures:
+            if model.folder is not None:
+                pictures: Pictures = model.folder.pictures(start, stop)
+            else:
+                pictures = model.draw(captions[start:stop], [noise_seed(i, block) for i in range(start, stop)])
+            if model is self.model:
+                self._keep(samples, pictures, captions[start:stop], start)
+            return pictures
+
+        extractors = self._extractors(kinds, self._identity(model, samples, block), captions)
+        return shards.extract(
+            produce, len(captions), self._folder(model, samples, block), extractors,
+            label=f"{model.name} {samples}", progress=self.progress, worker=self.worker,
+        )  # fmt: skip
+
+    def _keep(self, samples: str, pictures: Pictures, captions: Sequence[str], start: int) -> None:
+        keep_samples(self.out / "samples" / samples, pictures, captions, start)
+        if self.save_pictures:
+            for i, picture in enumerate(pictures, start):
+                write_bytes_atomic(self.out / "pictures" / samples / f"{i:06d}.png", png_bytes(Image.fromarray(picture)))
+
+    def _reference_rows(self, samples: str, kinds: Sequence[str]) -> dict[str, Rows]:
+        reference = self._reference(samples)
+        identity = {"reference": reference.name, "pictures": reference.identity, "count": len(reference)}
+        folder = self.shared / "reference" / f"{samples}-{_hash(identity)}"
+        extractors = self._extractors(kinds, identity, [""] * len(reference))
+        return shards.extract(
+            reference.pictures, len(reference), folder, extractors,
+            label=f"reference {samples}", progress=self.progress, worker=self.worker,
+        )  # fmt: skip
+
+    def _given(self, protocol: Protocol, samples: str, kind: str) -> Given:
+        """Everything is there already: these calls only open files."""
+
+        def of(model: Model, block: int) -> Rows:
+            return self._generated(model, samples, [kind], block)[kind]
+
+        return Given(
+            of(self.model, self.block),
+            replicas=SAMPLES[samples].replicas,
+            reference=self._reference_rows(samples, [kind])[kind] if protocol.reference else None,
+            teacher=of(self.teacher, self.block) if protocol.teacher and self.teacher else None,
+            teacher_other_noise=of(self.teacher, self.block + BLOCKS // 2) if protocol.teacher and self.teacher else None,
+        )
+
+    # --- Results ----------------------------------------------------------------------------------------------------
+    def _entry(self, protocol: Protocol, entry: dict[str, Any], kind: str) -> dict[str, Any]:
+        values = entry.pop("values", None)
+        if values is not None:
+            name = "".join(c if c.isalnum() else "-" for c in f"{protocol.id}-{entry['metric']}-{entry['variant']}".lower())
+            path = self.out / "values" / f"{name}.npy"
+            with atomic_path(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, np.asarray(values, np.float32))
+            entry["values"] = path.relative_to(self.out).as_posix()
+        return {**entry, "network": {"kind": kind, **self._network(kind).facts}}
+
+    def _write(self, protocol: Protocol, samples: str, entries: list[dict[str, Any]], skipped: Sequence[str]) -> None:
+        prompts, chosen = self._prompt_list(samples), SAMPLES[samples]
+        count = len(prompts.prompts) * chosen.replicas
+        folder = self._folder(self.model, samples, self.block)
+        facts = shards.picture_facts(folder, "pictures", count)
+        notes = list(skipped)
+        if facts["blank"]:
+            notes.append(f"{facts['blank']} pictures are of one colour: a safety checker or an overflow painted them")
+        result = {
+            "format": FORMAT,
+            "protocol": protocol.id,
+            "title": protocol.title,
+            "model": {"name": self.model.name, **self.model.identity},
+            "n": count,
+            "partial": count != chosen.count,
+            "results": entries,
+            "prompts": {"name": prompts.name, "sha256": prompts.sha256, "replicas": chosen.replicas},
+            "noise": None if self.model.folder else {"block": self.block, "fingerprint": noise_fingerprint()},
+            "reference": _reference_facts(self._reference(samples)) if protocol.reference else None,
+            "teacher": {"name": self.teacher.name, **self.teacher.identity} if protocol.teacher and self.teacher else None,
+            "pictures_sha256": facts["sha256"],
+            "quantiser": "as found" if self.model.folder else "round",
+            "tf32": False,
+            "seconds_per_image": None if self.model.folder else shards.seconds_per_image(folder, "pictures"),
+            "versions": versions(),
+            "notes": notes,
+        }
+        write_bytes_atomic(self.out / f"{protocol.id}.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+def keep_samples(folder: Path, pictures: Pictures, captions: Sequence[str], start: int) -> None:
+    """Writes those of samples start, start + 1, ... that are among the first SHOWN, for people to look at."""
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True), start):
+        if i >= SHOWN:
+            break
+        write_bytes_atomic(folder / f"{i:05d}.png", png_bytes(Image.fromarray(picture)))
+        write_bytes_atomic(folder / f"{i:05d}.txt", caption.encode())
+
+
+def describe(out: Path, name: str, identity: Mapping[str, Any]) -> None:
+    """Says in OUT/model.json what is evaluated there. Raises UserError when that is another model."""
+    path = out / "model.json"
+    described = json.loads(json.dumps({"name": name, "identity": dict(identity)}))
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found["identity"] != described["identity"]:
+            raise UserError(f"{out}: holds the evaluation of {found['name']} with other weights or settings; choose a new --out")
+        return
+    write_bytes_atomic(path, (json.dumps(described, indent=1) + "\n").encode())
+
+
+def _reference_facts(reference: PictureSet) -> dict[str, Any]:
+    return {"name": reference.name, "n": len(reference), "files_sha256": reference.identity}
+
+
+def _known(protocol: str) -> Protocol:
+    if protocol not in PROTOCOLS:
+        raise UserError(f"protocol {protocol!r}, expected some of {', '.join(['emoji10k-v1', *PROTOCOLS, 'latency'])}")
+    return PROTOCOLS[protocol]
+
+
+def _union(kinds: Iterable[Sequence[str]]) -> list[str]:
+    return list(dict.fromkeys(k for several in kinds for k in several))
+
+
+def _hash(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def versions() -> dict[str, Any]:
+    """What a result depends on besides its inputs."""
+    found: dict[str, Any] = {"diffusion2gan": __version__, "python": platform.python_version(), "torch_threads": torch.get_num_threads()}
+    packages = (
+        "numpy",
+        "torch",
+        "torchvision",
+        "diffusers",
+        "transformers",
+        "pillow",
+        "clean-fid",
+        "torch-fidelity",
+        "open_clip_torch",
+        "dreamsim",
+    )
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def summary(out: Path, ids: Sequence[str]) -> str:
+    """The numbers of finished protocols as a Markdown table."""
+    from diffusion2gan.report import markdown_table
+
+    rows = []
+    for protocol in ids:
+        path = out / f"{protocol}.json"
+        if path.exists():
+            result = json.loads(path.read_text())
+            for entry in result["results"]:
+                low_high = entry.get("interval95")
+                interval = f"{low_high[0]:.4g} to {low_high[1]:.4g}" if low_high else None
+                mark = " (partial)" if result["partial"] else ""
+                mark += " (debug: too few)" if entry.get("debug") else ""
+                rows.append([protocol, f"{entry['metric']}{mark}", entry["variant"], float(entry["value"]), interval, result["n"]])
+    return markdown_table(["protocol", "metric", "variant", "value", "95 %", "pictures"], rows)

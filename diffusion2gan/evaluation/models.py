@@ -1,0 +1,267 @@
+"""What can be evaluated: a student, a teacher, any diffusers text-to-image pipeline, a folder of pictures. All draw from the same noise.
+
+A model's pictures depend on its weights and settings, a prompt and a seed; `identity` names the former.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.evaluation.datasets import PictureFolder
+from diffusion2gan.images import to_uint8
+from diffusion2gan.pairs.seeds import draw_noise
+from diffusion2gan.pipeline import STUDENT_FILE, Student, teacher_pictures
+from diffusion2gan.teachers.load import load_teacher
+from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
+from diffusion2gan.teachers.protocol import TeacherConfig
+from diffusion2gan.teachers.stable_diffusion import weights_digest
+
+Quantiser = Literal["round", "trunc"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """`draw(prompts, seeds)` -> uint8 (n, h, w, 3). `identity` (JSON) is all that the pictures depend on."""
+
+    name: str
+    identity: Mapping[str, Any]
+    draw: Callable[[Sequence[str], Sequence[int]], np.ndarray]
+    folder: PictureFolder | None = None
+    """Set when the pictures are not drawn but read: then `captions` are theirs."""
+    captions: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    """`text`, `network` and `decoder`: what `speed.latency` listens to. Empty for pictures."""
+
+
+# --- Ours -----------------------------------------------------------------------------------------------------------
+def student_model(folder: Path, name: str, dtype: str, device: str, batch_size: int) -> Model:
+    """A folder written by `export`."""
+    student = Student.from_pretrained(folder, dtype, device)
+    identity = {"student": weights_digest(student.generator)[:16], "decoder": weights_digest(student.teacher.vae)[:16], "dtype": dtype}
+    lent = student.teacher
+    modules = {"text": lent.text_encoder, "network": student.generator.network, "decoder": lent.vae.decoder}
+    return Model(name, identity, lambda p, s: student.generate(p, s, batch_size), facts=student.facts, modules=modules)
+
+
+def teacher_model(source: str, name: str, ode: SolverConfig, dtype: str, device: str, batch_size: int) -> Model:
+    """A teacher with its ODE solver, as its pairs are made."""
+    teacher = load_teacher(TeacherConfig.model_validate({"source": source, "dtype": dtype}), device)
+    solver = OdeSolver(teacher, ode, batch_size)
+    known = teacher.identity()
+    identity = {"teacher": known["weights"][:16], "ode": ode.model_dump(), "decoder": weights_digest(teacher.vae)[:16], "dtype": dtype}
+    modules = {"text": teacher.text_encoder, "network": solver.network or teacher.network, "decoder": teacher.vae.decoder}
+    return Model(name, identity, lambda p, s: teacher_pictures(solver, p, s), facts={"ode": ode.model_dump()}, modules=modules)
+
+
+# --- Pictures that exist --------------------------------------------------------------------------------------------
+def folder_model(folder: Path, name: str, captions: Path | None) -> Model:
+    """A folder of pictures, sorted by name, with one caption a line in `captions` (default: `captions.txt` inside).
+    Raises UserError when the numbers differ."""
+    pictures = PictureFolder(folder)
+    path = captions or folder / "captions.txt"
+    lines: tuple[str, ...] = ()
+    if captions or path.exists():
+        from diffusion2gan.evaluation.datasets import prompts_of_file
+
+        lines = prompts_of_file(path).prompts
+        if len(lines) != len(pictures):
+            raise UserError(f"{path}: {len(lines)} captions for {len(pictures)} pictures in {folder}, expected one each")
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        raise UserError(f"{folder}: a folder of pictures cannot draw new ones; name a model")
+
+    return Model(name, {"folder": pictures.identity}, draw, pictures, lines)
+
+
+# --- Other people's pipelines ---------------------------------------------------------------------------------------
+class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+    """Euler steps of a rectified flow whose network predicts v = picture - noise at time 1000 (1 - i/N) (InstaFlow)."""
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(self, num_train_timesteps: int = 1000):
+        self.timesteps = torch.tensor([float(num_train_timesteps)])
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None, **_: Any) -> None:
+        total = self.config.num_train_timesteps
+        self.timesteps = torch.tensor([total * (1 - i / num_inference_steps) for i in range(num_inference_steps)], device=device)
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        return sample
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **_: Any) -> tuple[Tensor]:
+        return (sample + model_output / len(self.timesteps),)
+
+
+def _instaflow(pipeline: Any) -> None:
+    pipeline.scheduler = RectifiedFlowScheduler()
+
+
+def _turbo(pipeline: Any) -> None:
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+
+
+def _lightning(pipeline: Any) -> None:
+    from huggingface_hub import hf_hub_download
+    from safetensors.torch import load_file
+
+    weights = load_file(hf_hub_download("ByteDance/SDXL-Lightning", "sdxl_lightning_1step_unet_x0.safetensors"))
+    network = UNet2DConditionModel.from_config(pipeline.unet.config).to(pipeline.unet.dtype)
+    network.load_state_dict(weights)
+    pipeline.unet = network.to(pipeline.unet.device).eval()
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing", prediction_type="sample"
+    )
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published model as its own card says it is to be used."""
+
+    source: str
+    steps: int
+    guidance: float
+    prepare: Callable[[Any], None] | None = None
+
+
+PRESETS: Mapping[str, Preset] = {
+    "sdxl-turbo": Preset("stabilityai/sdxl-turbo", 1, 0.0, _turbo),
+    "sdxl-lightning": Preset("stabilityai/stable-diffusion-xl-base-1.0", 1, 0.0, _lightning),
+    "lcm": Preset("SimianLuo/LCM_Dreamshaper_v7", 4, 8.0),
+    "instaflow": Preset("XCLiu/instaflow_0_9B_from_sd_1_5", 1, 1.0, _instaflow),
+}
+
+
+@torch.inference_mode()
+def _decode(pipeline: Any, latents: Tensor) -> Tensor:
+    """Scaled latents -> pixels in [-1, 1], by the pipeline's autoencoder in float32 whatever the network's precision."""
+    vae = pipeline.vae
+    config = vae.config
+    latents = latents.float()
+    if getattr(config, "latents_mean", None) is not None:
+        mean, spread = (torch.tensor(v, device=latents.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        latents = latents * spread / config.scaling_factor + mean
+    else:
+        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+    decoded: Tensor = vae.decode(latents).sample
+    return decoded
+
+
+def pipeline_model(
+    source: str,
+    name: str,
+    steps: int,
+    guidance: float,
+    dtype: str,
+    device: str,
+    batch_size: int,
+    prepare: Callable[[Any], None] | None = None,
+) -> Model:
+    """Any diffusers text-to-image pipeline with a U-Net or transformer and an autoencoder: folder or hub id."""
+    types = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=types[dtype])
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{source}: cannot be loaded as a diffusers pipeline ({reason}); name a folder, a hub id or one of {', '.join(PRESETS)}"
+        ) from None
+    if getattr(pipeline, "safety_checker", None) is not None:
+        pipeline.safety_checker = None  # it paints pictures black
+    if prepare:
+        prepare(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device)
+    nn.Module.to(pipeline.vae, torch.float32)
+    network = pipeline.unet if getattr(pipeline, "unet", None) is not None else pipeline.transformer
+    size = pipeline.default_sample_size if hasattr(pipeline, "default_sample_size") else network.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (network.config.in_channels, height, width)
+
+    @torch.inference_mode()
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        parts = []
+        for start in range(0, len(prompts), batch_size):
+            chosen = list(seeds[start : start + batch_size])
+            noise = torch.from_numpy(draw_noise(chosen, shape)).to(device, network.dtype)
+            # Samplers that add noise on the way take it from here: also by the seed alone.
+            generators = [torch.Generator().manual_seed(int(s)) for s in chosen]
+            latents = pipeline(
+                prompt=list(prompts[start : start + batch_size]), latents=noise, num_inference_steps=steps, guidance_scale=guidance,
+                generator=generators, output_type="latent",
+            ).images  # fmt: skip
+            parts.append(to_uint8(_decode(pipeline, latents)))
+        return np.concatenate(parts)
+
+    modules = [m for m in (network, pipeline.vae, getattr(pipeline, "text_encoder", None)) if m is not None]
+    identity = {
+        "pipeline": type(pipeline).__name__,
+        "weights": weights_digest(*modules)[:16],
+        "scheduler": hashlib.sha256(
+            json.dumps([type(pipeline.scheduler).__name__, dict(pipeline.scheduler.config)], sort_keys=True, default=str).encode()
+        ).hexdigest()[:16],
+        "steps": steps,
+        "guidance": guidance,
+        "dtype": dtype,
+    }
+    parts = {"text": pipeline.text_encoder, "network": network, "decoder": pipeline.vae.decoder}
+    return Model(name, identity, draw, facts={"source": source, "steps": steps, "guidance": guidance}, modules=parts)
+
+
+# --- By name --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model that is named on the command line is to be run. `steps` and `guidance` are for teachers and other pipelines."""
+
+    steps: int | None = None
+    guidance: float | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    batch_size: int = 32
+    captions: Path | None = None
+
+
+def load_model(spec: str, options: ModelOptions) -> Model:
+    """`embedded` or a folder written by `export`: a student. `teacher:SOURCE`: a teacher (`teacher:embedded`), by DDIM with
+    `steps` and `guidance`. One of PRESETS. A folder or hub id of a diffusers pipeline, with `steps` and `guidance`.
+    A folder of pictures. Raises UserError for anything else."""
+    o = options
+    if spec.startswith("teacher:"):
+        ode = SolverConfig(steps=o.steps or 50, guidance=3.0 if o.guidance is None else o.guidance)
+        return teacher_model(spec.removeprefix("teacher:"), spec, ode, o.dtype, o.device, o.batch_size)
+    if spec == "embedded":
+        from diffusion2gan.embedded.weights import embedded_student
+
+        return student_model(embedded_student(), "embedded student", o.dtype, o.device, o.batch_size)
+    if spec in PRESETS:
+        preset = PRESETS[spec]
+        steps, guidance = o.steps or preset.steps, preset.guidance if o.guidance is None else o.guidance
+        return pipeline_model(preset.source, spec, steps, guidance, o.dtype, o.device, o.batch_size, preset.prepare)
+    path = Path(spec)
+    if (path / STUDENT_FILE).is_file():
+        return student_model(path, path.name, o.dtype, o.device, o.batch_size)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        return folder_model(path, path.name, o.captions)
+    if not path.is_dir() and path.exists():
+        raise UserError(f"{spec}: a file, expected a folder of a model or of pictures")
+    if o.steps is None or o.guidance is None:
+        raise UserError(
+            f"{spec}: a diffusers pipeline needs --steps and --guidance; its card says which, or name one of {', '.join(PRESETS)}"
+        )
+    return pipeline_model(spec, path.name, o.steps, o.guidance, o.dtype, o.device, o.batch_size)

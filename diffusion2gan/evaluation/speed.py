@@ -1,0 +1,219 @@
+"""Speed: latency of a model, throughput of a training, cost of a loss. Every number carries the machine it was taken on."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.evaluation.models import Model
+
+PROMPTS = (
+    "a red heart", "a smiling face", "a small house by a lake", "two cats on a sofa", "a bowl of fruit", "a city at night",
+    "a man riding a bicycle", "a green train in the snow",
+)  # fmt: skip
+
+
+def device_name(device: torch.device | str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a time depends on besides the model."""
+    facts: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "python": platform.python_version()}
+    if device.type == "cuda":
+        facts |= {"cuda": torch.version.cuda, "tf32_convolutions": torch.backends.cudnn.allow_tf32}
+    return facts
+
+
+# --- Latency --------------------------------------------------------------------------------------------------------
+class _Clock:
+    """Moments on the device's own time line, read after the run: no wait in between."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+
+    def now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        return float(start.elapsed_time(end) / 1000 if self._cuda else end - start)
+
+
+class _Stopwatch:
+    """Notes when the first text encoder begins, when each evaluation of the network begins and ends, when the decoder ends."""
+
+    def __init__(self, model: Model, clock: _Clock):
+        self._clock = clock
+        text, network, decoder = (model.modules[k] for k in ("text", "network", "decoder"))
+        self._handles = [
+            text.register_forward_pre_hook(lambda *_: self._begin()),
+            network.register_forward_pre_hook(lambda *_: self.evaluations.append([clock.now()])),
+            network.register_forward_hook(lambda *_: self.evaluations[-1].append(clock.now())),
+            decoder.register_forward_hook(lambda *_: self._end()),
+        ]
+        self.reset()
+
+    def reset(self) -> None:
+        self.begin: Any = None
+        self.end: Any = None
+        self.evaluations: list[list[Any]] = []
+
+    def _begin(self) -> None:
+        self.begin = self._clock.now() if self.begin is None else self.begin
+
+    def _end(self) -> None:
+        self.end = self._clock.now()
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def latency(model: Model, batch: int = 1, warmup: int = 10, runs: int = 50, prompts: Sequence[str] = PROMPTS) -> dict[str, Any]:
+    """Seconds of one run of `model` at `batch`, another prompt each time: medians with the tenth and ninetieth percentile.
+
+    `t_e2e`: the first text encoder's begin to the decoder's end, on the device. `t_network`: the network's evaluations alone.
+    `t_e2e_host`: strings in, uint8 pictures out, tokens, noise and copies included. Loading and the first `warmup` runs are left
+    out. Raises UserError for a folder of pictures, or fewer than one run.
+    """
+    if not model.modules:
+        raise UserError(f"{model.name}: only pictures, expected a model to time")
+    if runs < 1 or warmup < 0 or batch < 1:
+        raise UserError(f"latency of {runs} runs after {warmup}, batch {batch}; expected at least 1 run, 0 before, batch 1")
+    device = next(model.modules["network"].parameters()).device
+    clock, found = _Clock(device), []
+    watch = _Stopwatch(model, clock)
+    try:
+        for i in range(warmup + runs):
+            watch.reset()
+            texts, seeds = [prompts[(i + k) % len(prompts)] for k in range(batch)], list(range(i * batch, (i + 1) * batch))
+            synchronise(device)
+            started = time.perf_counter()
+            model.draw(texts, seeds)
+            synchronise(device)
+            host = time.perf_counter() - started
+            network = sum(clock.seconds(a, b) for a, b in watch.evaluations)
+            if i >= warmup:
+                found.append((clock.seconds(watch.begin, watch.end), network, host, len(watch.evaluations)))
+    finally:
+        watch.close()
+    columns = np.array(found)
+    result: dict[str, Any] = {"batch": batch, "runs": runs, "warmup": warmup, "evaluations": int(columns[0, 3])}
+    for name, values in zip(("t_e2e", "t_network", "t_e2e_host"), columns.T[:3], strict=True):
+        low, middle, high = np.quantile(values, [0.1, 0.5, 0.9])
+        result |= {name: float(middle), f"{name}_p10": float(low), f"{name}_p90": float(high)}
+    result["images_per_second"] = batch / result["t_e2e_host"]
+    return result | {"model": {"name": model.name, **model.identity}, "machine": machine(device)}
+
+
+def latency_line(points: Sequence[tuple[int, float]]) -> dict[str, float]:
+    """`fixed` + `per_step` x steps, least squares through (steps, seconds). Raises UserError for fewer than two step counts."""
+    if len({steps for steps, _ in points}) < 2:
+        raise UserError(f"a line through {len(points)} points, expected two step counts or more; give --steps several")
+    per_step, fixed = np.polyfit([steps for steps, _ in points], [seconds for _, seconds in points], 1)
+    return {"fixed": float(fixed), "per_step": float(per_step)}
+
+
+# --- Cost of a loss -------------------------------------------------------------------------------------------------
+def extra_memory(act: Callable[[], Any], device: torch.device) -> float:
+    """MB that a call allocates at its peak, beyond what was there."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        act()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        act()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    current = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak / 2**20
+
+
+def loss_cost(
+    distance: Callable[[Tensor, Tensor], Tensor],
+    shape: tuple[int, ...],
+    device: torch.device,
+    precision: str = "float32",
+    batch: int = 1,
+    warmup: int = 5,
+    runs: int = 20,
+) -> dict[str, Any]:
+    """Forward and backward of `distance` to its first input, (batch, *shape) latents: median ms, `extra_activation_mb` beyond
+    what is resident, and `weight_mb` of a distance that is a module. `precision` other than float32 is autocast."""
+    random = torch.Generator().manual_seed(0)
+    x0, x1 = (torch.randn(batch, *shape, generator=random).to(device) for _ in range(2))
+    x0.requires_grad_()
+
+    def step() -> None:
+        x0.grad = None
+        with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
+            value = distance(x0, x1)
+        value.float().sum().backward()
+
+    for _ in range(warmup):
+        step()
+    times = []
+    for _ in range(runs):
+        synchronise(device)
+        started = time.perf_counter()
+        step()
+        synchronise(device)
+        times.append(time.perf_counter() - started)
+    weights = sum(p.numel() * p.element_size() for p in distance.parameters()) / 2**20 if isinstance(distance, nn.Module) else 0.0
+    return {
+        "shape": list(shape), "batch": batch, "precision": precision, "ms": 1000 * statistics.median(times),
+        "extra_activation_mb": extra_memory(step, device), "weight_mb": weights, "machine": machine(device),
+    }  # fmt: skip
+
+
+# --- Throughput of a training ---------------------------------------------------------------------------------------
+def train_throughput(
+    step: Callable[[], Any], batch: int, device: torch.device, warmup: int = 50, steps: int = 200, processes: int = 1
+) -> dict[str, Any]:
+    """Samples a second of a training whose `step` takes `batch` samples over all `processes`: loading, text, forward, backward,
+    optimiser and average included, checkpoints and samples not. Synchronised at both ends."""
+    if steps < 1 or warmup < 0:
+        raise UserError(f"throughput of {steps} steps after {warmup}, expected at least 1 after 0 or more")
+    for _ in range(warmup):
+        step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    synchronise(device)
+    started = time.perf_counter()
+    for _ in range(steps):
+        step()
+    synchronise(device)
+    seconds = time.perf_counter() - started
+    result = {"steps": steps, "warmup": warmup, "batch": batch, "processes": processes, "images_per_second": batch * steps / seconds}
+    if device.type == "cuda":
+        result |= {
+            "max_memory_allocated_mb": torch.cuda.max_memory_allocated() / 2**20,
+            "max_memory_reserved_mb": torch.cuda.max_memory_reserved() / 2**20,
+        }
+    return result | {"seconds_per_step": seconds / steps, "machine": machine(device)}

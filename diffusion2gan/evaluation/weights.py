@@ -1,0 +1,131 @@
+"""Weights of scoring networks: looked for in one folder, then on the hub. Nothing is fetched from anywhere else.
+
+They are other people's, under their own licences, and none ships with this package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.files import cache_dir
+
+
+class UnavailableError(UserError):
+    """A metric that cannot run here, for want of weights or of a library; the others can."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """`files` below the weights folder, all needed; `origin` says where they are published; `hub` is a repository that has them.
+
+    `sha256` begins the digest of the first file, where its publisher names it.
+    """
+
+    files: tuple[str, ...]
+    origin: str
+    hub: str | None = None
+    sha256: str | None = None
+
+
+CLIP_G14 = "CLIP-ViT-g-14-laion2B-s12B-b42K"
+WEIGHTS: Mapping[str, Weights] = {
+    "inception_ts": Weights(("inception-2015-12-05.pt",), "NVIDIA stylegan2-ada-pytorch, pretrained/metrics"),
+    "inception_tf": Weights(
+        ("weights-inception-2015-12-05-6726825d.pth",), "toshas/torch-fidelity on GitHub, release v0.2.0", sha256="6726825d"
+    ),
+    "vgg16": Weights(("vgg16-397923af.pth",), "torchvision's VGG16_Weights.IMAGENET1K_V1", sha256="397923af"),
+    "clip_g14": Weights(
+        (f"{CLIP_G14}/open_clip_pytorch_model.bin", f"{CLIP_G14}/open_clip_config.json"),
+        f"laion/{CLIP_G14} on the hub",
+        f"laion/{CLIP_G14}",
+    ),
+    "dreamsim": Weights(
+        (
+            "dreamsim/dino_vitb16_pretrain.pth",
+            "dreamsim/open_clip_vitb16_pretrain.pth.tar",
+            "dreamsim/clip_vitb16_pretrain.pth.tar",
+            "dreamsim/ensemble_lora/adapter_config.json",
+        ),
+        "ssundaram21/dreamsim on GitHub, dreamsim_ensemble_checkpoint.zip of release v0.2.0-checkpoints, unpacked",
+    ),
+    "dinov2": Weights(
+        ("dinov2_vitl14_pretrain.pth", "dinov2/hubconf.py"),
+        "facebookresearch/dinov2: its ViT-L/14 weights, and a checkout of the repository",
+    ),
+}
+
+
+def weights_folder(folder: Path | None = None) -> Path:
+    """`folder`, or $DIFFUSION2GAN_WEIGHTS, or `evaluation` in the cache."""
+    return folder or Path(os.environ.get("DIFFUSION2GAN_WEIGHTS") or cache_dir() / "evaluation")
+
+
+@dataclass(frozen=True)
+class FoundWeights:
+    """Where the first file is, the folder that all are below, and what a result says of them."""
+
+    path: Path
+    folder: Path
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+def find_weights(key: str, folder: Path | None = None) -> FoundWeights:
+    """The weights `key`, checked. Raises UnavailableError that says which file to put where, and UserError for a wrong file."""
+    wanted, where = WEIGHTS[key], weights_folder(folder)
+    paths = [where / name for name in wanted.files]
+    if wanted.hub and not all(p.exists() for p in paths):
+        paths = _from_hub(wanted, key, where)
+    if missing := [name for name, p in zip(wanted.files, paths, strict=True) if not p.exists()]:
+        raise UnavailableError(
+            f"{key}: {where} has no {missing[0]}, expected {', '.join(wanted.files)} there; copy it from {wanted.origin}"
+        )
+    digest = _sha256(paths[0])
+    if wanted.sha256 and not digest.startswith(wanted.sha256):
+        raise UnavailableError(f"{paths[0]}: sha256 begins {digest[:8]}, expected {wanted.sha256}; copy it again from {wanted.origin}")
+    facts = {"key": key, "sha256": digest, "checked": "publisher's digest" if wanted.sha256 else "no digest is published"}
+    return FoundWeights(paths[0], where, facts)
+
+
+def _from_hub(wanted: Weights, key: str, where: Path) -> list[Path]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    assert wanted.hub is not None
+    try:
+        return [Path(hf_hub_download(wanted.hub, Path(name).name)) for name in wanted.files]
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise UnavailableError(
+            f"{key}: {where} has no {wanted.files[0]}, and {wanted.hub} could not be reached ({reason}); copy {', '.join(wanted.files)} there"
+        ) from None
+
+
+_digests: dict[tuple[str, int, int], str] = {}
+
+
+def _sha256(path: Path) -> str:
+    """Of gigabytes, so once a process and state of the file."""
+    state = path.stat()
+    key = (str(path.resolve()), state.st_size, state.st_mtime_ns)
+    if key not in _digests:
+        with open(path, "rb") as file:
+            _digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _digests[key]
+
+
+def safe_state(path: Path) -> dict[str, Tensor]:
+    """A state dict of tensors; no pickled code is run. Raises UserError for anything else."""
+    try:
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen classes here
+        reason = " ".join(str(error).split())[:80]
+        raise UserError(f"{path}: cannot be read as weights ({reason}), expected a state dict; copy the file again") from None
+    return state

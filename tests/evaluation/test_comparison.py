@@ -1,0 +1,93 @@
+"""Evaluated models side by side: who is best, prompt by prompt, and what is not comparable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.evaluation.comparison import COPIED, duels, lines, read_evaluation, sample_grid, write_comparison
+from diffusion2gan.evaluation.evaluate import FORMAT, describe, keep_samples
+
+
+def evaluated(folder: Path, fid: float, clip: list[float], block: int = 0, n: int = 5000, side: int = 16) -> Path:
+    """A folder as `evaluate` leaves it."""
+    describe(folder, folder.name, {"toy": folder.name})
+    common = {"format": FORMAT, "partial": False, "n": n, "prompts": {"name": "coco17", "sha256": "0" * 64}, "noise": {"block": block}}
+    entry = {"metric": "FID", "variant": "res256", "better": "lower", "value": fid, "interval95": [fid - 1, fid + 1]}
+    (folder / "fid5k_coco17.json").write_text(json.dumps(common | {"protocol": "fid5k_coco17", "results": [entry], "notes": []}))
+    (folder / "values").mkdir()
+    np.save(folder / "values" / "clip.npy", np.array(clip, np.float32))
+    entry = {"metric": "CLIP score", "variant": "gigagan", "better": "higher", "value": float(np.mean(clip)), "values": "values/clip.npy"}
+    (folder / "clip5k_coco17.json").write_text(
+        json.dumps(common | {"protocol": "clip5k_coco17", "results": [entry], "notes": ["one odd thing"]})
+    )
+    pictures = [np.full((side, side, 3), 20 * i, np.uint8) for i in range(6)]
+    keep_samples(folder / "samples" / "coco17", pictures, [f"prompt {i}" for i in range(6)], 0)
+    return folder
+
+
+def test_a_report_of_two_models(tmp_path: Path) -> None:
+    a = evaluated(tmp_path / "alpha", 20.0, [0.3, 0.3, 0.2, 0.4])
+    b = evaluated(tmp_path / "beta", 25.0, [0.2, 0.1, 0.3, 0.4], side=32)
+    models = [read_evaluation(a), read_evaluation(b, "renamed")]
+    table = lines(models)
+    best = {line.metric: line.best() for line in table}
+    assert best == {"FID": 0, "CLIP score": 0}
+    (duel,) = duels(models, table)
+    assert (duel.wins, duel.losses) == (2, 1)  # the fourth prompt is a tie
+    assert duel.difference == pytest.approx(0.05)
+    assert duel.p == 1.0
+    assert duel.interval95[0] <= 0.05 <= duel.interval95[1]
+
+    markdown = write_comparison(models, tmp_path / "out")
+    assert "**20** [19, 21]" in markdown and "FID (res256) ↓" in markdown
+    assert f"SDXL-Turbo, 1 step {COPIED} | fid5k_coco17 | FID | 28.1 |" in markdown
+    assert "copied from the paper named, not measured here" in markdown
+    assert "clip5k_coco17, alpha: one odd thing" in markdown
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "renamed" in page and "20 (best)" in page and "data:image/png" in page and "http" not in page.replace("http-equiv", "")
+    assert (tmp_path / "out" / "coco17.png").exists()
+    picture = sample_grid(models, "coco17")
+    assert picture is not None and sample_grid(models, "nothing") is None
+
+
+def test_other_noises_are_no_duel_and_are_said(tmp_path: Path) -> None:
+    a, b = evaluated(tmp_path / "a", 20.0, [0.3, 0.2]), evaluated(tmp_path / "b", 21.0, [0.2, 0.3], block=1, n=100)
+    models = [read_evaluation(a), read_evaluation(b)]
+    assert list(duels(models, lines(models))) == []
+    markdown = write_comparison(models, tmp_path / "out")
+    assert "fid5k_coco17: the models were evaluated with other noises" in markdown
+    assert "fid5k_coco17: the models were evaluated with other numbers of pictures" in markdown
+
+
+def test_a_metric_that_one_model_lacks_leaves_a_dash(tmp_path: Path) -> None:
+    a, b = evaluated(tmp_path / "a", 20.0, [0.3, 0.2]), evaluated(tmp_path / "b", 21.0, [0.2, 0.3])
+    (b / "fid5k_coco17.json").unlink()
+    models = [read_evaluation(a), read_evaluation(b)]
+    line = next(line for line in lines(models) if line.metric == "FID")
+    assert line.best() is None
+    assert "| 20 [19, 21] | - |" in write_comparison(models, tmp_path / "out")
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+    a = evaluated(tmp_path / "a", 20.0, [0.3, 0.2])
+    with pytest.raises(UserError, match="holds no evaluation"):
+        read_evaluation(tmp_path)
+    with pytest.raises(UserError, match="different names"):
+        write_comparison([read_evaluation(a), read_evaluation(a)], tmp_path / "out")
+    describe(tmp_path / "begun", "begun", {})
+    with pytest.raises(UserError, match="no protocol has finished"):
+        read_evaluation(tmp_path / "begun")
+
+
+def test_grids_are_at_the_smaller_size(tmp_path: Path) -> None:
+    a, b = evaluated(tmp_path / "a", 1.0, [0.1], side=100), evaluated(tmp_path / "b", 1.0, [0.1], side=200)
+    picture = sample_grid([read_evaluation(a), read_evaluation(b)], "coco17", columns=3)
+    assert picture is not None
+    assert picture.height < 300
+    assert Image.open(tmp_path / "b" / "samples" / "coco17" / "00000.png").size == (200, 200)

@@ -1,0 +1,337 @@
+"""Protocols from a folder of COCO and a model to result files: whole, resumed, shared out, and with things missing."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch import Tensor, nn
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.evaluation import datasets, evaluate, shards
+from diffusion2gan.evaluation.datasets import Cifar10, PictureFolder, coco14_prompts, coco17_prompts, seeded_rows
+from diffusion2gan.evaluation.evaluate import Evaluation, noise_seed, summary
+from diffusion2gan.evaluation.extractors import dreamsim_network
+from diffusion2gan.evaluation.models import Model, folder_model
+from diffusion2gan.evaluation.protocols import PROTOCOLS, dreamdiv
+from diffusion2gan.pairs.seeds import EVALUATION, draw_noise, evaluation_seed, pair_seed
+from diffusion2gan.worker import Worker
+from tests.evaluation.test_extractors import pictures, tiny_clip, tiny_inception_ts
+
+pytest.importorskip("torchvision")
+
+COUNT = 10
+
+
+def small_coco(folder: Path) -> Path:
+    """COCO 2017's validation set in small: pictures of several shapes, one of them grey, one with an alpha channel."""
+    (folder / "val2017").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    annotations = []
+    for i, picture in enumerate(pictures(COUNT, 5)):
+        image = Image.fromarray(picture)
+        image = image.convert("L") if i == 3 else image.convert("RGBA") if i == 4 else image
+        image.save(folder / "val2017" / f"{100 + i:012d}.png")
+        # The annotation with the smallest id is not the first in the file.
+        annotations += [
+            {"image_id": 100 + i, "id": 50 + i, "caption": f"later caption {i}"},
+            {"image_id": 100 + i, "id": 10 + i, "caption": f" caption  number {i}\n"},
+        ]
+    (folder / "annotations" / "captions_val2017.json").write_text(json.dumps({"annotations": annotations}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_coco(tmp_path_factory.mktemp("data") / "coco")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    tiny_inception_ts(folder)
+    tiny_clip(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SHARD", 4)
+    monkeypatch.setattr(shards.extract, "__kwdefaults__", {**shards.extract.__kwdefaults__, "size": 4})
+    monkeypatch.setattr(shards.picture_facts, "__defaults__", (4,))
+
+
+def toy_model(name: str = "toy", shift: int = 0, calls: list[int] | None = None) -> Model:
+    """Pictures that depend on the prompt and the noise alone."""
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        if calls is not None:
+            calls.append(len(prompts))
+        out = []
+        for prompt, noise in zip(prompts, draw_noise(list(seeds), (3, 8, 8)), strict=True):
+            colour = np.random.default_rng([*prompt.encode()]).integers(0, 200, 3)
+            out.append(np.clip(colour + 40 * noise.transpose(1, 2, 0) + shift, 0, 255).astype(np.uint8).repeat(4, 0).repeat(4, 1))
+        return np.stack(out)
+
+    return Model(name, {"toy": name, "shift": shift}, draw)
+
+
+def evaluation(model: Model, out: Path, coco: Path, weights: Path, **options: Any) -> Evaluation:
+    return Evaluation(model, out, options.pop("shared", out), coco, weights, progress=False, **options)
+
+
+def read(out: Path, protocol: str) -> dict:
+    return json.loads((out / f"{protocol}.json").read_text())
+
+
+# --- The way through ------------------------------------------------------------------------------------------------
+def test_a_model_through_fid_and_clip(tmp_path: Path, coco: Path, weights: Path) -> None:
+    calls: list[int] = []
+    protocols = ["fid5k_coco17", "clip5k_coco17"]
+    skipped = evaluation(toy_model(calls=calls), tmp_path, coco, weights).run(protocols)
+    assert skipped == {}
+    assert calls == [4, 4, 2]  # every picture once for all metrics
+    fid, clip = (read(tmp_path, p) for p in protocols)
+    assert [(e["metric"], e["variant"]) for e in fid["results"]] == [("FID", "res256"), ("FID", "res512")]
+    assert all(e["value"] > 0 and "far too few" in e["debug"] for e in fid["results"])
+    assert [e["variant"] for e in clip["results"]] == ["gigagan", "gigagan-noprefix", "plain", "plain-prefix"]
+    for result in (fid, clip):
+        assert result["n"] == COUNT and result["partial"] is True
+        assert result["prompts"]["name"] == "coco17-5k-first" and len(result["prompts"]["sha256"]) == 64
+        assert result["noise"]["block"] == 0 and len(result["pictures_sha256"]) == 64
+        assert all(len(e["network"]["weights"]["sha256"]) == 64 for e in result["results"])
+    assert fid["reference"]["n"] == COUNT
+    # The mean of what each picture got.
+    plain = next(e for e in clip["results"] if e["variant"] == "plain")
+    assert np.load(tmp_path / plain["values"]).mean() == pytest.approx(plain["value"], abs=1e-6)
+    assert len(list((tmp_path / "samples" / "coco17").glob("*.png"))) == COUNT
+    assert (tmp_path / "samples" / "coco17" / "00002.txt").read_text() == "caption number 2"
+    table = summary(tmp_path, protocols)
+    assert "FID (partial) (debug: too few)" in table and "gigagan-noprefix" in table
+    # Again: nothing is drawn, the same numbers.
+    evaluation(toy_model(calls=calls), tmp_path, coco, weights).run(protocols)
+    assert len(calls) == 3 and read(tmp_path, "clip5k_coco17") == clip
+
+
+def test_fid_is_that_of_the_pictures(tmp_path: Path, coco: Path, weights: Path) -> None:
+    """The whole path against the pieces: same pictures, same network, one distance."""
+    from diffusion2gan.evaluation.extractors import build_network
+    from diffusion2gan.evaluation.metrics import frechet_distance_of_few
+
+    model = toy_model()
+    evaluation(model, tmp_path, coco, weights).run(["fid5k_coco17"])
+    network = build_network("inception-clean-256", weights)
+    prompts = coco17_prompts(coco).prompts
+    drawn = model.draw(prompts, [noise_seed(i, 0) for i in range(COUNT)])
+    real = PictureFolder(coco / "val2017").pictures(0, COUNT)
+    a, b = (network.features(p, [""] * COUNT) for p in (drawn, real))
+    assert read(tmp_path, "fid5k_coco17")["results"][0]["value"] == pytest.approx(frechet_distance_of_few(a, b), rel=1e-9)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_any_number_of_processes_and_a_kill_give_the_same_result(tmp_path: Path, coco: Path, weights: Path, world: int) -> None:
+    protocols = ["clip5k_coco17", "fid5k_coco17"]
+    evaluation(toy_model(), tmp_path / "one", coco, weights).run(protocols)
+
+    def killed(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    half = toy_model()
+    evaluation(half, tmp_path / "many", coco, weights, worker=Worker(0, 1), count=None)  # nothing yet
+    with pytest.raises(KeyboardInterrupt):
+        evaluation(Model("toy", half.identity, killed), tmp_path / "many", coco, weights).run(protocols)
+
+    def work(rank: int) -> None:
+        evaluation(toy_model(), tmp_path / "many", coco, weights, worker=Worker(rank, world)).run(protocols)
+
+    threads = [threading.Thread(target=work, args=(r,)) for r in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    for protocol in protocols:
+        one, many = (read(tmp_path / name, protocol) for name in ("one", "many"))
+        one.pop("seconds_per_image"), many.pop("seconds_per_image")
+        assert one == many
+
+
+def test_dreamsim_has_its_chance_level_beside_it(tmp_path: Path, coco: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stub(nn.Module):
+        def embed(self, x: Tensor) -> Tensor:
+            return nn.functional.normalize(nn.functional.avg_pool2d(x, 28).flatten(1) - x.mean((1, 2, 3))[:, None], dim=1)
+
+    import torch
+
+    stub = dreamsim_network(Stub(), torch.device("cpu"), {"type": "stub"})
+    monkeypatch.setattr(evaluate, "build_network", lambda kind, *_: stub)
+    teacher = toy_model("teacher")
+    same = Model("perfect", {"toy": "perfect"}, teacher.draw)
+    evaluation(same, tmp_path / "perfect", coco, weights, shared=tmp_path / "shared", teacher=teacher).run(["dreamsim5k"])
+    found = {e["metric"]: e["value"] for e in read(tmp_path / "perfect", "dreamsim5k")["results"]}
+    assert found["DreamSim to the teacher"] == pytest.approx(0, abs=1e-6)
+    assert found["control: student, teacher of another noise"] == pytest.approx(found["control: teacher, teacher of another noise"])
+    assert found["control minus DreamSim"] > 0.01
+    evaluation(same, tmp_path / "perfect", coco, weights).run(["dreamdiv5k"])
+    result = read(tmp_path / "perfect", "dreamdiv5k")
+    assert result["n"] == 8 * COUNT and result["results"][0]["value"] > 0.01
+    # Two noises of a prompt are as far apart in expectation as the control says.
+    with pytest.raises(UserError, match="--teacher"):
+        raise UserError(evaluation(same, tmp_path / "no", coco, weights).run(["dreamsim5k"])["dreamsim5k"][0])
+
+
+def test_dreamdiv_is_the_mean_over_pairs() -> None:
+    e = np.random.default_rng(0).standard_normal((5, 8, 12)).astype(np.float32)
+    e /= np.linalg.norm(e, axis=2, keepdims=True)
+    pairs = [[1 - float(g[i] @ g[j]) for i in range(8) for j in range(i)] for g in e]
+    np.testing.assert_allclose(dreamdiv(e), np.mean(pairs, axis=1), rtol=1e-5)
+    assert dreamdiv(np.repeat(e[:, :1], 8, 1)) == pytest.approx(np.zeros(5), abs=1e-6)
+    with pytest.raises(UserError, match="at least two pictures"):
+        dreamdiv(e[:, :1])
+
+
+# --- Folders of pictures --------------------------------------------------------------------------------------------
+def test_a_folder_with_captions(tmp_path: Path, coco: Path, weights: Path) -> None:
+    folder = tmp_path / "drawn"
+    folder.mkdir()
+    for i, picture in enumerate(pictures(6)):
+        Image.fromarray(picture).save(folder / f"{i:03d}.png")
+    (folder / "captions.txt").write_text("".join(f"a caption {i}\n" for i in range(6)))
+    evaluation(folder_model(folder, "drawn", None), tmp_path / "out", coco, weights).run(["fid5k_coco17", "clip5k_coco17"])
+    result = read(tmp_path / "out", "clip5k_coco17")
+    assert result["n"] == 6 and result["noise"] is None and result["prompts"]["name"] == "captions of drawn"
+    (folder / "captions.txt").write_text("one\ntwo\n")
+    with pytest.raises(UserError, match="2 captions for 6 pictures"):
+        folder_model(folder, "drawn", None)
+    (folder / "captions.txt").unlink()
+    skipped = evaluation(folder_model(folder, "drawn", None), tmp_path / "bare", coco, weights).run(["fid5k_coco17", "clip5k_coco17"])
+    assert list(skipped) == ["clip5k_coco17"] and "captions.txt" in skipped["clip5k_coco17"][0]
+    assert (tmp_path / "bare" / "fid5k_coco17.json").exists()
+    (folder / "003.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="003.png: cannot be read as a picture"):
+        evaluation(folder_model(folder, "drawn", None), tmp_path / "corrupt", coco, weights).run(["fid5k_coco17"])
+
+
+# --- What is missing or wrong ---------------------------------------------------------------------------------------
+def test_without_its_weights_a_metric_is_skipped_and_the_others_finish(tmp_path: Path, coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tiny_inception_ts(tmp_path / "weights")
+    run = evaluation(toy_model(), tmp_path / "out", coco, tmp_path / "weights")
+    skipped = run.run(["fid5k_coco17", "clip5k_coco17", "fid30k_coco14"])
+    assert set(skipped) == {"clip5k_coco17", "fid30k_coco14"}
+    assert "open_clip_pytorch_model.bin" in skipped["clip5k_coco17"][0]
+    assert "captions_val2014.json" in skipped["fid30k_coco14"][0]
+    assert (tmp_path / "out" / "fid5k_coco17.json").exists()
+    assert not (tmp_path / "out" / "clip5k_coco17.json").exists()
+
+
+def test_another_model_in_the_same_folder_is_refused(tmp_path: Path, coco: Path, weights: Path) -> None:
+    evaluation(toy_model(), tmp_path, coco, weights).run(["clip5k_coco17"])
+    with pytest.raises(UserError, match="holds the evaluation of toy with other weights"):
+        evaluation(toy_model(shift=3), tmp_path, coco, weights).run(["clip5k_coco17"])
+    with pytest.raises(UserError, match="protocol 'fid'"):
+        evaluation(toy_model(), tmp_path, coco, weights).run(["fid"])
+    with pytest.raises(UserError, match="count is 11, expected 1 to 10"):
+        raise UserError(evaluation(toy_model(), tmp_path / "x", coco, weights, count=11).run(["clip5k_coco17"])["clip5k_coco17"][0])
+
+
+def test_blank_pictures_are_reported(tmp_path: Path, coco: Path, weights: Path) -> None:
+    black = Model("black", {"toy": "black"}, lambda p, s: np.zeros((len(p), 16, 16, 3), np.uint8))
+    evaluation(black, tmp_path, coco, weights).run(["clip5k_coco17"])
+    assert "10 pictures are of one colour" in read(tmp_path, "clip5k_coco17")["notes"][0]
+
+
+# --- Data sets ------------------------------------------------------------------------------------------------------
+def test_coco_captions_are_of_the_smallest_annotation(coco: Path) -> None:
+    found = coco17_prompts(coco)
+    assert found.prompts == tuple(f"caption number {i}" for i in range(COUNT))
+    assert found.first(3).prompts == found.prompts[:3] and found.first(3).sha256 != found.sha256
+    pictures = PictureFolder(coco / "val2017").pictures(0, COUNT)
+    assert all(p.shape[2] == 3 and p.dtype == np.uint8 for p in pictures)
+
+
+def test_coco14_list_is_seeded_and_dmd2s_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "annotations").mkdir()
+    annotations = [{"image_id": i, "id": i, "caption": f"caption {i}"} for i in range(50)]
+    (tmp_path / "annotations" / "captions_val2014.json").write_text(json.dumps({"annotations": annotations}))
+    found = coco14_prompts(tmp_path, 20)
+    rows = np.sort(np.random.Generator(np.random.PCG64(0)).choice(50, 20, replace=False))
+    assert found.prompts == tuple(f"caption {i}" for i in rows) and found.name == "coco14-30k-seed0"
+    with pytest.raises(UserError, match="captions of 50 pictures, expected at least 30000"):
+        coco14_prompts(tmp_path)
+    (tmp_path / datasets.DMD2_LIST).write_bytes(b" a cat \na dog\n")
+    with pytest.raises(UserError, match="expected edabd2a556026cbf"):
+        coco14_prompts(tmp_path)
+    import hashlib
+
+    monkeypatch.setattr(datasets, "DMD2_SHA256", hashlib.sha256(b" a cat \na dog\n").hexdigest())
+    assert coco14_prompts(tmp_path).prompts == ("a cat", "a dog")
+
+
+def test_cifar_10_in_its_binary_form(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 256, (25, 3073), dtype=np.uint8)
+    for i in range(5):
+        (tmp_path / f"data_batch_{i + 1}.bin").write_bytes(rows[5 * i : 5 * i + 5].tobytes())
+    cifar = Cifar10(tmp_path)
+    assert len(cifar) == 25
+    found = cifar.pictures(3, 12)
+    assert found.shape == (9, 32, 32, 3)
+    np.testing.assert_array_equal(found[2, 4, 7], rows[5, 1:].reshape(3, 32, 32)[:, 4, 7])
+    (tmp_path / "data_batch_3.bin").write_bytes(b"short")
+    with pytest.raises(UserError, match="5 bytes, expected a multiple of 3073"):
+        Cifar10(tmp_path)
+    (tmp_path / "data_batch_2.bin").unlink()
+    with pytest.raises(UserError, match="data_batch_2.bin: no such file"):
+        Cifar10(tmp_path)
+
+
+def test_seeded_rows_are_distinct_and_sorted() -> None:
+    rows = seeded_rows(100, 30)
+    assert len(set(rows.tolist())) == 30 and (np.diff(rows) > 0).all()
+    np.testing.assert_array_equal(seeded_rows(7, 7), np.arange(7))
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_every_protocol_knows_its_networks_and_samples(protocol: str) -> None:
+    from diffusion2gan.evaluation.extractors import NETWORKS
+
+    p = PROTOCOLS[protocol]
+    assert set(p.networks) <= set(NETWORKS)
+    assert p.samples is None or p.samples in evaluate.SAMPLES
+    assert not p.reference or p.samples is None or evaluate.SAMPLES[p.samples].reference is not None
+
+
+def test_noises_meet_no_others() -> None:
+    drawn = {noise_seed(sample, block) for sample in (0, 1, 39_999) for block in (0, 1, 127, 128, 255)}
+    assert len(drawn) == 15 and all(seed & EVALUATION for seed in drawn)
+    others = {evaluation_seed(i) for base in (0, 1 << 50, 1 << 51) for i in range(base, base + 4)} | {pair_seed(3, 1)}
+    assert not drawn & others
+
+
+def test_memory_is_bounded_by_a_shard(tmp_path: Path) -> None:
+    """Never more pictures alive than one shard has: counted, not guessed."""
+    alive: dict[str, int] = {"now": 0, "most": 0}
+
+    class Counted(np.ndarray):
+        def __new__(cls, i: int) -> Counted:
+            alive["now"] += 1
+            alive["most"] = max(alive["most"], alive["now"])
+            return np.full((2, 2, 3), i % 256, np.uint8).view(cls)
+
+        def __del__(self) -> None:
+            if self.base is not None and self.shape == (2, 2, 3):
+                alive["now"] -= 1
+
+    def produce(start: int, stop: int) -> list[np.ndarray]:
+        return [Counted(i) for i in range(start, stop)]
+
+    rows: Callable[[Any, int, int], np.ndarray] = lambda p, start, stop: np.zeros((stop - start, 1), np.float32)  # noqa: E731
+    shards.extract(produce, 40, tmp_path, [shards.Extractor("x", {}, rows)], progress=False)
+    # One shard being made while the one before is let go.
+    assert 4 <= alive["most"] <= 8

@@ -1,0 +1,156 @@
+"""What `evaluate` can draw with: each kind of model against the stock pipeline, on tiny random networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.evaluation import models
+from diffusion2gan.evaluation.models import PRESETS, ModelOptions, RectifiedFlowScheduler, load_model, pipeline_model
+from diffusion2gan.images import to_uint8
+from diffusion2gan.pairs.seeds import draw_noise
+from tests.conftest import tiny_pipeline, tiny_sdxl_pipeline
+
+PROMPTS, SEEDS = ["cat", "sun", "cat"], [5, 6, 7]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("pipelines")
+    tiny_pipeline().save_pretrained(root / "sd")
+    tiny_sdxl_pipeline().save_pretrained(root / "sdxl")
+    return {"sd": root / "sd", "sdxl": root / "sdxl"}
+
+
+def stock(pipeline: Any, steps: int, guidance: float) -> np.ndarray:
+    """The pipeline's own call, one picture at a time."""
+    pipeline.set_progress_bar_config(disable=True)
+    shape = (pipeline.unet.config.in_channels, *[pipeline.unet.config.sample_size] * 2)
+    out = []
+    for prompt, seed in zip(PROMPTS, SEEDS, strict=True):
+        noise = torch.from_numpy(draw_noise([seed], shape))
+        pixels = pipeline(prompt, latents=noise, num_inference_steps=steps, guidance_scale=guidance, output_type="pt").images
+        out.append(to_uint8(2 * pixels - 1))
+    return np.concatenate(out)
+
+
+def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Equal but for a rounding on the edge of two levels."""
+    assert ours.shape == theirs.shape
+    assert np.abs(ours.astype(int) - theirs).max() <= 1 and (ours != theirs).mean() < 0.01
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_a_pipeline_draws_what_its_own_call_draws(folders: dict[str, Path], kind: str, batch: int) -> None:
+    model = pipeline_model(str(folders[kind]), kind, 3, 2.5, "float32", "cpu", batch)
+    make = tiny_pipeline if kind == "sd" else tiny_sdxl_pipeline
+    assert_close(model.draw(PROMPTS, SEEDS), stock(make(), 3, 2.5))
+
+
+def test_identity_names_weights_and_settings(folders: dict[str, Path]) -> None:
+    def identity(steps: int = 3, guidance: float = 2.0, kind: str = "sd") -> dict:
+        return dict(pipeline_model(str(folders[kind]), "any name", steps, guidance, "float32", "cpu", 4).identity)
+
+    first = identity()
+    assert first == identity()
+    assert all(first != other for other in (identity(steps=4), identity(guidance=3.0), identity(kind="sdxl")))
+
+
+def test_a_teacher_draws_what_its_solver_solves(folders: dict[str, Path]) -> None:
+    model = load_model(f"teacher:{folders['sd']}", ModelOptions(steps=4, guidance=2.0, batch_size=2))
+    assert_close(model.draw(PROMPTS, SEEDS), stock(tiny_pipeline(), 4, 2.0))
+
+
+# --- Presets --------------------------------------------------------------------------------------------------------
+def test_one_rectified_flow_step_adds_the_velocity() -> None:
+    scheduler = RectifiedFlowScheduler()
+    scheduler.set_timesteps(1)
+    assert scheduler.timesteps.tolist() == [1000.0]
+    z, v = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    assert torch.equal(scheduler.step(v, 1000.0, z)[0], z + v)
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [1000.0, 750.0, 500.0, 250.0]
+    assert torch.allclose(scheduler.step(v, 750.0, z)[0], z + v / 4)
+
+
+def test_instaflow_is_noise_plus_one_evaluation(folders: dict[str, Path]) -> None:
+    model = pipeline_model(str(folders["sd"]), "instaflow", 1, 1.0, "float32", "cpu", 4, PRESETS["instaflow"].prepare)
+    pipeline = tiny_pipeline()
+    noise = torch.from_numpy(draw_noise(SEEDS, (4, 8, 8)))
+    with torch.no_grad():
+        ids = pipeline.tokenizer(
+            PROMPTS, padding="max_length", max_length=pipeline.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids
+        velocity = pipeline.unet(noise, 1000.0, pipeline.text_encoder(ids)[0]).sample
+        pixels = pipeline.vae.decode((noise + velocity) / pipeline.vae.config.scaling_factor).sample
+    assert_close(model.draw(PROMPTS, SEEDS), to_uint8(pixels))
+
+
+def test_lightning_takes_its_own_network_and_predicts_the_sample(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(9)
+    other = tiny_sdxl_pipeline(seed=3).unet
+    save_file(other.state_dict(), tmp_path / "unet.safetensors")
+    asked: list[tuple] = []
+
+    def download(*arguments: str) -> str:
+        asked.append(arguments)
+        return str(tmp_path / "unet.safetensors")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    seen: list[Any] = []
+
+    def prepare(pipeline: Any) -> None:
+        PRESETS["sdxl-lightning"].prepare(pipeline)  # type: ignore[misc]
+        seen.append(pipeline)
+
+    pipeline_model(str(folders["sdxl"]), "lightning", 1, 0.0, "float32", "cpu", 4, prepare).draw(PROMPTS, SEEDS)
+    (pipeline,) = seen
+    assert asked == [("ByteDance/SDXL-Lightning", "sdxl_lightning_1step_unet_x0.safetensors")]
+    assert all(torch.equal(a, b) for a, b in zip(pipeline.unet.state_dict().values(), other.state_dict().values(), strict=True))
+    assert pipeline.scheduler.config.prediction_type == "sample" and pipeline.scheduler.config.timestep_spacing == "trailing"
+    # One step from the last timestep returns the network's output itself.
+    pipeline.scheduler.set_timesteps(1)
+    x = torch.randn(1, 4, 8, 8)
+    assert torch.allclose(pipeline.scheduler.step(x, pipeline.scheduler.timesteps[0], torch.randn_like(x)).prev_sample, x, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_run_as_its_card_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple] = []
+    monkeypatch.setattr(models, "pipeline_model", lambda *arguments: calls.append(arguments))
+    load_model(name, ModelOptions(batch_size=4))
+    load_model(name, ModelOptions(steps=7, guidance=1.5))
+    preset = PRESETS[name]
+    assert calls[0][:4] == (preset.source, name, preset.steps, preset.guidance)
+    assert calls[1][2:4] == (7, 1.5)
+
+
+# --- Names ----------------------------------------------------------------------------------------------------------
+def test_what_is_no_model_is_said(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="needs --steps and --guidance"):
+        load_model(str(folders["sd"]), ModelOptions())
+    with pytest.raises(UserError, match="cannot be loaded as a diffusers pipeline"):
+        load_model("nobody/nothing", ModelOptions(steps=1, guidance=1.0))
+    (tmp_path / "file.txt").write_text("x")
+    with pytest.raises(UserError, match="a file, expected a folder"):
+        load_model(str(tmp_path / "file.txt"), ModelOptions(steps=1, guidance=1.0))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no picture"):
+        load_model(str(tmp_path / "empty"), ModelOptions())
+    (tmp_path / "pictures").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "pictures" / "a.png")
+    folder = load_model(str(tmp_path / "pictures"), ModelOptions())
+    assert folder.folder is not None and len(folder.folder) == 1
+    with pytest.raises(UserError, match="cannot draw new ones"):
+        folder.draw(["x"], [1])
