@@ -117,12 +117,24 @@ def _evaluate(a: argparse.Namespace) -> None:
     print(f"wrote {a.out}")
 
 
-def _speed(a: argparse.Namespace) -> None:
+def _speed_latency(a: argparse.Namespace) -> None:
     from diffusion2gan.evaluation.commands import speed_command
 
-    steps, a.steps = a.steps, None
-    a.batch_size = max(a.batches)
+    steps, a.steps, a.batch_size = a.steps, None, max(a.batches)
     print(speed_command(a.model, _model_options(a), steps, a.batches, a.output, a.warmup, a.runs))
+
+
+def _speed_loss(a: argparse.Namespace) -> None:
+    from diffusion2gan.evaluation.commands import loss_speed_command
+
+    sizes = [(side, side) for side in a.side]
+    print(loss_speed_command(a.metric, a.augment, sizes, a.batches, a.precision, a.output))
+
+
+def _speed_training(a: argparse.Namespace) -> None:
+    from diffusion2gan.evaluation.commands import training_speed_command
+
+    print(training_speed_command(a.recipe, a.set, a.pairs, a.warmup, a.steps, a.output))
 
 
 def _demo(a: argparse.Namespace) -> None:
@@ -296,14 +308,27 @@ def _add_evaluation(commands: Commands) -> None:
     sub.add_argument("-o", "--output", type=Path, default=Path("comparison"), help="folder of the report, or a .png for the grid alone")
     _model_arguments(sub)
 
-    sub = _command(commands, "speed", _speed, "Time a model end to end, and fit the line of fixed time and time a step")
+    speed = commands.add_parser("speed", help="Time a model, a loss or a training").add_subparsers(required=True, metavar="COMMAND")
+    sub = _command(speed, "latency", _speed_latency, "Time a model end to end, and fit the line of fixed time and time a step")
     sub.add_argument("model", help=_MODEL)
     sub.add_argument("--steps", type=_positive, nargs="+", default=[], help="of a teacher or pipeline; several give the line")
-    sub.add_argument("--batches", type=_positive, nargs="+", default=[1])
     sub.add_argument("--warmup", type=_positive, default=10)
     sub.add_argument("--runs", type=_positive, default=50)
-    sub.add_argument("-o", "--output", type=Path, default=None, help="also as JSON")
     _model_arguments(sub, steps=False)
+    loss = _command(speed, "loss", _speed_loss, "Time and memory of E-LatentLPIPS, forward and backward")
+    loss.add_argument("metric", help="`embedded`, a folder, file, hub repository, or sd15, sd21, sdxl, sd3, flux")
+    loss.add_argument("--augment", default="bgo", help="letters of the ensemble")
+    loss.add_argument("--side", type=_positive, nargs="+", default=[64], help="of the latents")
+    loss.add_argument("--precision", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32"])
+    training = _command(speed, "training", _speed_training, "Images a second of a recipe's training (torchrun too)")
+    _recipe_arguments(training)
+    training.add_argument("--pairs", type=Path, required=True, help="folder of the pair store")
+    training.add_argument("--warmup", type=int, default=50)
+    training.add_argument("--steps", type=_positive, default=200)
+    for part in (sub, loss, training):
+        part.add_argument("-o", "--output", type=Path, default=None, help="also as JSON")
+        if part is not training:
+            part.add_argument("--batches", type=_positive, nargs="+", default=[1])
 
 
 def _perceptual_reconstruct(a: argparse.Namespace) -> None:

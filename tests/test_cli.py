@@ -93,9 +93,17 @@ def test_evaluate_speed_and_compare_reports(world: Path, tiny_teacher_folder: Pa
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "diffusion2gan: fid5k_coco17: not everything could run" in done.stderr.splitlines()[-1]
     assert "inception-2015-12-05.pt" in done.stderr and "CLIP score" in done.stdout
-    done = run_command("speed", teacher, "--steps", 1, 3, "--guidance", 2, "--warmup", 1, "--runs", 2, "-o", tmp_path / "speed.json")
+    done = run_command(
+        "speed", "latency", teacher, "--steps", 1, 3, "--guidance", 2, "--warmup", 1, "--runs", 2, "-o", tmp_path / "speed.json"
+    )
     assert done.returncode == 0, done.stderr
     assert "ms an evaluation of the network" in done.stdout
+    done = run_command("speed", "training", world / "recipe.yaml", "--pairs", world / "store", "--warmup", 1, "--steps", 3)
+    assert done.returncode == 0, done.stderr
+    assert "images_per_second" in done.stdout
+    done = run_command("speed", "loss", "embedded", "--side", 8, "--batches", 1, 2, "-o", tmp_path / "loss.json")
+    assert done.returncode == 0, done.stderr
+    assert "4x8x8" in done.stdout
 
 
 def test_pairs_commands(world: Path) -> None:

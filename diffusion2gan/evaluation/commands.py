@@ -14,15 +14,17 @@ import torch
 from PIL import Image
 
 from diffusion2gan.benchmark import evaluate_student, evaluate_teacher, result_table
-from diffusion2gan.embedded.weights import embedded_student
+from diffusion2gan.device import default_device
+from diffusion2gan.embedded.weights import embedded_folder, embedded_student
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.comparison import read_evaluation, write_comparison
 from diffusion2gan.evaluation.evaluate import Evaluation, describe, summary
 from diffusion2gan.evaluation.models import Model, ModelOptions, load_model, teacher_model
 from diffusion2gan.evaluation.protocols import PROTOCOLS
-from diffusion2gan.evaluation.speed import latency, latency_line
+from diffusion2gan.evaluation.speed import latency, latency_line, loss_cost, train_throughput
 from diffusion2gan.files import write_bytes_atomic
 from diffusion2gan.images import grid, png_bytes
+from diffusion2gan.perceptual import ELatentLPIPS, LatentLPIPS
 from diffusion2gan.pipeline import STUDENT_FILE
 from diffusion2gan.recipe import load_recipe
 from diffusion2gan.report import markdown_table
@@ -197,3 +199,29 @@ def speed_command(
         write_bytes_atomic(out, (json.dumps(found, indent=1) + "\n").encode())
         text += f"\nwrote {out}"
     return text
+
+
+def loss_speed_command(
+    metric: str, augment: str, shapes: Sequence[tuple[int, ...]], batches: Sequence[int], precisions: Sequence[str], out: Path | None
+) -> str:
+    """Time and memory of one evaluation of E-LatentLPIPS with its gradient (Figure 2), at each shape of latents (H, W)."""
+    device = torch.device(default_device())
+    latent = LatentLPIPS.from_pretrained(embedded_folder("latent_vgg") if metric == "embedded" else metric)
+    distance = ELatentLPIPS(latent, augment).to(device).to(memory_format=torch.channels_last)
+    channels = latent.net.config.in_channels
+    results = [loss_cost(distance, (channels, *shape), device, p, b) for shape in shapes for b in batches for p in precisions]
+    if out:
+        write_bytes_atomic(out, (json.dumps({"metric": metric, "augment": augment, "results": results}, indent=1) + "\n").encode())
+    rows = [
+        ["x".join(map(str, r["shape"])), r["batch"], r["precision"], r["ms"], r["extra_activation_mb"], r["weight_mb"]] for r in results
+    ]
+    return markdown_table(["latents", "batch", "precision", "ms, forward and backward", "extra memory, MB", "weights, MB"], rows)
+
+
+def training_speed_command(recipe: str, settings: Sequence[str], store: Path, warmup: int, steps: int, out: Path | None) -> str:
+    """Images a second of a recipe's training (Table 1's column)."""
+    result = train_throughput(load_recipe(recipe, list(settings)), store, warmup, steps)
+    if out:
+        write_bytes_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+    columns = ["recipe", "distance", "batch", "processes", "mixed_precision", "compile", "images_per_second", "seconds_per_step"]
+    return markdown_table(columns, [[result[c] for c in columns]])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +17,9 @@ from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.models import Model
+
+if TYPE_CHECKING:
+    from diffusion2gan.recipe import Recipe
 
 PROMPTS = (
     "a red heart", "a smiling face", "a small house by a lake", "two cats on a sofa", "a bowl of fruit", "a city at night",
@@ -193,27 +198,38 @@ def loss_cost(
 
 
 # --- Throughput of a training ---------------------------------------------------------------------------------------
-def train_throughput(
-    step: Callable[[], Any], batch: int, device: torch.device, warmup: int = 50, steps: int = 200, processes: int = 1
-) -> dict[str, Any]:
-    """Samples a second of a training whose `step` takes `batch` samples over all `processes`: loading, text, forward, backward,
-    optimiser and average included, checkpoints and samples not. Synchronised at both ends."""
+def train_throughput(recipe: Recipe, store: Path, warmup: int = 50, steps: int = 200) -> dict[str, Any]:
+    """Samples a second of phase 1 of a recipe on a pair store, all processes together: loading, text, forward, backward, exchange,
+    optimiser and average included; checkpoints, validation and sample grids not. Nothing of the run is kept.
+    Raises UserError for fewer than one step, and all that `train` refuses."""
+    from diffusion2gan.run import train_recipe
+
     if steps < 1 or warmup < 0:
         raise UserError(f"throughput of {steps} steps after {warmup}, expected at least 1 after 0 or more")
-    for _ in range(warmup):
-        step()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    synchronise(device)
-    started = time.perf_counter()
-    for _ in range(steps):
-        step()
-    synchronise(device)
-    seconds = time.perf_counter() - started
-    result = {"steps": steps, "warmup": warmup, "batch": batch, "processes": processes, "images_per_second": batch * steps / seconds}
-    if device.type == "cuda":
+    never = warmup + steps + 2
+    quiet = {"steps": never, "decay_steps": 0, "checkpoint_every": never, "validate_every": never, "sample_every": never}
+    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=quiet), "adversarial": None})
+    times: list[float] = []
+
+    def enough() -> bool:
+        # Asked before every step, when the loss of the one before has arrived on the host: times[n] has n steps behind it.
+        times.append(time.perf_counter())
+        if len(times) == warmup + 1 and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        return len(times) > warmup + steps
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = train_recipe(recipe, store, Path(folder) / "run", deadline=enough)
+    seconds = times[warmup + steps] - times[warmup]
+    result: dict[str, Any] = {
+        "recipe": recipe.name, "distance": recipe.loss.distance, "steps": steps, "warmup": warmup,
+        "batch": recipe.training.batch_size, "processes": trainer.accelerator.num_processes, "micro_batch": trainer.micro,
+        "mixed_precision": recipe.training.mixed_precision, "compile": recipe.training.compile,
+        "images_per_second": recipe.training.batch_size * steps / seconds, "seconds_per_step": seconds / steps,
+    }  # fmt: skip
+    if torch.cuda.is_available():
         result |= {
             "max_memory_allocated_mb": torch.cuda.max_memory_allocated() / 2**20,
             "max_memory_reserved_mb": torch.cuda.max_memory_reserved() / 2**20,
         }
-    return result | {"seconds_per_step": seconds / steps, "machine": machine(device)}
+    return result | {"machine": machine(trainer.device)}

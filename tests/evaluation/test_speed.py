@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.models import Model, ModelOptions, load_model
 from diffusion2gan.evaluation.speed import extra_memory, latency, latency_line, loss_cost, train_throughput
+from diffusion2gan.recipe import load_recipe
+from diffusion2gan.run import simulate_recipe
+from tests.helpers import recipe_values, write_recipe
 
 CPU = torch.device("cpu")
 
@@ -79,10 +82,13 @@ def test_extra_memory_is_the_peak_of_the_call() -> None:
     assert extra_memory(act, CPU) == pytest.approx(6, abs=0.1)
 
 
-def test_throughput_leaves_the_first_steps_out() -> None:
-    calls: list[int] = []
-    found = train_throughput(lambda: calls.append(1), 64, CPU, warmup=3, steps=5)
-    assert len(calls) == 8 and found["steps"] == 5
-    assert found["images_per_second"] == pytest.approx(64 / found["seconds_per_step"])
+def test_throughput_is_of_the_trainer_itself(tiny_teacher_folder: Path, prompts_file: Path, tmp_path: Path) -> None:
+    values = recipe_values(tiny_teacher_folder, prompts_file)
+    recipe = load_recipe(str(write_recipe(tmp_path / "recipe.yaml", values)))
+    store = tmp_path / "store"
+    simulate_recipe(recipe, store, progress=False)
+    found = train_throughput(recipe, store, warmup=2, steps=4)
+    assert (found["steps"], found["batch"], found["processes"]) == (4, 4, 1)
+    assert found["images_per_second"] == pytest.approx(4 / found["seconds_per_step"])
     with pytest.raises(UserError, match="expected at least 1"):
-        train_throughput(lambda: None, 64, CPU, steps=0)
+        train_throughput(recipe, store, steps=0)
