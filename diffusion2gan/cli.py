@@ -137,6 +137,45 @@ def _speed_training(a: argparse.Namespace) -> None:
     print(training_speed_command(a.recipe, a.set, a.pairs, a.warmup, a.steps, a.output))
 
 
+def _by_name(texts: Sequence[str], what: str) -> dict[str, str]:
+    """NAME=VALUE, several times. Raises UserError for anything else, or a name given twice."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not (name and sign and value) or name in found:
+            raise UserError(f"{text}: expected NAME={what}, each name once")
+        found[name] = value
+    return found
+
+
+def _preference_make(a: argparse.Namespace) -> None:
+    from diffusion2gan.evaluation.preference import StudyConfig
+    from diffusion2gan.evaluation.preference_make import make_study
+
+    pairs = tuple((first, second) for first, _, second in (p.partition(":") for p in a.pair)) or None
+    consent = None if a.consent is None else a.consent.read_text()
+    config = StudyConfig(
+        pairs=pairs, votes=a.votes, questions=tuple(a.question or ("realism", "alignment")), trials_per_rater=a.trials,
+        checks_from=a.checks_from, count=a.count, jpeg_quality=a.jpeg_quality, consent=consent, seed=a.seed,
+    )  # fmt: skip
+    models = {name: Path(folder) for name, folder in _by_name(a.model, "FOLDER").items()}
+    study = make_study(models, a.out, config, a.prompts)
+    print(f"{a.out}: {len(study.raters)} sheets in {a.out / 'pages'}; hand them out, or: diffusion2gan preference serve {a.out}")
+
+
+def _preference_serve(a: argparse.Namespace) -> None:
+    from diffusion2gan.evaluation.preference_server import serve_study
+
+    serve_study(a.study, a.host, a.port)
+
+
+def _preference_analyse(a: argparse.Namespace) -> None:
+    from diffusion2gan.evaluation.preference_analysis import analyse_study
+
+    analyse_study(a.study, a.out, a.votes, _by_name(a.published, "PUBLISHED") if a.published is not None else None)
+    print(f"wrote {a.out}")
+
+
 def _demo(a: argparse.Namespace) -> None:
     from diffusion2gan.demo import run_demo
 
@@ -211,6 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_pairs(commands)
     _add_student(commands)
     _add_evaluation(commands)
+    _add_preference(commands)
     _add_perceptual(commands)
     _command(commands, "recipes", _recipes, "List the built-in recipes")
     _add_embedded(commands)
@@ -329,6 +369,35 @@ def _add_evaluation(commands: Commands) -> None:
         part.add_argument("-o", "--output", type=Path, default=None, help="also as JSON")
         if part is not training:
             part.add_argument("--batches", type=_positive, nargs="+", default=[1])
+
+
+def _add_preference(commands: Commands) -> None:
+    text = "A study of human preference: make its sheets, collect votes, count them (Figure 6; docs/preference.md)"
+    verbs = commands.add_parser("preference", help=text).add_subparsers(required=True, metavar="COMMAND")
+    sub = _command(verbs, "make", _preference_make, "Make a study: one offline page a rater")
+    sub.add_argument("model", nargs="+", help="NAME=FOLDER of a model's pictures, sorted by name; picture i of each is prompt i")
+    sub.add_argument("--out", type=Path, required=True, help="folder of the study")
+    sub.add_argument("--prompts", type=Path, default=None, help="one a line (default: captions.txt in the first folder)")
+    sub.add_argument("--pair", action="append", default=[], metavar="A:B", help="models to compare, several times (default: all pairs)")
+    sub.add_argument("--votes", type=_positive, default=5, help="of each pair, prompt and question, by as many raters")
+    sub.add_argument("--question", action="append", choices=("realism", "alignment"), default=None, help="default: both")
+    sub.add_argument("--trials", type=_positive, default=64, help="asked of one rater, attention checks not counted")
+    sub.add_argument("--checks-from", default=None, help="model whose pictures are the right answers of attention checks: the teacher, say")
+    sub.add_argument("--count", type=_positive, default=None, help="only the first so many prompts")
+    sub.add_argument("--jpeg-quality", type=_positive, default=None, help="smaller pages (default: PNG)")
+    sub.add_argument("--consent", type=Path, default=None, help="text file that a rater agrees to first")
+    sub.add_argument("--seed", type=_seed, default=0)
+    sub = _command(verbs, "serve", _preference_serve, "Collect votes by a small web server on this machine")
+    sub.add_argument("study", type=Path)
+    sub.add_argument("--host", default="127.0.0.1", help="another one makes it reachable from outside")
+    sub.add_argument("--port", type=int, default=8000)
+    sub = _command(verbs, "analyse", _preference_analyse, "Win rates with intervals, tests and ranking")
+    sub.add_argument("study", type=Path)
+    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--votes", type=Path, nargs="+", default=[], help="files that raters sent, beside the study's own votes.jsonl")
+    sub.add_argument(
+        "--published", nargs="*", default=None, metavar="NAME=PUBLISHED", help="put Figure 6 beside it, joined for the models named"
+    )
 
 
 def _perceptual_reconstruct(a: argparse.Namespace) -> None:

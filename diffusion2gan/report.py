@@ -75,7 +75,7 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
     return "\n".join(lines + ["| " + " | ".join(cell(v).replace("|", "\\|") for v in row) + " |" for row in rows]) + "\n"
 
 
-def _new_figure(width: float, height: float, dpi: int) -> Any:
+def new_figure(width: float, height: float, dpi: int) -> Any:
     import matplotlib
 
     matplotlib.use("Agg", force=False)
@@ -84,7 +84,7 @@ def _new_figure(width: float, height: float, dpi: int) -> Any:
     return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
-def _as_image(figure: Any) -> Image.Image:
+def as_image(figure: Any) -> Image.Image:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
@@ -92,7 +92,7 @@ def _as_image(figure: Any) -> Image.Image:
 
 def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str, log_y: bool = False) -> Image.Image:
     """A line plot: name -> (x, y)."""
-    figure = _new_figure(7.2, 3.4, 110)
+    figure = new_figure(7.2, 3.4, 110)
     axes = figure.subplots()
     for name, (x, y) in series.items():
         axes.plot(x, y, label=name, marker="o" if len(x) < 20 else None, markersize=3, linewidth=1.4)
@@ -103,13 +103,13 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_labe
     axes.grid(alpha=0.25)
     if series:
         axes.legend(frameon=False)
-    return _as_image(figure)
+    return as_image(figure)
 
 
 def discriminator_picture(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
     """How D did, from the rows of a run's metrics: accuracy by kind of sample; accuracy and logits by map; its loss and R1."""
     told = [(r["step"], r["discriminator"]) for r in rows if "discriminator" in r]
-    figure = _new_figure(11, 7, 100)
+    figure = new_figure(11, 7, 100)
     (by_kind, losses), (by_map, logits) = figure.subplots(2, 2)
     for kind in ("real", "generated", "other_latent", "other_text", "other_noise"):
         of_kind = [(step, t[kind]["accuracy"][0]) for step, t in told if kind in t]
@@ -140,4 +140,4 @@ def discriminator_picture(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=7, ncols=2)
-    return _as_image(figure)
+    return as_image(figure)

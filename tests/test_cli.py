@@ -106,6 +106,27 @@ def test_evaluate_speed_and_compare_reports(world: Path, tiny_teacher_folder: Pa
     assert "4x8x8" in done.stdout
 
 
+def test_a_preference_study_by_commands(tmp_path: Path) -> None:
+    from diffusion2gan.evaluation.preference import load_study, simulate_votes, write_votes
+
+    for k, name in enumerate(("ours", "theirs")):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            Image.new("RGB", (16, 16), (60 * k, 50 * i, 90)).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "ours" / "captions.txt").write_text("a cat\na dog\na red bus\ntwo trees\n")
+    study = tmp_path / "study"
+    folders = [f"{name}={tmp_path / name}" for name in ("ours", "theirs")]
+    done = run_command("preference", "make", *folders, "--out", study, "--votes", 2)
+    assert done.returncode == 0, done.stderr
+    assert "sheets in" in done.stdout
+    write_votes(tmp_path / "votes.jsonl", simulate_votes(load_study(study), {"ours": 1.0, "theirs": 0.0}, seed=0))
+    done = run_command("preference", "analyse", study, "--out", tmp_path / "out", "--votes", tmp_path / "votes.jsonl", "--published")
+    assert done.returncode == 0, done.stderr
+    assert "SIMULATED" in (tmp_path / "out" / "human_2afc-simulated.md").read_text()
+    _assert_one_line(run_command("preference", "make", "ours", "--out", study), "expected NAME=FOLDER")
+    _assert_one_line(run_command("preference", "serve", tmp_path), "study.json")
+
+
 def test_pairs_commands(world: Path) -> None:
     done = run_command("pairs", "check", world / "store")
     assert done.returncode == 0, done.stderr
