@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, Sta
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusion2gan.embedded.weights import embedded_folder
+from diffusion2gan.teachers.published import SD15, SDXL
 from diffusion2gan.teachers.sdxl import SDXLTeacher
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 
@@ -14,32 +15,19 @@ from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 def random_unet(device: torch.device | str) -> UNet2DConditionModel:
     """SD 1.5's, 860 M parameters."""
     with torch.device(device):
-        return UNet2DConditionModel(
-            sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
-            cross_attention_dim=768, attention_head_dim=8,
-            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        )  # fmt: skip
+        return UNet2DConditionModel(**SD15.unet)
 
 
 def random_sdxl_unet(device: torch.device | str) -> UNet2DConditionModel:
     """SDXL's, 2,567 M parameters."""
     with torch.device(device):
-        return UNet2DConditionModel(
-            sample_size=128, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280), layers_per_block=2,
-            cross_attention_dim=2048, attention_head_dim=(5, 10, 20), transformer_layers_per_block=(1, 2, 10), use_linear_projection=True,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-        )  # fmt: skip
+        return UNet2DConditionModel(**SDXL.unet)
 
 
 def random_vae(device: torch.device | str, latent_channels: int = 4, scaling_factor: float = 0.18215) -> AutoencoderKL:
     """4 channels: SD 1.5's and SDXL's; with 16 it has the size of Stable Diffusion 3's."""
     with torch.device(device):
-        return AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=latent_channels,
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=scaling_factor,
-        )  # fmt: skip
+        return AutoencoderKL(**{**SD15.vae, "latent_channels": latent_channels, "scaling_factor": scaling_factor})
 
 
 def _text_config(hidden: int, layers: int, heads: int) -> CLIPTextConfig:

@@ -182,6 +182,13 @@ def _demo(a: argparse.Namespace) -> None:
     run_demo(a.out, a.minutes)
 
 
+def _plan(a: argparse.Namespace) -> None:
+    from diffusion2gan.plan import plan_table
+    from diffusion2gan.recipe import load_recipe
+
+    print(plan_table(load_recipe(a.recipe, a.set), a.gpu, a.count, a.utilisation))
+
+
 def _recipes(_: argparse.Namespace) -> None:
     from diffusion2gan.recipe import builtin_recipes, load_recipe
 
@@ -252,6 +259,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluation(commands)
     _add_preference(commands)
     _add_perceptual(commands)
+    sub = _command(commands, "plan", _plan, "What a recipe will take: evaluations, FLOPs, GPU-days, disk, memory")
+    _recipe_arguments(sub)
+    sub.add_argument("--gpu", default="h100", help="a100, h100, h200, rtx4090, ... (default h100)")
+    sub.add_argument("--count", type=_positive, default=1, help="how many of them")
+    sub.add_argument("--utilisation", type=float, default=0.3, help="share of their matrix rate that is really used (default 0.3)")
     _command(commands, "recipes", _recipes, "List the built-in recipes")
     _add_embedded(commands)
     return parser

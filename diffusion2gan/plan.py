@@ -1,0 +1,293 @@
+"""What a recipe will take, before a GPU is rented: network evaluations, FLOPs, GPU-days, disk, memory.
+
+FLOPs and kept activations are counted, not guessed: the recipe's own networks run once on torch's fake tensors, which have shapes
+and no numbers (FLOPs = 2 x multiply-adds of convolutions, products and attention). Days follow from the share of a GPU's matrix
+rate that is really used, which is an assumption (`utilisation`), and say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig, MultiScaleDiscriminator
+from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual import LatentVGG
+from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
+from diffusion2gan.recipe import Recipe
+from diffusion2gan.report import markdown_table
+from diffusion2gan.teachers.load import teacher_folder
+from diffusion2gan.teachers.ode import evaluations_per_pair
+from diffusion2gan.teachers.protocol import TeacherConfig, TextCondition
+from diffusion2gan.teachers.published import PUBLISHED
+
+TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Dense half-precision matrix rate (TFLOP/s) and memory (GiB), of the maker's data sheet."""
+
+    tflops: float
+    memory: float
+
+
+GPUS: Mapping[str, Gpu] = {
+    "a100-40gb": Gpu(312, 40),
+    "a100": Gpu(312, 80),
+    "h100": Gpu(989, 80),
+    "h200": Gpu(989, 141),
+    "l40s": Gpu(362, 48),
+    "a10": Gpu(125, 24),
+    "rtx4090": Gpu(165, 24),
+    "rtx3090": Gpu(71, 24),
+    "v100": Gpu(125, 32),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one network at a batch of one: FLOPs of a forward pass, parameters, bytes that a forward in 16 bits keeps for backward."""
+
+    flops: float
+    parameters: int
+    activations: int
+
+
+def measure(network: nn.Module, call: Callable[[nn.Module], Any]) -> Cost:
+    """Counts `call(network)`, on fake tensors."""
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage()._cdata for p in network.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    # Held until the count is done, so that no storage is counted twice or under another's address.
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        held = call(network)
+    del held
+    return Cost(_flops(lambda: call(network)), sum(p.numel() for p in network.parameters()), sum(kept.values()))
+
+
+def _flops(call: Callable[[], Any]) -> float:
+    # Fused attention on a CPU is not known to the counter; written out it is.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        call()
+    return float(counter.get_total_flops())
+
+
+# --- A recipe's networks, without weights ---------------------------------------------------------------------------
+def _configuration(teacher: TeacherConfig, part: str) -> dict[str, Any]:
+    """`unet` or `vae` of the teacher: of its folder, or as published. Raises UserError when neither is known."""
+    kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
+    folder = teacher_folder(teacher)
+    if Path(folder).is_dir():
+        return dict(kind.load_config(str(folder), subfolder=part))
+    if teacher.source in PUBLISHED:
+        return dict(getattr(PUBLISHED[teacher.source], part))
+    try:
+        return dict(kind.load_config(teacher.source, subfolder=part, revision=teacher.revision))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(
+            f"{teacher.source}: its sizes are not known here ({reason}); name a folder, or one of {', '.join(PUBLISHED)}"
+        ) from None
+
+
+@contextmanager
+def _shapes_alone() -> Iterator[None]:
+    """Tensors without numbers, new ones in half precision: mixed precision keeps most of what it keeps in it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _condition(configuration: Mapping[str, Any]) -> TextCondition:
+    width = configuration["cross_attention_dim"]
+    width = width if isinstance(width, int) else width[0]
+    added = {}
+    if configuration.get("addition_embed_type") == "text_time":
+        times = 6 * configuration["addition_time_embed_dim"]
+        pooled = configuration["projection_class_embeddings_input_dim"] - times
+        added = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
+    return TextCondition(torch.empty(1, TOKENS, width), added)
+
+
+def _evaluate(latent: Tensor, timestep: Tensor, condition: TextCondition, network: nn.Module) -> Tensor:
+    added = {"added_cond_kwargs": dict(condition.added)} if condition.added else {}
+    prediction: Tensor = network(latent, timestep, condition.embeddings, return_dict=False, **added)[0]
+    return prediction
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The costs of a recipe's networks, each at a batch of one."""
+
+    generator: Cost
+    discriminator: Cost | None
+    perceptual: Cost | None
+    decoder: Cost
+    latent: tuple[int, int, int]
+
+
+def networks(recipe: Recipe) -> Networks:
+    """Builds and counts them. Raises UserError for a teacher whose sizes cannot be had."""
+    teacher = recipe.teacher
+    unet_config, vae_config = _configuration(teacher, "unet"), _configuration(teacher, "vae")
+    size = unet_config["sample_size"]
+    latent = (unet_config["in_channels"], *((size, size) if isinstance(size, int) else size))
+    with _shapes_alone():
+        x, condition = torch.empty(1, *latent), _condition(unet_config)
+        timestep = torch.empty((), dtype=torch.int64)
+        unet = UNet2DConditionModel.from_config(unet_config)
+        if recipe.generator.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        generator = measure(unet, lambda n: _evaluate(x, timestep, condition, n))
+        discriminator = None
+        if recipe.adversarial is not None and recipe.adversarial.weight and recipe.discriminator.kind == "diffusion":
+            discriminator = _discriminator(recipe.discriminator, unet_config, x, condition)
+        perceptual = None
+        if recipe.loss.distance in ("latent_lpips", "e_latent_lpips"):
+            perceptual = _perceptual(latent, width=0.25 if teacher.source == "embedded" else 1.0)
+        vae = AutoencoderKL.from_config(vae_config)
+        decoder = measure(vae, lambda n: cast(Any, n).decode(x, return_dict=False))
+    return Networks(generator, discriminator, perceptual, decoder, latent)
+
+
+def _discriminator(config: DiscriminatorConfig, unet_config: Mapping[str, Any], x: Tensor, condition: TextCondition) -> Cost:
+    # Checkpointing lowers what is kept by as much as the generator's does; it is counted without.
+    network = MultiScaleDiscriminator(UNet2DConditionModel.from_config(unet_config), _evaluate, config)
+    return measure(network, lambda n: n(x, x, condition))
+
+
+def _perceptual(latent: tuple[int, int, int], width: float) -> Cost:
+    network = LatentVGG(LatentVGGConfig(in_channels=latent[0], width=width)).requires_grad_(False)
+    x = torch.empty(1, *latent, requires_grad=True)
+    return measure(network, lambda n: n(x))
+
+
+# --- The plan -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class StagePlan:
+    """`evaluations` of the diffusion network; `flops` in all; `memory` (bytes) of one GPU, `disk` (bytes)."""
+
+    name: str
+    evaluations: int
+    flops: float
+    memory: float
+    disk: float = 0.0
+
+    def gpu_days(self, gpu: Gpu, utilisation: float) -> float:
+        return self.flops / (gpu.tflops * 1e12 * utilisation) / 86_400
+
+
+# Bytes a parameter: float32 weight, gradient, Adam's two moments; the generator's average.
+_TRAINED, _AVERAGE = 16, 4
+EVALUATED = 30_000
+
+
+def stages(recipe: Recipe, gpus: int) -> list[StagePlan]:
+    """simulate, phase 1, phase 2 and an evaluation on 30,000 pictures. Raises UserError when the batch does not divide."""
+    n, batch, pairs = networks(recipe), recipe.training.batch_size, recipe.pairs
+    micro = recipe.training.micro_batch_size or max(1, batch // gpus)
+    if batch % (gpus * micro):
+        raise UserError(f"training.batch_size is {batch}, expected a multiple of GPUs x micro_batch_size ({gpus} x {micro}); change either")
+    g, loss = n.generator, _loss_flops(recipe, n)
+    again = 1 if recipe.generator.gradient_checkpointing else 0
+    elements = n.latent[0] * n.latent[1] * n.latent[2]
+    stored = {"none": 2, "float16": 4, "float32": 6}[pairs.noise_storage] * elements + 150  # latent, noise, a caption and a seed
+
+    evaluations = pairs.count * evaluations_per_pair(pairs.ode)
+    guided = 2 if pairs.ode.guidance > 1 else 1
+    half = 2 if pairs.precision in ("float16", "bfloat16") else 4
+    # Forward only: little more than the widest layers of a batch is alive, taken as a tenth of what training would keep.
+    simulate = StagePlan(
+        "simulate", evaluations, evaluations * g.flops,
+        g.parameters * (half + (4 if half == 2 else 0)) + 0.1 * pairs.batch_size * guided * g.activations, pairs.count * stored,
+    )  # fmt: skip
+
+    images = recipe.training.steps * batch
+    frozen = 4 * g.parameters  # the teacher's own network stays loaded
+    resident = frozen + g.parameters * (_TRAINED + _AVERAGE)
+    kept = (n.perceptual.activations if n.perceptual else 0) + g.activations
+    checkpoint = 16 * g.parameters  # weights, average, moments
+    phase_1 = StagePlan(
+        "phase 1", images, images * ((3 + again) * g.flops + loss), resident + micro * kept, recipe.training.keep_checkpoints * checkpoint
+    )
+    plan = [simulate, phase_1]
+    if recipe.adversarial is not None:
+        images = recipe.adversarial.steps * batch
+        per_image = (3 + again) * g.flops + loss
+        memory, disk = resident + micro * kept, float(recipe.training.keep_checkpoints * checkpoint)
+        if n.discriminator is not None:
+            d = n.discriminator
+            # D's step: real and fake, forward and backward; G's step: forward, and backward to the latent alone.
+            per_image += g.flops + 2 * (3 + again) * d.flops + (2 + again) * d.flops
+            memory += d.parameters * _TRAINED + micro * d.activations
+            disk += recipe.training.keep_checkpoints * 12 * d.parameters
+        plan.append(StagePlan("phase 2", images, images * per_image, memory, disk))
+    plan.append(
+        StagePlan(
+            f"{EVALUATED:,} pictures", EVALUATED, EVALUATED * (g.flops + n.decoder.flops), 4 * g.parameters + 4 * n.decoder.activations
+        )
+    )
+    return plan
+
+
+def _loss_flops(recipe: Recipe, n: Networks) -> float:
+    """Of one image: two forwards and a backward to the input, through the latent network or through decoder and pixels."""
+    if n.perceptual is not None:
+        return 3 * n.perceptual.flops
+    # Decoding both, and back through one; the pixel network is a sixteenth of that.
+    return 3 * n.decoder.flops * 17 / 16 if recipe.loss.distance == "lpips" else 0.0
+
+
+def plan_table(recipe: Recipe, gpu_name: str, count: int, utilisation: float) -> str:
+    """The plan as Markdown. Raises UserError for an unknown GPU or a utilisation outside (0, 1]."""
+    if gpu_name not in GPUS:
+        raise UserError(f"--gpu {gpu_name}, expected one of {', '.join(GPUS)}")
+    if not 0 < utilisation <= 1 or count < 1:
+        raise UserError(f"--utilisation {utilisation} of {count} GPUs, expected more than 0 and at most 1, of at least one GPU")
+    gpu, found = GPUS[gpu_name], stages(recipe, count)
+    rows = []
+    for s in found:
+        days = s.gpu_days(gpu, utilisation)
+        fits = "" if s.memory <= 0.9 * gpu.memory * 2**30 else " (does not fit)"
+        rows.append(
+            [
+                s.name,
+                f"{s.evaluations:,}",
+                f"{s.flops / 1e18:.4g}",
+                days,
+                24 * days / count,
+                f"{s.memory / 2**30:.3g}{fits}",
+                f"{s.disk / 1e9:.4g}",
+            ]
+        )
+    total = sum(s.gpu_days(gpu, utilisation) for s in found)
+    columns = ["stage", "evaluations", "EFLOP", "GPU-days", f"hours on {count}", "memory a GPU, GiB", "disk, GB"]
+    n = networks(recipe)
+    return (
+        f"{recipe.name} on {count} x {gpu_name}: network {n.generator.parameters / 1e6:,.0f} M parameters, "
+        f"{n.generator.flops / 1e12:.3g} TFLOP an evaluation\n\n"
+        + markdown_table(columns, rows)
+        + f"\n{total:.3g} GPU-days in all, if {utilisation:.0%} of the {gpu.tflops:g} TFLOP/s of half-precision matrix units is used: an "
+        "assumption; FLOPs are counted, memory is weights, optimiser and kept activations, without the allocator's own.\n"
+    )

@@ -1,0 +1,65 @@
+"""Configurations of published teachers, by hub id: their sizes, without their weights.
+
+Facts of the repositories' own `config.json` files; a folder or a cached repository is asked first where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Published:
+    """Arguments of `UNet2DConditionModel` and `AutoencoderKL`."""
+
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any] = field(default_factory=lambda: _VAE)
+
+
+_VAE: Mapping[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "latent_channels": 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "scaling_factor": 0.18215,
+}
+_SD1: Mapping[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
+SD15 = Published(_SD1)
+SD21 = Published({**_SD1, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True})
+SDXL = Published(
+    {
+        "sample_size": 128,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (320, 640, 1280),
+        "layers_per_block": 2,
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "transformer_layers_per_block": (1, 2, 10),
+        "use_linear_projection": True,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    {**_VAE, "scaling_factor": 0.13025},
+)
+PUBLISHED: Mapping[str, Published] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
+    "stabilityai/stable-diffusion-2-1-base": SD21,
+    "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
+}
