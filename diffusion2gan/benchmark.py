@@ -103,7 +103,8 @@ def _evaluate(
     count: int | None,
     preservation_count: int | None,
 ) -> dict[str, Any]:
-    describe(out, name, {"subject": subject.identity, "teacher": sampler.identity})
+    weights = subject.identity if subject is not sampler else f"teacher {teacher.identity()['weights'][:16]}"
+    describe(out, name, {"subject": weights, "sampler": sampler.identity}, part="emoji10k-v1")
     # Before all else, so that there is something to look at.
     prompts = [p.prompt for p in drawn_prompt_list(list_name, SHOWN)]
     if not (out / "samples" / list_name).exists():

@@ -108,13 +108,14 @@ def _evaluate(a: argparse.Namespace) -> None:
     options = _model_options(a)
     teacher_options = replace(options, steps=a.teacher_steps, guidance=a.teacher_guidance, captions=None)
     protocols = [p for text in a.protocol or ["emoji10k-v1"] for p in text.split(",") if p]
-    print(
+    said = (
         evaluate_command(
             a.model, protocols, a.out, a.shared, options, data=a.data, weights=a.weights, teacher=a.teacher, teacher_options=teacher_options,
             count=a.count, preservation_count=a.preservation_count, list_name=a.list, block=a.block, save_pictures=a.save_pictures,
         )
     )  # fmt: skip
-    print(f"wrote {a.out}")
+    if said:
+        print(said)
 
 
 def _speed_latency(a: argparse.Namespace) -> None:

@@ -18,7 +18,10 @@ Compilable = TypeVar("Compilable", bound=Callable[..., Any])
 
 
 def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The CPU, the GPU, or this process' own one under torchrun."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
 
 
 def has_bf16(device: torch.device | str) -> bool:

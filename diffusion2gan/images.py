@@ -33,7 +33,7 @@ def open_rgb(path: Path, remedy: str) -> Image.Image:
     """A picture file as RGB. Raises UserError, ending with `remedy`, for what is none."""
     try:
         return Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as a picture ({error}); {remedy}") from None
 
 

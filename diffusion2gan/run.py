@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffusion2gan.config import settings_difference
-from diffusion2gan.device import warn_of_slow_bf16
+from diffusion2gan.device import default_device, warn_of_slow_bf16
 from diffusion2gan.discriminator.build import build_discriminator
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import disk_errors, sweep_temporaries, write_bytes_atomic
@@ -34,8 +33,7 @@ from diffusion2gan.worker import Worker
 def simulate_recipe(recipe: Recipe, store: Path, progress: bool = True) -> dict[str, Any]:
     """Fills a pair store for `recipe`, with as many workers as torchrun started."""
     worker = Worker.from_environment()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    return simulate(load_teacher(recipe.teacher, device), recipe.pairs, store, worker, progress)
+    return simulate(load_teacher(recipe.teacher, default_device()), recipe.pairs, store, worker, progress)
 
 
 def open_run(recipe: Recipe, folder: Path) -> None:

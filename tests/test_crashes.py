@@ -204,6 +204,28 @@ def test_two_processes_train_as_one(tmp_path: Path, world: dict[str, Path]) -> N
         torch.testing.assert_close(ours[name], value, atol=3e-4, rtol=1e-3)
 
 
+def test_two_processes_evaluate_as_one(tmp_path: Path, world: dict[str, Path]) -> None:
+    """Results, and the exit code, with a metric that has its weights and one that has not."""
+    pytest.importorskip("open_clip")
+    from tests.evaluation.test_evaluate import small_coco
+    from tests.evaluation.test_extractors import tiny_clip
+
+    small_coco(tmp_path / "data")
+    tiny_clip(tmp_path / "weights")
+    assert run_command("export", world["run"], tmp_path / "student", "--dtype", "float32").returncode == 0
+
+    def arguments(out: str, protocols: str) -> tuple[object, ...]:
+        inputs = ("--data", tmp_path / "data", "--weights", tmp_path / "weights", "--protocol", protocols)
+        return ("evaluate", tmp_path / "student", "--out", tmp_path / out, *inputs)
+
+    _in_two_processes(*arguments("two", "clip5k_coco17"))
+    assert run_command(*arguments("one", "clip5k_coco17")).returncode == 0
+    two, one = (json.loads((tmp_path / n / "clip5k_coco17.json").read_text()) for n in ("two", "one"))
+    for result in (two, one):
+        result.pop("seconds_per_image"), result["versions"].pop("torch_threads")
+    assert two == one
+
+
 def test_two_processes_play_as_one(tmp_path: Path, gan: dict[str, Path]) -> None:
     """D and G over gloo: losses, R1, D's statistics and the weights of both as in one process with the whole batch."""
     _in_two_processes("train", gan["recipe"], "--pairs", gan["store"], "--out", tmp_path / "run")

@@ -18,7 +18,7 @@ from diffusion2gan.device import default_device
 from diffusion2gan.embedded.weights import embedded_folder, embedded_student
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.comparison import read_evaluation, write_comparison
-from diffusion2gan.evaluation.evaluate import Evaluation, describe, summary
+from diffusion2gan.evaluation.evaluate import FORMAT, Evaluation, describe, summary
 from diffusion2gan.evaluation.models import Model, ModelOptions, load_model, teacher_model
 from diffusion2gan.evaluation.protocols import PROTOCOLS
 from diffusion2gan.evaluation.speed import latency, latency_line, loss_cost, train_throughput
@@ -29,6 +29,7 @@ from diffusion2gan.pipeline import STUDENT_FILE
 from diffusion2gan.recipe import load_recipe
 from diffusion2gan.report import markdown_table
 from diffusion2gan.teachers.ode import SolverConfig
+from diffusion2gan.worker import Worker
 
 EMOJI, LATENCY = "emoji10k-v1", "latency"
 
@@ -52,34 +53,57 @@ def evaluate_command(
 ) -> str:
     """Runs the protocols and returns their table. Raises UserError at the end when any of them could not run."""
     known = [EMOJI, *PROTOCOLS, LATENCY]
-    if unknown := [p for p in protocols if p not in known]:
-        raise UserError(f"protocol {unknown[0]!r}, expected some of {', '.join(known)}")
+    if not protocols or (unknown := [p for p in protocols if p not in known]):
+        raise UserError(f"protocol {unknown[0] if protocols else ''!r}, expected some of {', '.join(known)}")
+    worker = Worker.from_environment()
     shared, parts, skipped = shared or out, [], {}
     if EMOJI in protocols:
         parts.append(_embedded_benchmark(spec, out, shared, options, list_name, count, preservation_count))
     others = [p for p in protocols if p in PROTOCOLS]
-    if others or LATENCY in protocols:
+    if others or (LATENCY in protocols and not worker.rank):
         model = load_model(spec, options)
         if others:
-            wanted = any(PROTOCOLS[p].teacher for p in others)
+            their, why = None, ""
+            if any(PROTOCOLS[p].teacher for p in others):
+                their, why = _teacher_of(model, teacher, teacher_options)
             evaluation = Evaluation(
-                model, out, shared, data, weights, _teacher_of(model, teacher, teacher_options) if wanted else None,
-                count, block, options.device, save_pictures,
+                model, out, shared, data, weights, their, why, count, block, options.device, save_pictures, worker=worker,
             )  # fmt: skip
             skipped = evaluation.run(others)
-            parts.append(summary(out, others))
-        if LATENCY in protocols:
-            describe(out, model.name, model.identity)
-            result = latency(model)
-            write_bytes_atomic(out / "latency.json", (json.dumps(result, indent=1) + "\n").encode())
-            parts.append(_latency_table([result]))
+            parts.append("" if worker.rank else summary(out, others))
+        if LATENCY in protocols and not worker.rank:
+            parts.append(_latency_result(model, out))
+    if worker.rank:
+        return ""  # the first process speaks for all, and may still be scoring
     for protocol, reasons in skipped.items():
-        for reason in reasons:
+        for reason in dict.fromkeys(reasons):
             warnings.warn(f"{protocol}, {reason}", stacklevel=1)
     if skipped:
         print("\n".join(parts))
         raise UserError(f"{', '.join(skipped)}: not everything could run (see above); what could is in {out}")
-    return "\n".join(parts)
+    return "\n".join([*parts, f"wrote {out}"])
+
+
+def _latency_result(model: Model, out: Path) -> str:
+    describe(out, model.name, model.identity, part=LATENCY)
+    result = latency(model)
+    entries = [
+        {"metric": f"seconds, {what}", "variant": "batch 1", "better": "lower", "value": result[key], "interval95": None}
+        for what, key in (("end to end", "t_e2e"), ("network alone", "t_network"), ("with the host", "t_e2e_host"))
+    ]
+    whole = {
+        "format": FORMAT,
+        "protocol": LATENCY,
+        "title": "Latency",
+        "n": result["runs"],
+        "partial": False,
+        "results": entries,
+        "notes": [],
+    }
+    write_bytes_atomic(
+        out / "latency.json", (json.dumps(whole | {"reference": result["machine"], "runs": result}, indent=1) + "\n").encode()
+    )
+    return _latency_table([result])
 
 
 def _embedded_benchmark(
@@ -96,25 +120,37 @@ def _embedded_benchmark(
                 f"{spec}: {EMOJI} scores `embedded`, `teacher:embedded` or a student written by export; name one, or other protocols"
             )
         result = evaluate_student(student, out, shared, list_name, count, preservation_count)
-    return result_table(result)
+    return result_table(result) if result else ""
 
 
-def _teacher_of(model: Model, named: str | None, options: ModelOptions) -> Model | None:
-    """The teacher that ODE preservation compares with: the one named, or a student's own, solved as its pairs were."""
-    if named is not None:
-        return load_model(named, options)
+def _teacher_of(model: Model, named: str | None, options: ModelOptions) -> tuple[Model | None, str]:
+    """The teacher that ODE preservation compares with, solved as the student's pairs were where `options` do not say otherwise; or why
+    there is none. Not raised: other protocols need no teacher."""
     facts = model.facts
-    if "teacher" not in facts or "ode" not in facts or facts["teacher"] == "local folder":
-        return None
-    ode = SolverConfig.model_validate(facts["ode"])
-    return teacher_model(facts["teacher"], f"teacher:{facts['teacher']}", ode, options.dtype, options.device, options.batch_size)
+    source = (named or facts.get("teacher") or "").removeprefix("teacher:")
+    if not source or source == "local folder":
+        return None, "dreamsim5k compares with the teacher's pictures; name its folder or hub id by --teacher"
+    try:
+        ode = SolverConfig.model_validate(facts.get("ode", {}))
+        changed = {k: v for k, v in (("steps", options.steps), ("guidance", options.guidance)) if v is not None}
+        teacher = teacher_model(
+            source, f"teacher:{source}", ode.model_copy(update=changed), options.dtype, options.device, options.batch_size
+        )
+    except UserError as error:
+        return None, str(error)
+    if facts.get("teacher_weights") not in (None, teacher.facts["weights"]):
+        return (
+            None,
+            f"{source} has weights {teacher.facts['weights'][:16]}, the student's teacher had {facts['teacher_weights'][:16]}; name that one",
+        )
+    return teacher, ""
 
 
 # --- compare --------------------------------------------------------------------------------------------------------
 def _named(subject: str) -> tuple[str | None, str]:
     """NAME=SUBJECT or SUBJECT."""
     name, equals, rest = subject.partition("=")
-    return (name, rest) if equals and name and rest else (None, subject)
+    return (name, rest) if equals and name and rest and "/" not in name else (None, subject)
 
 
 def compare_command(

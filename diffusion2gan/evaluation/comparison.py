@@ -49,7 +49,13 @@ def read_evaluation(folder: Path, name: str | None = None) -> Evaluated:
         if content.get("format") == FORMAT:
             results[content["protocol"]] = content
         elif content.get("protocol") == _EMOJI:
-            results[_EMOJI] = content | {"results": emoji_entries(content), "title": "Embedded benchmark", "n": content["count"]}
+            results[_EMOJI] = content | {
+                "results": emoji_entries(content),
+                "n": content["count"],
+                "prompts": content["sha256"],
+                "teacher": content["identities"]["teacher"],
+                "noise": {"protocol": _EMOJI, "list": content["list"]},
+            }
     if not results:
         raise UserError(f"{folder}: no protocol has finished there; run `diffusion2gan evaluate` to its end")
     samples: dict[str, list[tuple[str, Path]]] = {}
@@ -90,21 +96,23 @@ def emoji_entries(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Line:
-    """One metric of one protocol: an entry for each model, None where it has none."""
+    """One metric of one protocol: an entry for each model, None where it has none. `differences`: what keeps them from being
+    comparable, besides the noises."""
 
     protocol: str
     metric: str
     variant: str
     entries: Sequence[Mapping[str, Any] | None]
+    differences: Sequence[str] = ()
 
     @property
     def better(self) -> str | None:
         return next((e.get("better") for e in self.entries if e), None)
 
     def best(self) -> int | None:
-        """The model with the best value, when two or more have one and the metric has a better end."""
+        """The model with the best value, when two or more have one, the metric has a better end, and they are comparable."""
         known = [(i, e["value"]) for i, e in enumerate(self.entries) if e]
-        if len(known) < 2 or self.better is None:
+        if len(known) < 2 or self.better is None or self.differences:
             return None
         return (min if self.better == "lower" else max)(known, key=lambda p: p[1])[0]
 
@@ -117,7 +125,29 @@ def lines(models: Sequence[Evaluated]) -> list[Line]:
         for protocol, result in m.results.items()
         for e in result["results"]
     )  # fmt: skip
-    return [Line(*key, [_entry(m, *key) for m in models]) for key in keys]
+    return [Line(*key, [_entry(m, *key) for m in models], _what_differs(models, *key)) for key in keys]
+
+
+def _what_differs(models: Sequence[Evaluated], protocol: str, metric: str, variant: str) -> list[str]:
+    """What two values of a row must have in common, and have not."""
+    found: dict[str, set[str]] = {}
+    for model in models:
+        entry = _entry(model, protocol, metric, variant)
+        if entry is None:
+            continue
+        result = model.results[protocol]
+        prompts = result.get("prompts") or {}
+        reference = {k: v for k, v in (result.get("reference") or {}).items() if k != "name"}
+        inputs = {
+            "numbers of pictures": result.get("n"),
+            "prompts": prompts.get("captions_sha256", prompts),
+            "reference pictures": reference,
+            "teachers": result.get("teacher"),
+            "scoring networks": entry.get("network"),
+        }
+        for what, value in inputs.items():
+            found.setdefault(what, set()).add(json.dumps(value, sort_keys=True))
+    return [what for what, values in found.items() if len(values) > 1]
 
 
 def _entry(model: Evaluated, protocol: str, metric: str, variant: str) -> Mapping[str, Any] | None:
@@ -152,7 +182,7 @@ def duels(models: Sequence[Evaluated], table: Sequence[Line]) -> Iterator[Duel]:
         for i in range(len(models)):
             for j in range(i + 1, len(models)):
                 a, b = line.entries[i], line.entries[j]
-                if not (a and b and line.better) or not _same_inputs(models[i], models[j], line.protocol):
+                if not (a and b and line.better) or not _same_noises(models[i], models[j], line):
                     continue
                 x, y = _values(models[i], a), _values(models[j], b)
                 if x is None or y is None or len(x) != len(y):
@@ -163,19 +193,23 @@ def duels(models: Sequence[Evaluated], table: Sequence[Line]) -> Iterator[Duel]:
                 yield Duel(*names, line, float((x - y).mean()), bootstrap_interval(x - y), wins, losses, sign_test(wins, losses))
 
 
-def _same_inputs(a: Evaluated, b: Evaluated, protocol: str) -> bool:
-    first, second = a.results[protocol], b.results[protocol]
-    return all(first.get(key) == second.get(key) for key in ("prompts", "noise"))
+def _same_noises(a: Evaluated, b: Evaluated, line: Line) -> bool:
+    first, second = (m.results[line.protocol].get("noise") for m in (a, b))
+    pair = [a, b]
+    return first is not None and first == second and not _what_differs(pair, line.protocol, line.metric, line.variant)
 
 
-def _differences(models: Sequence[Evaluated]) -> list[str]:
-    """What keeps two columns of one row from being comparable."""
+def _notes(models: Sequence[Evaluated], table: Sequence[Line]) -> list[str]:
+    """What a reader of the table must know."""
     notes = []
     for protocol in dict.fromkeys(p for m in models for p in m.results):
         having = [m for m in models if protocol in m.results]
-        for key, what in (("n", "numbers of pictures"), ("prompts", "prompts"), ("reference", "reference pictures"), ("noise", "noises")):
-            if len({json.dumps(m.results[protocol].get(key), sort_keys=True) for m in having}) > 1:
-                notes.append(f"{protocol}: the models were evaluated with other {what}; their numbers are not comparable")
+        for what in dict.fromkeys(w for line in table if line.protocol == protocol for w in line.differences):
+            notes.append(
+                f"{protocol}: the models were evaluated with other {what}; their numbers are not comparable, and none is called best"
+            )
+        if len({json.dumps(m.results[protocol].get("noise"), sort_keys=True) for m in having}) > 1:
+            notes.append(f"{protocol}: the models drew from other noises; nothing is compared picture by picture")
         notes += [f"{protocol}, {m.name}: {note}" for m in having for note in m.results[protocol].get("notes", [])]
         notes += [
             f"{protocol}, {m.name}: partial, {m.results[protocol]['n']} pictures" for m in having if m.results[protocol].get("partial")
@@ -188,6 +222,7 @@ def _shown(entry: Mapping[str, Any] | None, is_best: bool, bold: bool) -> str:
         return "-"
     text = cell(float(entry["value"]))
     text = f"**{text}**" if is_best and bold else f"{text} (best)" if is_best else text
+    text += " (too few pictures)" if entry.get("debug") else ""
     low_high = entry.get("interval95")
     return f"{text} [{low_high[0]:.4g}, {low_high[1]:.4g}]" if low_high else text
 
@@ -215,6 +250,16 @@ def sample_grid(models: Sequence[Evaluated], samples: str, columns: int = SHOWN_
     return grid(np.stack(rows), count, captions=captions, row_labels=[m.name for m in having], scale=max(1, 96 // side))
 
 
+def _what_rows_share(models: Sequence[Evaluated], samples: str) -> str:
+    """Of the pictures shown: evaluations of one protocol and noise block draw the same prompts from the same noises."""
+    having = [m for m in models if m.samples.get(samples)]
+    captions = {tuple(caption for caption, _ in m.samples[samples][:SHOWN_COLUMNS]) for m in having}
+    noises = {json.dumps(r.get("noise"), sort_keys=True) for m in having for r in m.results.values() if r.get("prompts")}
+    if len(captions) > 1:
+        return "each row with its own prompts"
+    return "the same prompts and noises in every row" if len(noises) == 1 and "null" not in noises else "the same prompts in every row"
+
+
 def write_comparison(models: Sequence[Evaluated], out: Path) -> str:
     """Writes `out/report.html` (one file, opens offline), `out/report.md` and the grids; returns the Markdown.
     Raises UserError for fewer than two models or two of one name."""
@@ -233,14 +278,14 @@ def write_comparison(models: Sequence[Evaluated], out: Path) -> str:
     present = {(line.protocol, line.metric) for line in table}
     published = [[f"{p.name} {COPIED}", p.protocol, p.metric, p.value, p.source] for p in PUBLISHED if (p.protocol, p.metric) in present]
     pictures = {s: sample_grid(models, s) for s in dict.fromkeys(s for m in models for s in m.samples)}
-    notes = _differences(models)
+    notes = _notes(models, table)
 
     page = Page(" / ".join(names), "Numbers with 95 % intervals where the metric has one; (best) marks the best value of a row.")
     text = [f"# {' / '.join(names)}\n", markdown_table(columns, _rows(models, table, bold=True))]
     page.table(columns, _rows(models, table, bold=False))
     for samples, picture in pictures.items():
         if picture is not None:
-            caption = f"{samples}: the same prompts and noises in every row"
+            caption = f"{samples}: {_what_rows_share(models, samples)}"
             page.picture(picture, caption)
             write_bytes_atomic(out / f"{samples}.png", png_bytes(picture))
             text.append(f"![{caption}]({samples}.png)\n")

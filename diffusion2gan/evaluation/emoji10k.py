@@ -52,6 +52,7 @@ from diffusion2gan.evaluation.metrics import (
 from diffusion2gan.evaluation.shards import Extractor, Produce, seconds_per_image
 from diffusion2gan.files import write_bytes_atomic
 from diffusion2gan.pairs.seeds import evaluation_seed
+from diffusion2gan.worker import Worker
 
 PROTOCOL = "emoji10k-v1"
 STRATA = ("coarse", "middle", "fine")
@@ -616,6 +617,7 @@ def evaluate_emoji10k(
     progress: bool = True,
 ) -> dict[str, Any]:
     """Samples, extracts and scores; writes `folder/emoji10k-v1.json` and returns it. Killed, it goes on where it stopped.
+    Several processes (torchrun) share the shards out; all but the first return nothing.
 
     `shared` (default: `folder`) keeps what every student of a teacher is compared with: teacher, untrained and reference
     features. `count` and `preservation_count` take the first prompts of the lists and mark the result partial.
@@ -651,6 +653,8 @@ def evaluate_emoji10k(
         preservation_teacher=preserved(teacher, shared / "teacher"),
         preservation_student=preserved(student, folder / "student"),
     )
+    if Worker.from_environment().rank:
+        return {}  # the first process scores
     seconds = {
         "teacher": seconds_per_image(shared / "teacher", f"{list_name}-A"),
         "student": seconds_per_image(folder / "student", f"{list_name}-A"),

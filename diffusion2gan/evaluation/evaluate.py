@@ -35,6 +35,7 @@ from diffusion2gan.evaluation.shards import Extractor, Rows
 from diffusion2gan.files import atomic_path, write_bytes_atomic
 from diffusion2gan.images import png_bytes
 from diffusion2gan.pairs.seeds import evaluation_seed, noise_fingerprint
+from diffusion2gan.precision import no_tf32
 from diffusion2gan.worker import Worker
 
 FORMAT = "diffusion2gan-result-1"
@@ -45,12 +46,15 @@ CIFAR_COUNT = 50_000
 
 @dataclass(frozen=True)
 class SampleSet:
-    """A set of `count` generated pictures: its prompts, how many pictures of each, and the real pictures beside it."""
+    """A set of `count` generated pictures: its prompts, how many pictures of each, and the `reference_count` real ones beside it."""
 
     count: int
     prompts: Callable[[Path], PromptList]
-    reference: Callable[[Path], PictureSet] | None
+    reference: Callable[[Path], PictureSet] | None = None
+    reference_count: int = 0
     replicas: int = 1
+    side: int | None = None
+    """Of pictures that go into the network as they are."""
 
 
 def _unconditional(_: Path) -> PromptList:
@@ -58,10 +62,10 @@ def _unconditional(_: Path) -> PromptList:
 
 
 SAMPLES: Mapping[str, SampleSet] = {
-    "coco14": SampleSet(30_000, coco14_prompts, lambda data: PictureFolder(data / "val2014")),
-    "coco17": SampleSet(5_000, coco17_prompts, lambda data: PictureFolder(data / "val2017")),
-    "coco17x8": SampleSet(40_000, coco17_prompts, None, replicas=8),
-    "cifar10": SampleSet(CIFAR_COUNT, _unconditional, lambda data: datasets.Cifar10(data / "cifar-10-batches-bin")),
+    "coco14": SampleSet(30_000, coco14_prompts, lambda data: PictureFolder(data / "val2014"), 40_504),
+    "coco17": SampleSet(5_000, coco17_prompts, lambda data: PictureFolder(data / "val2017"), 5_000),
+    "coco17x8": SampleSet(40_000, coco17_prompts, replicas=8),
+    "cifar10": SampleSet(CIFAR_COUNT, _unconditional, lambda data: datasets.Cifar10(data / "cifar-10-batches-bin"), CIFAR_COUNT, side=32),
 }
 
 
@@ -82,6 +86,8 @@ class Evaluation:
     data: Path
     weights: Path | None = None
     teacher: Model | None = None
+    no_teacher: str = ""
+    """Why there is none, where one was looked for."""
     count: int | None = None
     block: int = 0
     device: str = "cpu"
@@ -142,22 +148,32 @@ class Evaluation:
             kinds = [k for k in protocol.networks if self._is_ready(protocol, samples, k, skipped[protocol.id])]
             if kinds:
                 ready.append((protocol, samples, kinds))
-        describe(self.out, self.model.name, self.model.identity)
-        # Every set is drawn once, for all networks of all protocols.
+        describe(self.out, self.model.name, self.model.identity, {"block": self.block})
         for samples in dict.fromkeys(s for _, s, _ in ready):
+            # Every set is drawn once, for all networks of all its protocols.
             mine = [(p, kinds) for p, s, kinds in ready if s == samples]
             self._generated(self.model, samples, _union(k for _, k in mine), self.block)
-            if kinds := _union(k for p, k in mine if p.teacher):
-                assert self.teacher is not None
-                for block in (self.block, self.block + BLOCKS // 2):
-                    self._generated(self.teacher, samples, kinds, block)
-            if kinds := _union(k for p, k in mine if p.reference):
-                self._reference_rows(samples, kinds)
-        if self.worker.rank == 0:
-            for protocol, samples, kinds in ready:
-                entries = [self._entry(protocol, e, k) for k in kinds for e in protocol.networks[k](self._given(protocol, samples, k))]
-                self._write(protocol, samples, entries, skipped[protocol.id])
+            if self.save_pictures:
+                self._save_missing(samples)
+            for protocol, kinds in mine:
+                try:
+                    self._score(protocol, samples, kinds, skipped[protocol.id])
+                except UserError as error:
+                    if self.worker.world > 1:
+                        raise  # the other processes would wait for this one's shards
+                    skipped[protocol.id].append(str(error))
         return {k: v for k, v in skipped.items() if v}
+
+    def _score(self, protocol: Protocol, samples: str, kinds: Sequence[str], skipped: Sequence[str]) -> None:
+        if protocol.teacher:
+            assert self.teacher is not None
+            for block in (self.block, self.block + BLOCKS // 2):
+                self._generated(self.teacher, samples, kinds, block)
+        if protocol.reference:
+            self._reference_rows(samples, kinds)
+        if self.worker.rank == 0:
+            entries = [self._entry(protocol, e, k) for k in kinds for e in protocol.networks[k](self._given(protocol, samples, k))]
+            self._write(protocol, samples, entries, skipped)
 
     def _samples_of(self, protocol: Protocol, beside: Sequence[Protocol]) -> str:
         """A protocol of any pictures takes those that are drawn anyway."""
@@ -166,7 +182,7 @@ class Evaluation:
     def _is_ready(self, protocol: Protocol, samples: str, kind: str, skipped: list[str]) -> bool:
         try:
             if protocol.teacher and self.teacher is None:
-                raise UserError(f"{protocol.id} compares with the teacher's pictures; name it by --teacher")
+                raise UserError(self.no_teacher or f"{protocol.id} compares with the teacher's pictures; name it by --teacher")
             if protocol.teacher and self.model.folder is not None:
                 raise UserError(f"{protocol.id} needs pictures of chosen noises, which a folder of pictures has not; name a model")
             prompts = self._prompt_list(samples)
@@ -221,9 +237,13 @@ class Evaluation:
             if model.folder is not None:
                 pictures: Pictures = model.folder.pictures(start, stop)
             else:
-                pictures = model.draw(captions[start:stop], [noise_seed(i, block) for i in range(start, stop)])
+                with no_tf32():
+                    pictures = model.draw(captions[start:stop], [noise_seed(i, block) for i in range(start, stop)])
+            _check_size(pictures, start, SAMPLES[samples].side)
             if model is self.model:
-                self._keep(samples, pictures, captions[start:stop], start)
+                keep_samples(self.out / "samples" / samples, pictures, captions[start:stop], start)
+                if self.save_pictures:
+                    self._save(samples, pictures, start)
             return pictures
 
         extractors = self._extractors(kinds, self._identity(model, samples, block), captions)
@@ -232,21 +252,46 @@ class Evaluation:
             label=f"{model.name} {samples}", progress=self.progress, worker=self.worker,
         )  # fmt: skip
 
-    def _keep(self, samples: str, pictures: Pictures, captions: Sequence[str], start: int) -> None:
-        keep_samples(self.out / "samples" / samples, pictures, captions, start)
-        if self.save_pictures:
-            for i, picture in enumerate(pictures, start):
-                write_bytes_atomic(self.out / "pictures" / samples / f"{i:06d}.png", png_bytes(Image.fromarray(picture)))
+    def _save(self, samples: str, pictures: Pictures, start: int) -> None:
+        for i, picture in enumerate(pictures, start):
+            write_bytes_atomic(self._picture(samples, i), png_bytes(Image.fromarray(picture)))
+
+    def _picture(self, samples: str, i: int) -> Path:
+        return self.out / "pictures" / samples / f"{i:06d}.png"
+
+    def _save_missing(self, samples: str) -> None:
+        """Draws again what was drawn before anyone asked for files."""
+        if self.model.folder is not None:
+            return
+        captions = [p for p in self._prompt_list(samples).prompts for _ in range(SAMPLES[samples].replicas)]
+        for k, (start, stop) in enumerate(shards.spans(len(captions), shards.SHARD)):
+            if k % self.worker.world == self.worker.rank and not all(self._picture(samples, i).exists() for i in range(start, stop)):
+                with no_tf32():
+                    pictures = self.model.draw(captions[start:stop], [noise_seed(i, self.block) for i in range(start, stop)])
+                self._save(samples, pictures, start)
+        if self.worker.rank == 0:
+            write_bytes_atomic(self.out / "pictures" / samples / "captions.txt", "".join(f"{c}\n" for c in captions).encode())
 
     def _reference_rows(self, samples: str, kinds: Sequence[str]) -> dict[str, Rows]:
         reference = self._reference(samples)
-        identity = {"reference": reference.name, "pictures": reference.identity, "count": len(reference)}
-        folder = self.shared / "reference" / f"{samples}-{_hash(identity)}"
-        extractors = self._extractors(kinds, identity, [""] * len(reference))
+        extractors = self._extractors(kinds, self._reference_identity(samples), [""] * len(reference))
         return shards.extract(
-            reference.pictures, len(reference), folder, extractors,
+            reference.pictures, len(reference), self._reference_folder(samples), extractors,
             label=f"reference {samples}", progress=self.progress, worker=self.worker,
         )  # fmt: skip
+
+    def _reference_facts(self, samples: str) -> dict[str, Any]:
+        """`sha256` is of the pictures themselves, as their features were taken."""
+        reference = self._reference(samples)
+        digest = shards.picture_facts(self._reference_folder(samples), "pictures", len(reference))["sha256"]
+        return {"name": reference.name, "n": len(reference), "sha256": digest}
+
+    def _reference_folder(self, samples: str) -> Path:
+        return self.shared / "reference" / f"{samples}-{_hash(self._reference_identity(samples))}"
+
+    def _reference_identity(self, samples: str) -> dict[str, Any]:
+        reference = self._reference(samples)
+        return {"reference": reference.name, "pictures": reference.identity, "count": len(reference)}
 
     def _given(self, protocol: Protocol, samples: str, kind: str) -> Given:
         """Everything is there already: these calls only open files."""
@@ -260,6 +305,7 @@ class Evaluation:
             reference=self._reference_rows(samples, [kind])[kind] if protocol.reference else None,
             teacher=of(self.teacher, self.block) if protocol.teacher and self.teacher else None,
             teacher_other_noise=of(self.teacher, self.block + BLOCKS // 2) if protocol.teacher and self.teacher else None,
+            paired=self.teacher is None or self.teacher.latent_shape == self.model.latent_shape,
         )
 
     # --- Results ----------------------------------------------------------------------------------------------------
@@ -287,11 +333,16 @@ class Evaluation:
             "title": protocol.title,
             "model": {"name": self.model.name, **self.model.identity},
             "n": count,
-            "partial": count != chosen.count,
+            "partial": count != chosen.count or (protocol.reference and len(self._reference(samples)) != chosen.reference_count),
             "results": entries,
-            "prompts": {"name": prompts.name, "sha256": prompts.sha256, "replicas": chosen.replicas},
+            "prompts": {
+                "name": prompts.name,
+                "sha256": prompts.sha256,
+                "captions_sha256": datasets.digest_of_lines(prompts.prompts),
+                "replicas": chosen.replicas,
+            },
             "noise": None if self.model.folder else {"block": self.block, "fingerprint": noise_fingerprint()},
-            "reference": _reference_facts(self._reference(samples)) if protocol.reference else None,
+            "reference": self._reference_facts(samples) if protocol.reference else None,
             "teacher": {"name": self.teacher.name, **self.teacher.identity} if protocol.teacher and self.teacher else None,
             "pictures_sha256": facts["sha256"],
             "quantiser": "as found" if self.model.folder else "round",
@@ -312,20 +363,30 @@ def keep_samples(folder: Path, pictures: Pictures, captions: Sequence[str], star
         write_bytes_atomic(folder / f"{i:05d}.txt", caption.encode())
 
 
-def describe(out: Path, name: str, identity: Mapping[str, Any]) -> None:
-    """Says in OUT/model.json what is evaluated there. Raises UserError when that is another model."""
+def describe(out: Path, name: str, identity: Mapping[str, Any], run: Mapping[str, Any] | None = None, part: str = "protocols") -> None:
+    """Says in OUT/model.json what is evaluated there. Raises UserError when that is another model, or another setting of it.
+
+    `identity["subject"]` names the weights, and is one for all of OUT; the rest of `identity`, and `run`, are a `part`'s own.
+    """
     path = out / "model.json"
-    described = json.loads(json.dumps({"name": name, "identity": dict(identity)}))
-    if path.exists():
-        found = json.loads(path.read_text())
-        if found["identity"] != described["identity"]:
-            raise UserError(f"{out}: holds the evaluation of {found['name']} with other weights or settings; choose a new --out")
-        return
-    write_bytes_atomic(path, (json.dumps(described, indent=1) + "\n").encode())
+    settings = json.loads(json.dumps({k: v for k, v in identity.items() if k != "subject"} | dict(run or {})))
+    found = json.loads(path.read_text()) if path.exists() else {"name": name, "subject": identity["subject"], "settings": {}}
+    if found["subject"] != identity["subject"]:
+        raise UserError(f"{out}: holds the evaluation of {found['name']}, other weights than {name}; choose a new --out")
+    for key, value in found["settings"].get(part, settings).items():
+        if settings.get(key) != value:
+            raise UserError(f"{out}: evaluated there with {key} {value!r}, now {settings.get(key)!r}; choose a new --out")
+    if found["settings"].get(part) != settings:
+        found["settings"][part] = settings
+        write_bytes_atomic(path, (json.dumps(found, indent=1) + "\n").encode())
 
 
-def _reference_facts(reference: PictureSet) -> dict[str, Any]:
-    return {"name": reference.name, "n": len(reference), "files_sha256": reference.identity}
+def _check_size(pictures: Pictures, start: int, side: int | None) -> None:
+    for i, picture in enumerate(pictures if side else (), start):
+        if picture.shape[:2] != (side, side):
+            raise UserError(
+                f"picture {i} is {picture.shape[1]} x {picture.shape[0]}, this protocol's are {side} x {side}; it does not resize"
+            )
 
 
 def _known(protocol: str) -> Protocol:

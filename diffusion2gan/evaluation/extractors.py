@@ -6,8 +6,7 @@ All networks run in float32 with TF32 off, in batches of one fixed size, so that
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion2gan.evaluation.preprocess import bicubic_squash, lanczos_square, prepared
+from diffusion2gan.evaluation.preprocess import bicubic_squash, centre_square, lanczos_square, prepared
 from diffusion2gan.evaluation.weights import FoundWeights, UnavailableError, find_weights, safe_state
+from diffusion2gan.precision import no_tf32
 
 _INSTALL = 'pip install "diffusion2gan[metrics]"'
 BATCH = 32
@@ -49,22 +49,11 @@ def _import(module: str) -> Any:
         ) from None
 
 
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """TF32 off, in convolutions too, where it is on unless one says so."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
 @torch.inference_mode()
 def _in_batches(network: Callable[[Tensor], Tensor], inputs: np.ndarray, device: torch.device) -> np.ndarray:
     """(n, H, W, 3) of any type -> (n, d) float32, `network` given (BATCH, 3, H, W) each time, the last filled with zeros."""
     rows = []
-    with exact_float32():
+    with no_tf32():
         for start in range(0, len(inputs), BATCH):
             batch = torch.from_numpy(inputs[start : start + BATCH])
             n = len(batch)
@@ -114,8 +103,10 @@ def _fidelity(kind: str, layer: str, class_name: str, side: int | None) -> Calla
 def _clip(found: FoundWeights, device: torch.device) -> Network:
     """Cosines of picture and caption, one column for each of CLIP_VARIANTS."""
     open_clip = _import("open_clip")
-    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{found.path.parent}", device=device)
-    model = model.float().eval().requires_grad_(False)
+    # Its own search prefers another file of the folder than the one whose digest the result names.
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{found.path.parent}", load_weights=False)
+    open_clip.load_checkpoint(model, str(found.path))
+    model = model.to(device).float().eval().requires_grad_(False)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{found.path.parent}")
 
     def image_features(pictures: Pictures, first: Callable[[Image.Image], Image.Image]) -> Tensor:
@@ -125,7 +116,7 @@ def _clip(found: FoundWeights, device: torch.device) -> Network:
     @torch.inference_mode()
     def text_features(captions: Sequence[str]) -> Tensor:
         parts = [tokenizer(list(captions[i : i + BATCH])).to(device) for i in range(0, len(captions), BATCH)]
-        with exact_float32():
+        with no_tf32():
             return torch.cat([model.encode_text(ids, normalize=True).float().cpu() for ids in parts])
 
     def features(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
@@ -157,10 +148,6 @@ def _dreamsim(found: FoundWeights, device: torch.device) -> Network:
         model, _ = package.dreamsim(
             pretrained=True, dreamsim_type="ensemble", cache_dir=str(found.path.parent.resolve()), device=str(device)
         )
-    except OSError as error:
-        raise UnavailableError(
-            f"dreamsim: {' '.join(str(error).split())[:160]}; its DINO branch also wants facebookresearch/dino in {found.path.parent}"
-        ) from None
     finally:
         torch.hub.set_dir(hub)
     return dreamsim_network(model, device, {"type": "ensemble", "preprocess": "bicubic 224, squashed"})
@@ -170,17 +157,18 @@ _IMAGENET = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224,
 
 
 def _dinov2(found: FoundWeights, device: torch.device) -> Network:
-    """The class token of DINOv2 ViT-L/14, 1024: bicubic 224 on uint8, ImageNet's mean and spread (dgm-eval's preprocessing)."""
+    """The class token of DINOv2 ViT-L/14, 1024: dgm-eval's preprocessing (bicubic 224 on uint8, ImageNet's mean and spread) of the
+    centre square: real pictures squashed beside square ones would be told apart by their shape."""
     network = torch.hub.load(str(found.folder / "dinov2"), "dinov2_vitl14", source="local", pretrained=False)
     network.load_state_dict(safe_state(found.path))
     network = network.to(device).eval().requires_grad_(False)
     mean, spread = _IMAGENET
 
     def features(pictures: Pictures, captions: Sequence[str] = ()) -> np.ndarray:
-        inputs = prepared(pictures, lambda image: (np.asarray(bicubic_squash(image, 224), np.float32) / 255 - mean) / spread)
+        inputs = prepared(pictures, lambda image: (np.asarray(bicubic_squash(centre_square(image), 224), np.float32) / 255 - mean) / spread)
         return _in_batches(network, inputs, device)
 
-    return Network("dinov2", features, {"preprocess": "bicubic 224, squashed, uint8"})
+    return Network("dinov2", features, {"preprocess": "centre square, bicubic 224, uint8"})
 
 
 _BUILDERS: Mapping[str, tuple[str, Callable[[FoundWeights, torch.device], Network]]] = {
@@ -198,8 +186,14 @@ NETWORKS = tuple(_BUILDERS)
 
 def build_network(kind: str, weights: Path | None = None, device: torch.device | str = "cpu") -> Network:
     """A scoring network of NETWORKS from the folder `weights` (see `weights.weights_folder`).
-    Raises UnavailableError when its weights or its library are not there."""
+    Raises UnavailableError when its weights or its library are not there, or are damaged."""
     key, build = _BUILDERS[kind]
     found = find_weights(key, weights)
-    network = build(found, torch.device(device))
+    try:
+        network = build(found, torch.device(device))
+    except UnavailableError:
+        raise
+    except Exception as error:  # half a dozen libraries read these files, each with errors of its own
+        reason = " ".join(str(error).split())[:160]
+        raise UnavailableError(f"{kind}: {found.path} cannot be loaded ({type(error).__name__}: {reason}); copy it again") from error
     return Network(network.kind, network.features, {**network.facts, "weights": found.facts, "batch": BATCH})

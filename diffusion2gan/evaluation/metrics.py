@@ -130,18 +130,31 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return max(distance, 0.0)
 
 
-def frechet_distance_of_few(a: np.ndarray, b: np.ndarray) -> float:
-    """The same of (N, d) and (M, d) features, without a d x d matrix: for fewer samples than dimensions, where it is the exact and
-    the quick way. Tr (S1 S2)^(1/2) is the nuclear norm of A1 A2^T, A = (X - mean) / sqrt(N - 1)."""
-    if _as_matrix(a, "features").shape[1] != _as_matrix(b, "features").shape[1]:
-        raise UserError(f"features of {a.shape[1]} and {b.shape[1]} dimensions, expected equal; both must come from one scoring network")
-    if min(len(a), len(b)) < 2:
-        raise UserError(f"a Frechet distance of {min(len(a), len(b))} samples, expected at least 2; generate more pictures")
-    means = [x.mean(0, dtype=np.float64) for x in (a, b)]
-    roots = [(x - mean) / np.sqrt(len(x) - 1) for x, mean in zip((a, b), means, strict=True)]
-    cross = np.linalg.norm(roots[0] @ roots[1].T, "nuc")
-    distance = ((means[0] - means[1]) ** 2).sum() + sum((root**2).sum() for root in roots) - 2 * cross
-    return max(float(distance), 0.0)
+def frechet_distance_of_few(few: np.ndarray, other: np.ndarray | Moments) -> float:
+    """The same of (N, d) features with fewer samples than dimensions, where it is the exact and the quick way.
+
+    With A = (X - mean) / sqrt(N - 1), Tr (S1 S2)^(1/2) is the nuclear norm of A1 A2^T when `other` is features (M, d) too, and the sum
+    of the square roots of the eigenvalues of A1 S2 A1^T when it is moments. Raises UserError as `frechet_distance` does.
+    """
+    n, d = (other.n, len(other.mean)) if isinstance(other, Moments) else _as_matrix(other, "features").shape
+    if _as_matrix(few, "features").shape[1] != d:
+        raise UserError(f"features of {few.shape[1]} and {d} dimensions, expected equal; both must come from one scoring network")
+    if min(len(few), n) < 2:
+        raise UserError(f"a Frechet distance of {min(len(few), n)} samples, expected at least 2; generate more pictures")
+    mean, root = _mean_and_root(few)
+    if isinstance(other, Moments):
+        other_mean, trace = other.mean, float(np.trace(other.covariance))
+        cross = float(np.sqrt(np.linalg.eigvalsh(root @ other.covariance @ root.T).clip(0)).sum())
+    else:
+        other_mean, other_root = _mean_and_root(other)
+        trace = float((other_root**2).sum())
+        cross = float(np.linalg.norm(root @ other_root.T, "nuc"))
+    return max(float(((mean - other_mean) ** 2).sum() + (root**2).sum() + trace - 2 * cross), 0.0)
+
+
+def _mean_and_root(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    mean = x.mean(0, dtype=np.float64)
+    return mean, (x - mean) / np.sqrt(len(x) - 1)
 
 
 @dataclass(frozen=True)
@@ -203,7 +216,7 @@ class _Points:
     Exact distances are of `given`: the shift rounds, and a tie would no longer be one."""
 
     def __init__(self, given: np.ndarray, centre: np.ndarray):
-        self.given, self.shifted = given, (given - centre).astype(np.float32)
+        self.given, self.shifted = given, (given - centre).astype(np.float32, copy=False)
         self.norms = (self.shifted * self.shifted).sum(1)
 
     def __len__(self) -> int:
@@ -280,7 +293,7 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3, block:
         raise UserError(
             f"precision/recall: k = {k} of {len(generated)} and {len(real)} pictures, expected 1 <= k < both; generate more pictures"
         )
-    centre = real.mean(0, dtype=np.float64)
+    centre = real.mean(0, dtype=np.float64).astype(np.float32)
     fakes, reals = _Points(generated, centre), _Points(real, centre)
     precision = _share_inside(fakes, reals, _radii(reals, k, block), block, strict)
     recall = _share_inside(reals, fakes, _radii(fakes, k, block), block, strict)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +27,7 @@ from diffusion2gan.pipeline import STUDENT_FILE, Student, teacher_pictures
 from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.protocol import TeacherConfig
-from diffusion2gan.teachers.stable_diffusion import weights_digest
-
-Quantiser = Literal["round", "trunc"]
+from diffusion2gan.teachers.stable_diffusion import family_of, weights_digest
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,8 @@ class Model:
     """Set when the pictures are not drawn but read: then `captions` are theirs."""
     captions: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    latent_shape: tuple[int, ...] | None = None
+    """Of the noise. Only pictures from noises of one shape can be compared noise by noise."""
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     """`text`, `network` and `decoder`: what `speed.latency` listens to. Empty for pictures."""
 
@@ -51,20 +51,49 @@ class Model:
 def student_model(folder: Path, name: str, dtype: str, device: str, batch_size: int) -> Model:
     """A folder written by `export`."""
     student = Student.from_pretrained(folder, dtype, device)
-    identity = {"student": weights_digest(student.generator)[:16], "decoder": weights_digest(student.teacher.vae)[:16], "dtype": dtype}
-    lent = student.teacher
+    # Whatever the network's precision: half of one makes bands, and SDXL's overflows.
+    nn.Module.to(student.teacher.vae, torch.promote_types(student.teacher.vae.dtype, torch.float32))
+    identity = {
+        "subject": f"student {weights_digest(student.generator)[:16]}",
+        "decoder": weights_digest(student.teacher.vae)[:16],
+        "dtype": dtype,
+    }
+    lent, facts = student.teacher, student.facts
     modules = {"text": lent.text_encoder, "network": student.generator.network, "decoder": lent.vae.decoder}
-    return Model(name, identity, lambda p, s: student.generate(p, s, batch_size), facts=student.facts, modules=modules)
+    return Model(name, identity, lambda p, s: student.generate(p, s, batch_size), None, (), facts, lent.latent_shape, modules)
+
+
+def _family(source: str) -> str:
+    """The family of a teacher by its pipeline's class: of a folder, or of a hub repository's model_index.json."""
+    folder = Path(source)
+    if source != "embedded" and not folder.is_dir():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(hf_hub_download(source, "model_index.json")).parent
+        except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise UserError(f"teacher:{source}: cannot be found ({reason}); name `embedded`, a diffusers folder or a hub id") from None
+    return family_of(folder) or "stable_diffusion"
 
 
 def teacher_model(source: str, name: str, ode: SolverConfig, dtype: str, device: str, batch_size: int) -> Model:
     """A teacher with its ODE solver, as its pairs are made."""
-    teacher = load_teacher(TeacherConfig.model_validate({"source": source, "dtype": dtype}), device)
+    config = TeacherConfig.model_validate({"family": _family(source), "source": source, "dtype": dtype})
+    teacher = load_teacher(config, device)
+    nn.Module.to(teacher.vae, torch.promote_types(teacher.vae.dtype, torch.float32))
     solver = OdeSolver(teacher, ode, batch_size)
     known = teacher.identity()
-    identity = {"teacher": known["weights"][:16], "ode": ode.model_dump(), "decoder": weights_digest(teacher.vae)[:16], "dtype": dtype}
+    identity = {
+        "subject": f"teacher {known['weights'][:16]}",
+        "ode": ode.model_dump(),
+        "decoder": weights_digest(teacher.vae)[:16],
+        "dtype": dtype,
+    }
     modules = {"text": teacher.text_encoder, "network": solver.network or teacher.network, "decoder": teacher.vae.decoder}
-    return Model(name, identity, lambda p, s: teacher_pictures(solver, p, s), facts={"ode": ode.model_dump()}, modules=modules)
+    facts = {"ode": ode.model_dump(), "weights": known["weights"]}
+    return Model(name, identity, lambda p, s: teacher_pictures(solver, p, s), None, (), facts, teacher.latent_shape, modules)
 
 
 # --- Pictures that exist --------------------------------------------------------------------------------------------
@@ -84,7 +113,7 @@ def folder_model(folder: Path, name: str, captions: Path | None) -> Model:
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         raise UserError(f"{folder}: a folder of pictures cannot draw new ones; name a model")
 
-    return Model(name, {"folder": pictures.identity}, draw, pictures, lines)
+    return Model(name, {"subject": f"pictures {pictures.identity[:16]}"}, draw, pictures, lines)
 
 
 # --- Other people's pipelines ---------------------------------------------------------------------------------------
@@ -159,8 +188,36 @@ def _decode(pipeline: Any, latents: Tensor) -> Tensor:
         latents = latents * spread / config.scaling_factor + mean
     else:
         latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-    decoded: Tensor = vae.decode(latents).sample
-    return decoded
+    # A decoder's activations are far larger than its input: as many at once as make four of 512 x 512.
+    at_once = max(1, 4 * 64 * 64 // (latents.shape[2] * latents.shape[3]))
+    return torch.cat([vae.decode(part).sample for part in latents.split(at_once)])
+
+
+def _step_noise(seed: int) -> torch.Generator:
+    """For samplers that add noise on the way. torch reads the low 32 bits of a seed alone, so they are made of all."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4]))
+
+
+_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def _check_parts(pipeline: Any, source: str) -> nn.Module:
+    """The denoising network. Raises UserError for a pipeline that is driven in another way."""
+    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    missing = [p for p in ("vae", "text_encoder") if getattr(pipeline, p, None) is None]
+    if network is None or missing:
+        lacks = "unet or transformer" if network is None else missing[0]
+        raise UserError(
+            f"{source}: a {type(pipeline).__name__} has no {lacks}, expected network, autoencoder and text encoder; draw its pictures yourself "
+            "and name their folder"
+        )
+    if network.config.in_channels != pipeline.vae.config.latent_channels:
+        raise UserError(
+            f"{source}: its network reads {network.config.in_channels} channels and its autoencoder has {pipeline.vae.config.latent_channels} "
+            "(packed latents), which cannot be given from here; draw its pictures yourself and name their folder"
+        )
+    found: nn.Module = network
+    return found
 
 
 def pipeline_model(
@@ -177,20 +234,21 @@ def pipeline_model(
     types = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     try:
         pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=types[dtype])
-    except (OSError, ValueError) as error:
+        _check_parts(pipeline, source)
+        if prepare:
+            prepare(pipeline)
+    except (OSError, ValueError, ImportError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"{source}: cannot be loaded as a diffusers pipeline ({reason}); name a folder, a hub id or one of {', '.join(PRESETS)}"
         ) from None
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline.safety_checker = None  # it paints pictures black
-    if prepare:
-        prepare(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     nn.Module.to(pipeline.vae, torch.float32)
-    network = pipeline.unet if getattr(pipeline, "unet", None) is not None else pipeline.transformer
-    size = pipeline.default_sample_size if hasattr(pipeline, "default_sample_size") else network.config.sample_size
+    network: Any = _check_parts(pipeline, source)
+    size = network.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     shape = (network.config.in_channels, height, width)
 
@@ -200,8 +258,7 @@ def pipeline_model(
         for start in range(0, len(prompts), batch_size):
             chosen = list(seeds[start : start + batch_size])
             noise = torch.from_numpy(draw_noise(chosen, shape)).to(device, network.dtype)
-            # Samplers that add noise on the way take it from here: also by the seed alone.
-            generators = [torch.Generator().manual_seed(int(s)) for s in chosen]
+            generators = [_step_noise(s) for s in chosen]
             latents = pipeline(
                 prompt=list(prompts[start : start + batch_size]), latents=noise, num_inference_steps=steps, guidance_scale=guidance,
                 generator=generators, output_type="latent",
@@ -209,10 +266,9 @@ def pipeline_model(
             parts.append(to_uint8(_decode(pipeline, latents)))
         return np.concatenate(parts)
 
-    modules = [m for m in (network, pipeline.vae, getattr(pipeline, "text_encoder", None)) if m is not None]
+    modules = [network, pipeline.vae, *(m for m in (getattr(pipeline, p, None) for p in _PARTS) if m is not None)]
     identity = {
-        "pipeline": type(pipeline).__name__,
-        "weights": weights_digest(*modules)[:16],
+        "subject": f"{type(pipeline).__name__} {weights_digest(*modules)[:16]}",
         "scheduler": hashlib.sha256(
             json.dumps([type(pipeline.scheduler).__name__, dict(pipeline.scheduler.config)], sort_keys=True, default=str).encode()
         ).hexdigest()[:16],
@@ -221,7 +277,8 @@ def pipeline_model(
         "dtype": dtype,
     }
     parts = {"text": pipeline.text_encoder, "network": network, "decoder": pipeline.vae.decoder}
-    return Model(name, identity, draw, facts={"source": source, "steps": steps, "guidance": guidance}, modules=parts)
+    facts = {"source": source, "steps": steps, "guidance": guidance}
+    return Model(name, identity, draw, None, (), facts, shape, parts)
 
 
 # --- By name --------------------------------------------------------------------------------------------------------
@@ -258,6 +315,8 @@ def load_model(spec: str, options: ModelOptions) -> Model:
         return student_model(path, path.name, o.dtype, o.device, o.batch_size)
     if path.is_dir() and not (path / "model_index.json").is_file():
         return folder_model(path, path.name, o.captions)
+    if not path.exists() and (path.is_absolute() or spec.startswith(".") or spec.count("/") != 1 or path.parent.is_dir()):
+        raise UserError(f"{spec}: no such folder, and no name of a hub repository; check the path")
     if not path.is_dir() and path.exists():
         raise UserError(f"{spec}: a file, expected a folder of a model or of pictures")
     if o.steps is None or o.guidance is None:

@@ -31,6 +31,8 @@ class Given:
     reference: Rows | None = None
     teacher: Rows | None = None
     teacher_other_noise: Rows | None = None
+    paired: bool = True
+    """Whether generated and teacher's pictures are of the same noises."""
     replicas: int = 1
 
 
@@ -57,7 +59,7 @@ def _fid(variant: str, name: str = "FID") -> Score:
         d = next(iter(given.reference)).shape[1]
         entry: dict[str, Any] = {"metric": name, "variant": variant, "better": "lower", "n_reference": m}
         if min(n, m) <= d:
-            entry["value"] = frechet_distance_of_few(given.generated.load(), given.reference.load())
+            entry["value"] = _distance_of_few(given.generated, given.reference, d)
             entry["debug"] = f"{min(n, m)} pictures for {d} dimensions: far too few, the distance says little"
         else:
             value, low, high = frechet_interval(_groups(given.generated), Moments.over(given.reference))
@@ -65,6 +67,11 @@ def _fid(variant: str, name: str = "FID") -> Score:
         return [entry, *_kid(given, variant)]
 
     return score
+
+
+def _distance_of_few(a: Rows, b: Rows, d: int) -> float:
+    few, other = (a, b) if len(a) <= len(b) else (b, a)
+    return frechet_distance_of_few(few.load(), Moments.over(other) if len(other) > d else other.load())
 
 
 def _groups(rows: Rows) -> list[Moments]:
@@ -114,7 +121,7 @@ def _precision_recall(variant: str, k: int, strict: bool = False) -> Score:
         generated, real = given.generated.load(), given.reference.load()
         # As many of each: both numbers move with the sizes of the sets.
         n = min(len(generated), len(real))
-        generated, real = generated[seeded_rows(len(generated), n)], real[seeded_rows(len(real), n)]
+        generated, real = (x if len(x) == n else x[seeded_rows(len(x), n)] for x in (generated, real))
         precision, recall = precision_recall(generated, real, k, strict=strict)
         facts = {"variant": variant, "better": "higher", "k": k, "n_each": n}
         return [{"metric": "precision", "value": precision, **facts}, {"metric": "recall", "value": recall, **facts}]
@@ -162,6 +169,9 @@ def dreamsim_to_teacher(given: Given) -> list[dict[str, Any]]:
         return described | ({"better": better} if better else {})
 
     same, control = _cosine_distance(student, teacher), _cosine_distance(student, other)
+    if not given.paired:
+        # Noises of another shape are other noises: all there is is how far two pictures of a prompt are apart.
+        return [entry("unpaired: student, teacher of the same prompt", control)]
     return [
         entry("DreamSim to the teacher", same, "lower"),
         entry("control: student, teacher of another noise", control),
@@ -238,6 +248,20 @@ _D2G = "Kang et al. 2024"
 PUBLISHED: tuple[Published, ...] = tuple(
     Published(name, protocol, metric, value, source)
     for protocol, metric, rows in (
+        (
+            "clip30k_coco14", "CLIP score",
+            (("SD 1.5, 50 steps, guidance 3", 0.312, f"{_D2G}, Table 2"), ("Diffusion2GAN (SD 1.5)", 0.310, f"{_D2G}, Table 2")),
+        ),
+        (
+            "pr30k_coco14", "precision", (("SD 1.5, 50 steps, guidance 3", 0.72, f"{_D2G}, Table 2"), ("Diffusion2GAN (SD 1.5)", 0.73, f"{_D2G}, Table 2")),
+        ),
+        (
+            "pr30k_coco14", "recall", (("SD 1.5, 50 steps, guidance 3", 0.67, f"{_D2G}, Table 2"), ("Diffusion2GAN (SD 1.5)", 0.65, f"{_D2G}, Table 2")),
+        ),
+        (
+            "latency", "seconds, end to end",
+            (("SD 1.5, 50 steps (A100)", 2.59, f"{_D2G}, Table 3"), ("Diffusion2GAN (SD 1.5, A100)", 0.09, f"{_D2G}, Table 3")),
+        ),
         (
             "fid30k_coco14", "FID",
             (("SD 1.5, 50 steps, guidance 3", 8.74, f"{_D2G}, Table 3"), ("Diffusion2GAN (SD 1.5)", 9.29, f"{_D2G}, Table 3"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from diffusion2gan.files import atomic_path, disk_errors, sweep_temporaries, wri
 from diffusion2gan.worker import Worker
 
 SHARD = 256
+PATIENCE = 300.0
+"""Seconds without a new shard after which a waiting process says for whom it waits."""
 
 Pictures = Sequence[np.ndarray] | np.ndarray
 """uint8 RGB pictures (H, W, 3), of one size or of several."""
@@ -108,13 +111,28 @@ def extract(
         for k in range(worker.rank, total, worker.world):
             if todo := missing(k):
                 start, stop = parts[k]
-                pictures = _produce(produce, start, stop, folder / f"{log}-{k:05d}-of-{total:05d}.json", folder / f"seconds-{log}.jsonl")
+                # What was noted of pictures that no feature was taken of binds nobody.
+                bound = any(folder.glob(f"*-{k:05d}-of-{total:05d}.npy"))
+                facts = folder / f"{log}-{k:05d}-of-{total:05d}.json"
+                pictures = _produce(produce, start, stop, facts if bound else None, folder / f"seconds-{log}.jsonl")
+                if not bound:
+                    write_bytes_atomic(facts, json.dumps(_facts(pictures, start)).encode())
                 for extractor in todo:
                     _write(paths[extractor.name][k], _checked(extractor, pictures, start, stop))
                 bar.update((finished() if worker.world > 1 else bar.n + stop - start) - bar.n)
-        while any(missing(k) for k in range(total)):  # another process' shards
+        waiting_since, said = time.monotonic(), False
+        while late := [k for k in range(total) if missing(k)]:  # other processes' shards
             time.sleep(0.2)
-            bar.update(finished() - bar.n)
+            if finished() > bar.n:
+                waiting_since, said = time.monotonic(), False
+                bar.update(finished() - bar.n)
+            elif time.monotonic() - waiting_since > PATIENCE and not said:
+                said = True
+                warnings.warn(
+                    f"{folder}: waiting for shard {late[0]} of process {late[0] % worker.world} ({len(late)} are missing); is every one of the "
+                    f"{worker.world} processes running, and does it see this folder?",
+                    stacklevel=2,
+                )
     return {name: Rows(files, parts) for name, files in paths.items()}
 
 
@@ -131,30 +149,33 @@ def _agree(manifest: Path, identity: Mapping[str, Any]) -> None:
             )
 
 
-def _produce(produce: Produce, start: int, stop: int, facts: Path, seconds: Path) -> Pictures:
+def _produce(produce: Produce, start: int, stop: int, known: Path | None, seconds: Path) -> Pictures:
+    """The pictures, checked; `known`: the note of them that other features were taken of."""
     began = time.perf_counter()
     pictures = produce(start, stop)
     took = time.perf_counter() - began
     if len(pictures) != stop - start:
         raise UserError(f"the sampler returned {len(pictures)} pictures for {stop - start} prompts, expected one each")
-    digest = hashlib.sha256()
-    blank = 0
     for i, picture in enumerate(pictures, start):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             raise UserError(f"picture {i} is {picture.dtype} {picture.shape}, expected uint8 (H, W, 3); round to 0-255 first")
-        digest.update(repr(picture.shape).encode())
-        digest.update(np.ascontiguousarray(picture).tobytes())
-        blank += int((picture == picture[0, 0]).all())
-    found = {"sha256": digest.hexdigest(), "blank": blank, "first": start, "count": len(pictures)}
-    if facts.exists() and (known := json.loads(facts.read_text())) != found:
+    if known is not None and known.exists() and json.loads(known.read_text()) != _facts(pictures, start):
         raise UserError(
-            f"{facts}: these pictures were other ones when their first features were taken (blank {known.get('blank')}, now {blank}): "
-            "the machine or the library changed; delete the folder and extract all features again"
+            f"{known}: these pictures were other ones when their first features were taken: the machine, its settings or a library "
+            "changed; delete the folder and extract all features again"
         )
-    write_bytes_atomic(facts, json.dumps(found).encode())
     with disk_errors(seconds), open(seconds, "a") as log:
         log.write(json.dumps({"images": len(pictures), "seconds": took}) + "\n")
     return pictures
+
+
+def _facts(pictures: Pictures, start: int) -> dict[str, Any]:
+    digest, blank = hashlib.sha256(), 0
+    for picture in pictures:
+        digest.update(repr(picture.shape).encode())
+        digest.update(np.ascontiguousarray(picture).tobytes())
+        blank += int((picture == picture[0, 0]).all())
+    return {"sha256": digest.hexdigest(), "blank": blank, "first": start, "count": len(pictures)}
 
 
 def _checked(extractor: Extractor, pictures: Pictures, start: int, stop: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -133,7 +134,8 @@ _T975 = (
 def frechet_interval(groups: Sequence[Moments], reference: Moments) -> tuple[float, float, float]:
     """(FD, low, high) of all `groups` of generated pictures together: 95 % by the jackknife that leaves one group out.
 
-    It says what other noises and prompts of the same kind would give, not the bias of FD at this N, which the point keeps.
+    It says what other noises and prompts of the same kind would give, not the bias of FD at this N, which the point keeps. Wide rather
+    than narrow: by a sixth with 23 samples a dimension, by two thirds with 2.4 (5,000 pictures in 2,048 dimensions).
     Raises UserError for fewer than 3 groups or more than 20.
     """
     g = len(groups)
@@ -146,8 +148,10 @@ def frechet_interval(groups: Sequence[Moments], reference: Moments) -> tuple[flo
             whole = whole.merge(part)
         return whole
 
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Frechet distance of")  # of a part; the whole is what is told
+        without = np.array([frechet_distance(merged([*groups[:i], *groups[i + 1 :]]), reference) for i in range(g)])
     value = frechet_distance(merged(groups), reference)
-    without = np.array([frechet_distance(merged([*groups[:i], *groups[i + 1 :]]), reference) for i in range(g)])
     error = math.sqrt((g - 1) / g * ((without - without.mean()) ** 2).sum())
     half = _T975[g - 2] * error
     return value, max(value - half, 0.0), value + half

@@ -24,10 +24,8 @@ class UnavailableError(UserError):
 
 @dataclass(frozen=True)
 class Weights:
-    """`files` below the weights folder, all needed; `origin` says where they are published; `hub` is a repository that has them.
-
-    `sha256` begins the digest of the first file, where its publisher names it.
-    """
+    """`files` and folders below the weights folder, all needed, the one that is loaded first; `origin` says where they are published;
+    `hub` is a repository that has them. `sha256` begins the digest of the first file, where its publisher names it."""
 
     files: tuple[str, ...]
     origin: str
@@ -52,12 +50,16 @@ WEIGHTS: Mapping[str, Weights] = {
             "dreamsim/dino_vitb16_pretrain.pth",
             "dreamsim/open_clip_vitb16_pretrain.pth.tar",
             "dreamsim/clip_vitb16_pretrain.pth.tar",
-            "dreamsim/ensemble_lora/adapter_config.json",
+            "dreamsim/ensemble_lora",
+            # Its DINO branch would otherwise fetch and run these.
+            "dreamsim/facebookresearch_dino_main",
+            "dreamsim/checkpoints/dino_vitbase16_pretrain.pth",
         ),
-        "ssundaram21/dreamsim on GitHub, dreamsim_ensemble_checkpoint.zip of release v0.2.0-checkpoints, unpacked",
+        "ssundaram21/dreamsim on GitHub, dreamsim_ensemble_checkpoint.zip of release v0.2.0-checkpoints, unpacked; "
+        "and facebookresearch/dino on GitHub, a checkout of main and its ViT-B/16 weights",
     ),
     "dinov2": Weights(
-        ("dinov2_vitl14_pretrain.pth", "dinov2/hubconf.py"),
+        ("dinov2_vitl14_pretrain.pth", "dinov2"),
         "facebookresearch/dinov2: its ViT-L/14 weights, and a checkout of the repository",
     ),
 }
@@ -90,7 +92,11 @@ def find_weights(key: str, folder: Path | None = None) -> FoundWeights:
     digest = _sha256(paths[0])
     if wanted.sha256 and not digest.startswith(wanted.sha256):
         raise UnavailableError(f"{paths[0]}: sha256 begins {digest[:8]}, expected {wanted.sha256}; copy it again from {wanted.origin}")
-    facts = {"key": key, "sha256": digest, "checked": "publisher's digest" if wanted.sha256 else "no digest is published"}
+    facts = {
+        "key": key,
+        "sha256": digest if len(paths) == 1 else _sha256_of_all(paths),
+        "checked": "publisher's digest" if wanted.sha256 else "no digest is published",
+    }
     return FoundWeights(paths[0], where, facts)
 
 
@@ -106,6 +112,15 @@ def _from_hub(wanted: Weights, key: str, where: Path) -> list[Path]:
         raise UnavailableError(
             f"{key}: {where} has no {wanted.files[0]}, and {wanted.hub} could not be reached ({reason}); copy {', '.join(wanted.files)} there"
         ) from None
+
+
+def _sha256_of_all(paths: list[Path]) -> str:
+    """Of all files, folders with all that is in them: a metric is more than its largest file."""
+    files = sorted(f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file() and "__pycache__" not in f.parts)
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {_sha256(file)}\n".encode())
+    return digest.hexdigest()
 
 
 _digests: dict[tuple[str, int, int], str] = {}

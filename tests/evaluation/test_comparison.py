@@ -16,7 +16,7 @@ from diffusion2gan.evaluation.evaluate import FORMAT, describe, keep_samples
 
 def evaluated(folder: Path, fid: float, clip: list[float], block: int = 0, n: int = 5000, side: int = 16) -> Path:
     """A folder as `evaluate` leaves it."""
-    describe(folder, folder.name, {"toy": folder.name})
+    describe(folder, folder.name, {"subject": folder.name})
     common = {"format": FORMAT, "partial": False, "n": n, "prompts": {"name": "coco17", "sha256": "0" * 64}, "noise": {"block": block}}
     entry = {"metric": "FID", "variant": "res256", "better": "lower", "value": fid, "interval95": [fid - 1, fid + 1]}
     (folder / "fid5k_coco17.json").write_text(json.dumps(common | {"protocol": "fid5k_coco17", "results": [entry], "notes": []}))
@@ -61,8 +61,21 @@ def test_other_noises_are_no_duel_and_are_said(tmp_path: Path) -> None:
     models = [read_evaluation(a), read_evaluation(b)]
     assert list(duels(models, lines(models))) == []
     markdown = write_comparison(models, tmp_path / "out")
-    assert "fid5k_coco17: the models were evaluated with other noises" in markdown
+    assert "fid5k_coco17: the models drew from other noises" in markdown
     assert "fid5k_coco17: the models were evaluated with other numbers of pictures" in markdown
+    # 20 beats 21, but not of another number of pictures.
+    assert "**" not in markdown and all(line.best() is None for line in lines(models))
+
+
+def test_other_scoring_weights_are_not_comparable(tmp_path: Path) -> None:
+    a, b = evaluated(tmp_path / "a", 20.0, [0.3, 0.2]), evaluated(tmp_path / "b", 21.0, [0.2, 0.3])
+    path = b / "clip5k_coco17.json"
+    content = json.loads(path.read_text())
+    content["results"][0]["network"] = {"weights": {"sha256": "another"}}
+    path.write_text(json.dumps(content))
+    models = [read_evaluation(a), read_evaluation(b)]
+    assert list(duels(models, lines(models))) == []
+    assert "clip5k_coco17: the models were evaluated with other scoring networks" in write_comparison(models, tmp_path / "out")
 
 
 def test_a_metric_that_one_model_lacks_leaves_a_dash(tmp_path: Path) -> None:
@@ -80,7 +93,7 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
         read_evaluation(tmp_path)
     with pytest.raises(UserError, match="different names"):
         write_comparison([read_evaluation(a), read_evaluation(a)], tmp_path / "out")
-    describe(tmp_path / "begun", "begun", {})
+    describe(tmp_path / "begun", "begun", {"subject": "x"})
     with pytest.raises(UserError, match="no protocol has finished"):
         read_evaluation(tmp_path / "begun")
 

@@ -79,7 +79,7 @@ def toy_model(name: str = "toy", shift: int = 0, calls: list[int] | None = None)
             out.append(np.clip(colour + 40 * noise.transpose(1, 2, 0) + shift, 0, 255).astype(np.uint8).repeat(4, 0).repeat(4, 1))
         return np.stack(out)
 
-    return Model(name, {"toy": name, "shift": shift}, draw)
+    return Model(name, {"subject": f"toy {shift}"}, draw, latent_shape=(3, 8, 8))
 
 
 def evaluation(model: Model, out: Path, coco: Path, weights: Path, **options: Any) -> Evaluation:
@@ -139,13 +139,17 @@ def test_any_number_of_processes_and_a_kill_give_the_same_result(tmp_path: Path,
     protocols = ["clip5k_coco17", "fid5k_coco17"]
     evaluation(toy_model(), tmp_path / "one", coco, weights).run(protocols)
 
-    def killed(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        raise KeyboardInterrupt
+    whole, drawn = toy_model(), []
 
-    half = toy_model()
-    evaluation(half, tmp_path / "many", coco, weights, worker=Worker(0, 1), count=None)  # nothing yet
+    def killed(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(len(prompts))
+        return whole.draw(prompts, seeds)
+
     with pytest.raises(KeyboardInterrupt):
-        evaluation(Model("toy", half.identity, killed), tmp_path / "many", coco, weights).run(protocols)
+        evaluation(Model("toy", whole.identity, killed), tmp_path / "many", coco, weights).run(protocols)
+    assert len(list((tmp_path / "many" / "features").rglob("clip-*.npy"))) == 1
 
     def work(rank: int) -> None:
         evaluation(toy_model(), tmp_path / "many", coco, weights, worker=Worker(rank, world)).run(protocols)
@@ -171,7 +175,7 @@ def test_dreamsim_has_its_chance_level_beside_it(tmp_path: Path, coco: Path, wei
     stub = dreamsim_network(Stub(), torch.device("cpu"), {"type": "stub"})
     monkeypatch.setattr(evaluate, "build_network", lambda kind, *_: stub)
     teacher = toy_model("teacher")
-    same = Model("perfect", {"toy": "perfect"}, teacher.draw)
+    same = Model("perfect", {"subject": "perfect"}, teacher.draw, latent_shape=(3, 8, 8))
     evaluation(same, tmp_path / "perfect", coco, weights, shared=tmp_path / "shared", teacher=teacher).run(["dreamsim5k"])
     found = {e["metric"]: e["value"] for e in read(tmp_path / "perfect", "dreamsim5k")["results"]}
     assert found["DreamSim to the teacher"] == pytest.approx(0, abs=1e-6)
@@ -181,8 +185,11 @@ def test_dreamsim_has_its_chance_level_beside_it(tmp_path: Path, coco: Path, wei
     result = read(tmp_path / "perfect", "dreamdiv5k")
     assert result["n"] == 8 * COUNT and result["results"][0]["value"] > 0.01
     # Two noises of a prompt are as far apart in expectation as the control says.
-    with pytest.raises(UserError, match="--teacher"):
-        raise UserError(evaluation(same, tmp_path / "no", coco, weights).run(["dreamsim5k"])["dreamsim5k"][0])
+    assert "--teacher" in evaluation(same, tmp_path / "no", coco, weights).run(["dreamsim5k"])["dreamsim5k"][0]
+    # Noises of another shape are other noises: no number in that column.
+    other = Model("other", {"subject": "other"}, teacher.draw, latent_shape=(4, 4, 4))
+    evaluation(other, tmp_path / "other", coco, weights, shared=tmp_path / "shared", teacher=teacher).run(["dreamsim5k"])
+    assert [e["metric"] for e in read(tmp_path / "other", "dreamsim5k")["results"]] == ["unpaired: student, teacher of the same prompt"]
 
 
 def test_dreamdiv_is_the_mean_over_pairs() -> None:
@@ -232,16 +239,69 @@ def test_without_its_weights_a_metric_is_skipped_and_the_others_finish(tmp_path:
 
 def test_another_model_in_the_same_folder_is_refused(tmp_path: Path, coco: Path, weights: Path) -> None:
     evaluation(toy_model(), tmp_path, coco, weights).run(["clip5k_coco17"])
-    with pytest.raises(UserError, match="holds the evaluation of toy with other weights"):
+    with pytest.raises(UserError, match="holds the evaluation of toy, other weights than toy"):
         evaluation(toy_model(shift=3), tmp_path, coco, weights).run(["clip5k_coco17"])
+    with pytest.raises(UserError, match="with block 0, now 1; choose a new --out"):
+        evaluation(toy_model(), tmp_path, coco, weights, block=1).run(["clip5k_coco17"])
+    with pytest.raises(UserError, match="noise block 128, expected 0 to 127"):
+        evaluation(toy_model(), tmp_path, coco, weights, block=128)
     with pytest.raises(UserError, match="protocol 'fid'"):
         evaluation(toy_model(), tmp_path, coco, weights).run(["fid"])
-    with pytest.raises(UserError, match="count is 11, expected 1 to 10"):
-        raise UserError(evaluation(toy_model(), tmp_path / "x", coco, weights, count=11).run(["clip5k_coco17"])["clip5k_coco17"][0])
+    skipped = evaluation(toy_model(), tmp_path / "x", coco, weights, count=11).run(["clip5k_coco17"])
+    assert "count is 11, expected 1 to 10" in skipped["clip5k_coco17"][0]
+
+
+def test_a_protocol_that_fails_leaves_the_others_their_results(tmp_path: Path, weights: Path) -> None:
+    small_coco(tmp_path / "data")
+    (tmp_path / "data" / "val2017" / f"{104:012d}.png").write_bytes(b"no picture")
+    skipped = evaluation(toy_model(), tmp_path / "out", tmp_path / "data", weights).run(["fid5k_coco17", "clip5k_coco17"])
+    assert list(skipped) == ["fid5k_coco17"] and "cannot be read as a picture" in skipped["fid5k_coco17"][0]
+    assert (tmp_path / "out" / "clip5k_coco17.json").exists()
+
+
+def test_damaged_weights_are_one_metrics_misfortune(tmp_path: Path, coco: Path) -> None:
+    tiny_clip(tmp_path / "weights")
+    (tmp_path / "weights" / "inception-2015-12-05.pt").write_bytes(b"cut short")
+    skipped = evaluation(toy_model(), tmp_path / "out", coco, tmp_path / "weights").run(["fid5k_coco17", "clip5k_coco17"])
+    assert list(skipped) == ["fid5k_coco17"] and "cannot be loaded" in skipped["fid5k_coco17"][0]
+    assert (tmp_path / "out" / "clip5k_coco17.json").exists()
+
+
+def test_pictures_of_another_size_are_no_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusion2gan.evaluation.extractors import Network
+
+    network = Network("inception-tf", lambda p, c: np.stack([x.mean((0, 1)) for x in p]).astype(np.float32))
+    monkeypatch.setattr(evaluate, "build_network", lambda kind, *_: network)
+    rows = np.random.default_rng(0).integers(0, 256, (25, 3073), dtype=np.uint8)
+    (tmp_path / "data" / "cifar-10-batches-bin").mkdir(parents=True)
+    for i in range(5):
+        (tmp_path / "data" / "cifar-10-batches-bin" / f"data_batch_{i + 1}.bin").write_bytes(rows[5 * i : 5 * i + 5].tobytes())
+    for name, side in (("right", 32), ("wrong", 40)):
+        (tmp_path / name).mkdir()
+        for i in range(12):
+            noise = np.random.default_rng(i).integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(tmp_path / name / f"{i:02d}.png")
+    evaluation(folder_model(tmp_path / "right", "right", None), tmp_path / "out", tmp_path / "data", tmp_path).run(["fid50k_cifar10"])
+    result = read(tmp_path / "out", "fid50k_cifar10")
+    assert result["n"] == 12 and result["partial"] is True and result["reference"]["n"] == 25
+    with pytest.raises(UserError, match="picture 0 is 40 x 40, this protocol's are 32 x 32"):
+        evaluation(folder_model(tmp_path / "wrong", "wrong", None), tmp_path / "o2", tmp_path / "data", tmp_path).run(["fid50k_cifar10"])
+
+
+def test_pictures_can_be_saved_later(tmp_path: Path, coco: Path, weights: Path) -> None:
+    evaluation(toy_model(), tmp_path, coco, weights).run(["clip5k_coco17"])
+    assert not (tmp_path / "pictures").exists()
+    evaluation(toy_model(), tmp_path, coco, weights, save_pictures=True).run(["clip5k_coco17"])
+    saved = tmp_path / "pictures" / "coco17"
+    assert len(list(saved.glob("*.png"))) == COUNT and len((saved / "captions.txt").read_text().splitlines()) == COUNT
+    # What was saved is what was scored: as a folder it scores the same.
+    evaluation(folder_model(saved, "saved", None), tmp_path / "again", coco, weights).run(["clip5k_coco17"])
+    for ours, theirs in zip(read(tmp_path, "clip5k_coco17")["results"], read(tmp_path / "again", "clip5k_coco17")["results"], strict=True):
+        assert ours["value"] == pytest.approx(theirs["value"], abs=1e-7)
 
 
 def test_blank_pictures_are_reported(tmp_path: Path, coco: Path, weights: Path) -> None:
-    black = Model("black", {"toy": "black"}, lambda p, s: np.zeros((len(p), 16, 16, 3), np.uint8))
+    black = Model("black", {"subject": "black"}, lambda p, s: np.zeros((len(p), 16, 16, 3), np.uint8))
     evaluation(black, tmp_path, coco, weights).run(["clip5k_coco17"])
     assert "10 pictures are of one colour" in read(tmp_path, "clip5k_coco17")["notes"][0]
 

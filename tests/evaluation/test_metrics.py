@@ -73,6 +73,7 @@ def test_frechet_distance_of_few_is_the_same_distance() -> None:
             warnings.simplefilter("ignore")
             expected = frechet_distance(Moments.of(a), Moments.of(b))
         assert frechet_distance_of_few(a, b) == pytest.approx(expected, rel=1e-7)
+        assert frechet_distance_of_few(a, Moments.of(b)) == pytest.approx(expected, rel=1e-7)
     assert frechet_distance_of_few(a, a) == pytest.approx(0, abs=1e-12)
     with pytest.raises(UserError, match="30 and 29 dimensions"):
         frechet_distance_of_few(a, b[:, :29])

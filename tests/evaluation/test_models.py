@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation import models
-from diffusion2gan.evaluation.models import PRESETS, ModelOptions, RectifiedFlowScheduler, load_model, pipeline_model
+from diffusion2gan.evaluation.evaluate import noise_seed
+from diffusion2gan.evaluation.models import PRESETS, ModelOptions, RectifiedFlowScheduler, _step_noise, load_model, pipeline_model
 from diffusion2gan.images import to_uint8
 from diffusion2gan.pairs.seeds import draw_noise
 from tests.conftest import tiny_pipeline, tiny_sdxl_pipeline
@@ -67,6 +68,32 @@ def test_identity_names_weights_and_settings(folders: dict[str, Path]) -> None:
 def test_a_teacher_draws_what_its_solver_solves(folders: dict[str, Path]) -> None:
     model = load_model(f"teacher:{folders['sd']}", ModelOptions(steps=4, guidance=2.0, batch_size=2))
     assert_close(model.draw(PROMPTS, SEEDS), stock(tiny_pipeline(), 4, 2.0))
+
+
+def test_an_sdxl_teacher_is_known_by_its_folder(folders: dict[str, Path]) -> None:
+    model = load_model(f"teacher:{folders['sdxl']}", ModelOptions(steps=3, guidance=2.5, batch_size=2))
+    assert_close(model.draw(PROMPTS, SEEDS), stock(tiny_sdxl_pipeline(), 3, 2.5))
+
+
+def test_noise_on_the_way_is_another_for_every_sample_and_block() -> None:
+    seeds = [noise_seed(sample, block) for sample in (0, 1, 1 << 33) for block in (0, 1, 128)]
+    drawn = {float(torch.randn(1, generator=_step_noise(s))) for s in seeds}
+    assert len(drawn) == len(seeds)
+
+
+def test_a_pipeline_of_another_kind_is_refused_in_words(tmp_path: Path) -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="DDPMPipeline has no vae"):
+        load_model(str(tmp_path), ModelOptions(steps=1, guidance=1.0))
 
 
 # --- Presets --------------------------------------------------------------------------------------------------------
@@ -142,6 +169,9 @@ def test_what_is_no_model_is_said(folders: dict[str, Path], tmp_path: Path, monk
         load_model(str(folders["sd"]), ModelOptions())
     with pytest.raises(UserError, match="cannot be loaded as a diffusers pipeline"):
         load_model("nobody/nothing", ModelOptions(steps=1, guidance=1.0))
+    for mistyped in (str(tmp_path / "studnet"), "./studnet", "studnet"):
+        with pytest.raises(UserError, match="no such folder"):
+            load_model(mistyped, ModelOptions())
     (tmp_path / "file.txt").write_text("x")
     with pytest.raises(UserError, match="a file, expected a folder"):
         load_model(str(tmp_path / "file.txt"), ModelOptions(steps=1, guidance=1.0))

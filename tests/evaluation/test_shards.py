@@ -78,6 +78,15 @@ def test_another_extractor_is_added_to_what_is_there(tmp_path: Path) -> None:
     assert len(made) == 5
 
 
+def test_pictures_that_no_feature_was_taken_of_bind_nobody(tmp_path: Path) -> None:
+    """Killed while the first features were computed, and resumed on another machine, whose last bits differ."""
+    killed = Extractor("means", MEANS.identity, lambda p, start, stop: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, pictures, killed)
+    assert (tmp_path / "pictures-00000-of-00005.json").exists()
+    run(tmp_path, lambda a, b: [p // 2 for p in pictures(a, b)])
+
+
 def test_other_pictures_under_a_new_extractor_are_noticed(tmp_path: Path) -> None:
     run(tmp_path)
     with pytest.raises(UserError, match="these pictures were other ones"):

@@ -87,3 +87,15 @@ def test_jackknife_interval_covers_the_spread_of_repeated_draws() -> None:
     assert np.mean(widths) < 4 * np.std(values)  # and not by being far too wide
     with pytest.raises(UserError, match="expected 3 to 20"):
         s.frechet_interval(groups[:2], reference)
+
+
+def test_jackknife_interval_is_wide_rather_than_narrow_with_few_samples_a_dimension() -> None:
+    """Of 2.4 samples a dimension, as 5,000 pictures have for Inception: it must not claim more than is known."""
+    reference = Moments.of(np.random.default_rng(1).standard_normal((3000, 40)))
+    values, widths = [], []
+    for i in range(40):
+        x = np.random.default_rng(100 + i).standard_normal((96, 40)) * 1.1 + 0.1
+        value, low, high = s.frechet_interval([Moments.of(part) for part in np.array_split(x, 10)], reference)
+        values.append(value)
+        widths.append((high - low) / 2)
+    assert 1.96 * np.std(values) < np.mean(widths) < 3 * 1.96 * np.std(values)
