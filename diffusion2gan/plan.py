@@ -200,6 +200,8 @@ class StagePlan:
 
 # Bytes a parameter: float32 weight, gradient, Adam's two moments; the generator's average.
 _TRAINED, _AVERAGE = 16, 4
+# Without a backward pass little more than the widest layers is alive at once: about this share of what one would keep.
+_ALIVE = 0.1
 EVALUATED = 30_000
 
 
@@ -217,10 +219,9 @@ def stages(recipe: Recipe, gpus: int) -> list[StagePlan]:
     evaluations = pairs.count * evaluations_per_pair(pairs.ode)
     guided = 2 if pairs.ode.guidance > 1 else 1
     half = 2 if pairs.precision in ("float16", "bfloat16") else 4
-    # Forward only: little more than the widest layers of a batch is alive, taken as a tenth of what training would keep.
     simulate = StagePlan(
         "simulate", evaluations, evaluations * g.flops,
-        g.parameters * (half + (4 if half == 2 else 0)) + 0.1 * pairs.batch_size * guided * g.activations, pairs.count * stored,
+        g.parameters * (half + (4 if half == 2 else 0)) + _ALIVE * pairs.batch_size * guided * g.activations, pairs.count * stored,
     )  # fmt: skip
 
     images = recipe.training.steps * batch

@@ -58,7 +58,7 @@ def _fid(variant: str, name: str = "FID") -> Score:
         n, m = len(given.generated), len(given.reference)
         d = next(iter(given.reference)).shape[1]
         entry: dict[str, Any] = {"metric": name, "variant": variant, "better": "lower", "n_reference": m}
-        if min(n, m) <= d:
+        if min(n, m) <= max(d, 4 * _GROUPS):
             entry["value"] = _distance_of_few(given.generated, given.reference, d)
             entry["debug"] = f"{min(n, m)} pictures for {d} dimensions: far too few, the distance says little"
         else:
