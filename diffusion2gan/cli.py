@@ -112,6 +112,7 @@ def _evaluate(a: argparse.Namespace) -> None:
         evaluate_command(
             a.model, protocols, a.out, a.shared, options, data=a.data, weights=a.weights, teacher=a.teacher, teacher_options=teacher_options,
             count=a.count, preservation_count=a.preservation_count, list_name=a.list, block=a.block, save_pictures=a.save_pictures,
+            allow_unknown_weights=a.allow_unknown_weights,
         )
     )  # fmt: skip
     if said:
@@ -350,6 +351,7 @@ def _add_evaluation(commands: Commands) -> None:
     )
     sub.add_argument("--block", type=int, default=0, help="noise block, 0 to 127: other noises, same prompts")
     sub.add_argument("--save-pictures", action="store_true", help="keep every picture as a PNG")
+    sub.add_argument("--allow-unknown-weights", action="store_true", help="scoring networks of other digests too; the result says so")
     _model_arguments(sub)
 
     text = "Put evaluated models side by side in one report, or what models draw from the same noises into one grid"

@@ -205,12 +205,14 @@ _ALIVE = 0.1
 EVALUATED = 30_000
 
 
-def stages(recipe: Recipe, gpus: int) -> list[StagePlan]:
-    """simulate, phase 1, phase 2 and an evaluation on 30,000 pictures. Raises UserError when the batch does not divide."""
-    n, batch, pairs = networks(recipe), recipe.training.batch_size, recipe.pairs
+def stages(recipe: Recipe, gpus: int, counted: Networks | None = None) -> list[StagePlan]:
+    """simulate, phase 1, phase 2 and an evaluation on 30,000 pictures. `counted`: what `networks(recipe)` returned.
+    Raises UserError when the batch does not divide."""
+    batch, pairs = recipe.training.batch_size, recipe.pairs
     micro = recipe.training.micro_batch_size or max(1, batch // gpus)
     if batch % (gpus * micro):
         raise UserError(f"training.batch_size is {batch}, expected a multiple of GPUs x micro_batch_size ({gpus} x {micro}); change either")
+    n = counted or networks(recipe)
     g, loss = n.generator, _loss_flops(recipe, n)
     again = 1 if recipe.generator.gradient_checkpointing else 0
     elements = n.latent[0] * n.latent[1] * n.latent[2]
@@ -266,7 +268,8 @@ def plan_table(recipe: Recipe, gpu_name: str, count: int, utilisation: float) ->
         raise UserError(f"--gpu {gpu_name}, expected one of {', '.join(GPUS)}")
     if not 0 < utilisation <= 1 or count < 1:
         raise UserError(f"--utilisation {utilisation} of {count} GPUs, expected more than 0 and at most 1, of at least one GPU")
-    gpu, found = GPUS[gpu_name], stages(recipe, count)
+    n = networks(recipe)
+    gpu, found = GPUS[gpu_name], stages(recipe, count, n)
     rows = []
     for s in found:
         days = s.gpu_days(gpu, utilisation)
@@ -284,7 +287,6 @@ def plan_table(recipe: Recipe, gpu_name: str, count: int, utilisation: float) ->
         )
     total = sum(s.gpu_days(gpu, utilisation) for s in found)
     columns = ["stage", "evaluations", "EFLOP", "GPU-days", f"hours on {count}", "memory a GPU, GiB", "disk, GB"]
-    n = networks(recipe)
     return (
         f"{recipe.name} on {count} x {gpu_name}: network {n.generator.parameters / 1e6:,.0f} M parameters, "
         f"{n.generator.flops / 1e12:.3g} TFLOP an evaluation\n\n"

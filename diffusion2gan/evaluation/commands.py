@@ -50,6 +50,7 @@ def evaluate_command(
     list_name: str = "test",
     block: int = 0,
     save_pictures: bool = False,
+    allow_unknown_weights: bool = False,
 ) -> str:
     """Runs the protocols and returns their table. Raises UserError at the end when any of them could not run."""
     known = [EMOJI, *PROTOCOLS, LATENCY]
@@ -67,7 +68,8 @@ def evaluate_command(
             if any(PROTOCOLS[p].teacher for p in others):
                 their, why = _teacher_of(model, teacher, teacher_options)
             evaluation = Evaluation(
-                model, out, shared, data, weights, their, why, count, block, options.device, save_pictures, worker=worker,
+                model, out, shared, data, weights, their, why, count, block, options.device, save_pictures,
+                allow_unknown_weights, worker=worker,
             )  # fmt: skip
             skipped = evaluation.run(others)
             parts.append("" if worker.rank else summary(out, others))

@@ -92,6 +92,7 @@ class Evaluation:
     block: int = 0
     device: str = "cpu"
     save_pictures: bool = False
+    allow_unknown_weights: bool = False
     progress: bool = True
     worker: Worker = field(default_factory=Worker.from_environment)
 
@@ -106,7 +107,7 @@ class Evaluation:
     def _network(self, kind: str) -> Network:
         if kind not in self._networks:
             try:
-                self._networks[kind] = build_network(kind, self.weights, self.device)
+                self._networks[kind] = build_network(kind, self.weights, self.device, self.allow_unknown_weights)
             except UserError as error:
                 self._networks[kind] = error
         found = self._networks[kind]

@@ -184,11 +184,11 @@ _BUILDERS: Mapping[str, tuple[str, Callable[[FoundWeights, torch.device], Networ
 NETWORKS = tuple(_BUILDERS)
 
 
-def build_network(kind: str, weights: Path | None = None, device: torch.device | str = "cpu") -> Network:
-    """A scoring network of NETWORKS from the folder `weights` (see `weights.weights_folder`).
+def build_network(kind: str, weights: Path | None = None, device: torch.device | str = "cpu", allow_unknown: bool = False) -> Network:
+    """A scoring network of NETWORKS from the folder `weights` (see `weights.find_weights`).
     Raises UnavailableError when its weights or its library are not there, or are damaged."""
     key, build = _BUILDERS[kind]
-    found = find_weights(key, weights)
+    found = find_weights(key, weights, allow_unknown)
     try:
         network = build(found, torch.device(device))
     except UnavailableError:

@@ -87,16 +87,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights in the place of published ones have other digests."""
-    import dataclasses
-
-    from diffusion2gan.evaluation import weights as module
-
-    monkeypatch.setattr(module, "WEIGHTS", {k: dataclasses.replace(w, sha256=None) for k, w in module.WEIGHTS.items()})
-
-
 # --- Preprocessing --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("size", [(43, 40), (40, 43), (41, 40), (40, 47), (7, 4), (5, 5)])
 def test_centre_square_is_torchvisions(size: tuple[int, int]) -> None:
@@ -175,9 +165,7 @@ def inception_tf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_fid_and_precision_recall_are_torch_fidelitys(
-    inception_tf: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_fid_and_precision_recall_are_torch_fidelitys(inception_tf: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its whole path, from data sets to numbers, on the 64 features of an early layer."""
     from torch_fidelity import calculate_metrics
 
@@ -192,7 +180,7 @@ def test_fid_and_precision_recall_are_torch_fidelitys(
         feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(inception_tf / "weights-inception-2015-12-05-6726825d.pth"),
         batch_size=8, cache=False, cache_root=str(tmp_path), save_cpu_ram=True, verbose=False, prc_neighborhood=3,
     )  # fmt: skip
-    network = build_network("early", inception_tf)
+    network = build_network("early", inception_tf, allow_unknown=True)
     a, b = network.features(generated, [""] * 30), network.features(real, [""] * 32)
     assert a.shape == (30, 64)
     assert frechet_distance(Moments.of(a), Moments.of(b)) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
@@ -336,9 +324,10 @@ def test_weights_of_another_digest_are_refused(tmp_path: Path) -> None:
     (tmp_path / "vgg16-397923af.pth").write_bytes(b"something else")
     with pytest.raises(UserError, match="sha256 begins .* expected 397923af"):
         find_weights("vgg16", tmp_path)
+    assert find_weights("vgg16", tmp_path, allow_unknown=True).facts["checked"] == "UNKNOWN WEIGHTS"
 
 
-def test_weights_that_would_run_code_are_refused(tmp_path: Path, unchecked: None) -> None:
+def test_weights_that_would_run_code_are_refused(tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> tuple:
             return (Path.touch, (tmp_path / "ran",))
@@ -347,7 +336,7 @@ def test_weights_that_would_run_code_are_refused(tmp_path: Path, unchecked: None
         (tmp_path / name).write_bytes(pickle.dumps(Payload()))
     for kind in ("vgg16-256", "inception-tf"):
         with pytest.raises(UnavailableError, match="cannot be read as weights"):
-            build_network(kind, tmp_path)
+            build_network(kind, tmp_path, allow_unknown=True)
     assert not (tmp_path / "ran").exists()
 
 
