@@ -48,6 +48,11 @@ def student_subject(student: Student) -> Subject:
     return Subject(lambda prompts, seeds: student.generate(prompts, seeds), f"student {weights_digest(student.generator)[:16]}")
 
 
+def autoencoder_name(teacher: StableDiffusionTeacher) -> str:
+    """By its weights: features of R_rec are the same whatever solves the teacher."""
+    return f"autoencoder {weights_digest(teacher.vae)[:16]}"
+
+
 def autoencode_with(teacher: StableDiffusionTeacher) -> Callable[[np.ndarray], np.ndarray]:
     """Pictures through the teacher's autoencoder and back: uint8 (B, h, w, 3) to the same."""
 
@@ -113,7 +118,7 @@ def _evaluate(
     untrained = Student(teacher, generator.to(memory_format=torch.channels_last))
     return evaluate_emoji10k(
         subject, sampler, student_subject(untrained), autoencode_with(teacher), out,
-        shared=shared, list_name=list_name, count=count, preservation_count=preservation_count,
+        autoencoder=autoencoder_name(teacher), shared=shared, list_name=list_name, count=count, preservation_count=preservation_count,
     )  # fmt: skip
 
 

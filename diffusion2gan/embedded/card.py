@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion2gan.benchmark import autoencode_with, teacher_subject
+from diffusion2gan.benchmark import autoencode_with, autoencoder_name, teacher_subject
 from diffusion2gan.device import default_device
 from diffusion2gan.embedded import emoji
 from diffusion2gan.evaluation.emoji10k import (
@@ -31,7 +31,7 @@ from diffusion2gan.recipe import load_recipe
 from diffusion2gan.report import markdown_table
 from diffusion2gan.teachers.ode import SolverConfig
 from diffusion2gan.teachers.protocol import TeacherConfig
-from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher, weights_digest
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 
 NEIGHBOURS = 32
 
@@ -50,8 +50,7 @@ def _references(
     teacher: StableDiffusionTeacher, dataset: emoji.EmojiDataset, work: Path, network: ScoringNetwork
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features of R and of R_rec, kept in `work`."""
-    name = f"autoencoder {weights_digest(teacher.vae)[:16]}"
-    return reference_features(dataset, autoencode_with(teacher), name, work / "reference", network)
+    return reference_features(dataset, autoencode_with(teacher), autoencoder_name(teacher), work / "reference", network)
 
 
 def progress(folder: Path, work: Path, count: int = 3000) -> dict[str, float]:

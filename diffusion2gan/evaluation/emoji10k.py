@@ -608,6 +608,7 @@ def evaluate_emoji10k(
     autoencode: Callable[[np.ndarray], np.ndarray],
     folder: Path,
     *,
+    autoencoder: str | None = None,
     shared: Path | None = None,
     list_name: str = "test",
     count: int | None = None,
@@ -619,7 +620,7 @@ def evaluate_emoji10k(
     """Samples, extracts and scores; writes `folder/emoji10k-v1.json` and returns it. Killed, it goes on where it stopped.
     Several processes (torchrun) share the shards out; all but the first return nothing.
 
-    `shared` (default: `folder`) keeps what every student of a teacher is compared with: teacher, untrained and reference
+    `autoencoder` names what `autoencode` is (default: the teacher). `shared` (default: `folder`) keeps what every student of a teacher is compared with: teacher, untrained and reference
     features. `count` and `preservation_count` take the first prompts of the lists and mark the result partial.
     Settings are chosen with `list_name="validation"`.
     """
@@ -642,7 +643,9 @@ def evaluate_emoji10k(
         )
         return flat.reshape(-1, PRESERVATION_NOISES, flat.shape[-1])
 
-    reference, reference_rec = reference_features(dataset, autoencode, teacher.identity, shared / "reference", network, progress)
+    reference, reference_rec = reference_features(
+        dataset, autoencode, autoencoder or teacher.identity, shared / "reference", network, progress
+    )
     features = FeatureSet(
         teacher_a=block(teacher, shared / "teacher", "A"),
         teacher_b=block(teacher, shared / "teacher", "B"),

@@ -156,8 +156,11 @@ class Evaluation:
             self._generated(self.model, samples, _union(k for _, k in mine), self.block)
             if self.save_pictures:
                 self._save_missing(samples)
+            of_reference = _union(k for p, k in mine if p.reference)
             for protocol, kinds in mine:
                 try:
+                    if protocol.reference:
+                        self._reference_rows(samples, of_reference)  # read once too
                     self._score(protocol, samples, kinds, skipped[protocol.id])
                 except UserError as error:
                     if self.worker.world > 1:
@@ -170,8 +173,6 @@ class Evaluation:
             assert self.teacher is not None
             for block in (self.block, self.block + BLOCKS // 2):
                 self._generated(self.teacher, samples, kinds, block)
-        if protocol.reference:
-            self._reference_rows(samples, kinds)
         if self.worker.rank == 0:
             entries = [self._entry(protocol, e, k) for k in kinds for e in protocol.networks[k](self._given(protocol, samples, k))]
             self._write(protocol, samples, entries, skipped)
