@@ -22,7 +22,7 @@ def _simulate(a: argparse.Namespace) -> None:
     from diffusion2gan.recipe import load_recipe
     from diffusion2gan.run import simulate_recipe
 
-    manifest = simulate_recipe(load_recipe(a.recipe, a.set), a.out)
+    manifest = simulate_recipe(load_recipe(a.recipe, a.set), a.out, smaller=a.extend)
     print(f"{a.out}: {manifest['count']} pairs in {len(manifest['shards'])} shards, fingerprint {manifest['fingerprint']}")
 
 
@@ -276,6 +276,9 @@ def _add_stages(commands: Commands) -> None:
     sub = _command(commands, "simulate", _simulate, text)
     _recipe_arguments(sub)
     sub.add_argument("--out", type=Path, required=True, help="folder of the pair store")
+    sub.add_argument(
+        "--extend", type=Path, default=None, metavar="STORE", help="a smaller store of the same settings, whose pairs are taken over"
+    )
 
     text = "Distil: train the one-step generator on a pair store (the same command goes on where it stopped)"
     sub = _command(commands, "train", _train, text)

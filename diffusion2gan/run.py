@@ -30,10 +30,10 @@ from diffusion2gan.training.trainer import Trainer
 from diffusion2gan.worker import Worker
 
 
-def simulate_recipe(recipe: Recipe, store: Path, progress: bool = True) -> dict[str, Any]:
-    """Fills a pair store for `recipe`, with as many workers as torchrun started."""
+def simulate_recipe(recipe: Recipe, store: Path, progress: bool = True, smaller: Path | None = None) -> dict[str, Any]:
+    """Fills a pair store for `recipe`, with as many workers as torchrun started; `smaller` as `simulate` has it."""
     worker = Worker.from_environment()
-    return simulate(load_teacher(recipe.teacher, default_device()), recipe.pairs, store, worker, progress)
+    return simulate(load_teacher(recipe.teacher, default_device()), recipe.pairs, store, worker, progress, smaller)
 
 
 def open_run(recipe: Recipe, folder: Path) -> None:

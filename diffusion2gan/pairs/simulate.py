@@ -112,12 +112,47 @@ def agree_on_settings(folder: Path, settings: dict[str, Any]) -> None:
         )
 
 
+def check_smaller(smaller: Path, settings: dict[str, Any], prompts: list[str]) -> None:
+    """Raises UserError unless the store `smaller`, finished or not, has the pairs with which one of `settings` begins."""
+    path = smaller / "settings.json"
+    try:
+        theirs = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{path}: cannot be read, expected a pair store; name the folder of one") from None
+    grown = {"count": settings["count"], "prompts_sha256": settings["prompts_sha256"]}
+    for key, ours, other in settings_difference(settings, theirs | grown):
+        raise UserError(
+            f"{smaller}: a store of other settings: {key} is {other!r} there and {ours!r} in the recipe; its pairs are other pairs"
+        )
+    if theirs["count"] > settings["count"]:
+        raise UserError(f"{smaller}: has {theirs['count']} pairs, expected at most pairs.count ({settings['count']}); raise it")
+    if prompts_digest(prompts[: theirs["count"]]) != theirs["prompts_sha256"]:
+        raise UserError(f"{smaller}: its prompts are not the first {theirs['count']} of this recipe's; a list may only grow at its end")
+
+
+def _take_over(smaller: Path, folder: Path, config: PairsConfig, worker: Worker) -> None:
+    """Copies this worker's share of the shards of `smaller` that hold as many pairs in `folder`: all but a short last one."""
+    count = json.loads((smaller / "settings.json").read_text())["count"]
+    before, total = shard_count(count, config.shard_size), shard_count(config.count, config.shard_size)
+    for index, path in existing_shards(smaller, before).items():
+        whole = shard_rows(index, count, config.shard_size) == shard_rows(index, config.count, config.shard_size)
+        if whole and index % worker.world == worker.rank and not _has_shard(folder, index, total):
+            digest = verify_shard(path)
+            write_bytes_atomic(folder / shard_name(index, total, digest), path.read_bytes())
+
+
 def simulate(
-    teacher: Teacher, config: PairsConfig, folder: str | Path, worker: Worker | None = None, progress: bool = True
+    teacher: Teacher,
+    config: PairsConfig,
+    folder: str | Path,
+    worker: Worker | None = None,
+    progress: bool = True,
+    smaller: Path | None = None,
 ) -> dict[str, Any]:
     """Fills the store in `folder`; returns its manifest when all shards are there, whoever made them.
 
-    Raises UserError for a folder of other settings, a corrupt shard, a full disk, or a solution that is not finite.
+    `smaller`: a store of the same settings with fewer pairs, whose whole shards are taken over instead of being made again: the result
+    is the same bytes. Raises UserError for a folder of other settings, a corrupt shard, a full disk, or a solution that is not finite.
     """
     folder, worker = Path(folder).resolve(), worker or Worker()
     prompts = read_prompts(config.prompts, config.count, config.seed)
@@ -126,8 +161,12 @@ def simulate(
         warn_of_slow_bf16(teacher.device, "pairs.precision=float32")
     # Before anything is written: it may refuse to compile.
     solver = OdeSolver(teacher, config.ode, config.batch_size, config.precision, config.compile, config.negative_prompt)
+    if smaller is not None:
+        check_smaller(smaller, settings, prompts)
     agree_on_settings(folder, settings)
     total = shard_count(config.count, config.shard_size)
+    if smaller is not None:
+        _take_over(smaller, folder, config, worker)
     present = existing_shards(folder, total)
     for found, path in present.items():
         if found % worker.world == worker.rank:

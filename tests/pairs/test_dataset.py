@@ -85,6 +85,25 @@ def test_stored_noise(tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prom
         maintain.store_noise(tmp_path / "full", tmp_path / "again")
 
 
+def test_a_store_grows_into_the_larger_one_byte_for_byte(tiny_teacher: StableDiffusionTeacher, prompts_file: Path, tmp_path: Path) -> None:
+    small, large = (_config(prompts_file).model_copy(update={"count": n}) for n in (21, 40))
+    simulate(tiny_teacher, small, tmp_path / "small", progress=False)
+    simulate(tiny_teacher, large, tmp_path / "large", progress=False)
+    simulate(tiny_teacher, large, tmp_path / "grown", progress=False, smaller=tmp_path / "small")
+    assert tree_digest(tmp_path / "grown") == tree_digest(tmp_path / "large")
+    made = [json.loads(line)["shard"] for line in (tmp_path / "grown.log.jsonl").read_text().splitlines()]
+    assert made == [2, 3, 4]  # the short last shard of the small store too
+
+    other = large.model_copy(update={"ode": large.ode.model_copy(update={"guidance": 3.5})})
+    with pytest.raises(UserError, match=r"a store of other settings: ode.guidance is"):
+        simulate(tiny_teacher, other, tmp_path / "other", progress=False, smaller=tmp_path / "small")
+    with pytest.raises(UserError, match="has 40 pairs, expected at most"):
+        simulate(tiny_teacher, small, tmp_path / "other", progress=False, smaller=tmp_path / "large")
+    with pytest.raises(UserError, match="expected a pair store"):
+        simulate(tiny_teacher, small, tmp_path / "other", progress=False, smaller=tmp_path)
+    assert not (tmp_path / "other").exists()
+
+
 def test_shards_go_round_and_idle_workers_help() -> None:
     """Each worker makes its own share first, then the others' from the far end; nothing is left when some are gone."""
     assert [_next_shard(set(), 7, Worker(r, 3)) for r in range(3)] == [0, 1, 2]
