@@ -26,7 +26,7 @@ from scipy.stats import t as student_t
 from diffusion2gan.benchmark import evaluate_student
 from diffusion2gan.device import default_device
 from diffusion2gan.evaluation.emoji10k import drawn_prompt_list, noise_seeds
-from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.files import write_bytes_atomic, write_json
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.images import grid, png_bytes
 from diffusion2gan.pipeline import STUDENT_FILE, Student, teacher_pictures
@@ -158,7 +158,7 @@ def main() -> None:
         rows.append(one_row(name, seed, a.set, a.store, a.out, a.shared or a.out / "shared", a.list))
         table = markdown_table(COLUMNS, [[r[c] for c in COLUMNS] for r in rows])
         write_bytes_atomic(a.out / "table.md", table.encode())
-        write_bytes_atomic(a.out / "table.json", (json.dumps(rows, indent=1) + "\n").encode())
+        write_json(a.out / "table.json", rows)
         print(table, flush=True)
     compared = differences(rows, a.neighbours)
     if compared:

@@ -27,7 +27,7 @@ from diffusion2gan.evaluation.evaluate import Evaluation, SampleSet
 from diffusion2gan.evaluation.extractors import Network, Pictures
 from diffusion2gan.evaluation.models import Model
 from diffusion2gan.evaluation.speed import device_name
-from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.files import write_json
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.report import markdown_table
 
@@ -98,9 +98,7 @@ def main() -> None:
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     print(markdown_table(list(rows[0]), [list(row.values()) for row in rows]))
     if a.out:
-        write_bytes_atomic(
-            a.out, (json.dumps({"device": device_name("cpu"), "features": FEATURES, "rows": rows}, indent=1) + "\n").encode()
-        )
+        write_json(a.out, {"device": device_name("cpu"), "features": FEATURES, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ does not fit is recorded with its error.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -27,7 +26,7 @@ from diffusion2gan.discriminator.build import build_discriminator
 from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig
 from diffusion2gan.embedded.weights import embedded_folder
 from diffusion2gan.evaluation.speed import device_name, extra_memory, synchronise
-from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.files import write_json
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.pairs.dataset import PairDataset
 from diffusion2gan.pairs.simulate import PairsConfig, simulate
@@ -125,7 +124,7 @@ def main() -> None:
     print(markdown_table(columns, [[row.get(c) for c in columns] for row in rows]))
     if a.out:
         result = {"device": device_name(device), "network": a.network, "batch": a.batch, "precision": a.precision, "compile": a.compile}
-        write_bytes_atomic(a.out, (json.dumps(result | {"rows": rows}, indent=1) + "\n").encode())
+        write_json(a.out, result | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -155,7 +155,10 @@ def _preference_make(a: argparse.Namespace) -> None:
     from diffusion2gan.evaluation.preference_make import make_study
 
     pairs = tuple((first, second) for first, _, second in (p.partition(":") for p in a.pair)) or None
-    consent = None if a.consent is None else a.consent.read_text()
+    try:
+        consent = None if a.consent is None else a.consent.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--consent {a.consent}: cannot be read ({error}), expected a text file") from None
     config = StudyConfig(
         pairs=pairs, votes=a.votes, questions=tuple(a.question or ("realism", "alignment")), trials_per_rater=a.trials,
         checks_from=a.checks_from, count=a.count, jpeg_quality=a.jpeg_quality, consent=consent, seed=a.seed,

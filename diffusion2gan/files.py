@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import pickle
 import platform
@@ -100,6 +101,11 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Writes `data` to `path`: afterwards the file has either its old content or all of the new one."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as JSON for people and programs to read, written as `write_bytes_atomic` does."""
+    write_bytes_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def torch_save_atomic(path: Path, value: Any) -> None:

@@ -37,6 +37,16 @@ def open_rgb(path: Path, remedy: str) -> Image.Image:
         raise UserError(f"{path}: cannot be read as a picture ({error}); {remedy}") from None
 
 
+def at_smallest_side(sets: Sequence[Sequence[np.ndarray] | np.ndarray]) -> tuple[list[np.ndarray], int]:
+    """Sets of square pictures, all at the side of the smallest, and that side: a larger picture would look better for its size alone."""
+    side = min(p.shape[0] for pictures in sets for p in pictures)
+
+    def resized(picture: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS))
+
+    return [np.stack([p if p.shape[:2] == (side, side) else resized(p) for p in pictures]) for pictures in sets], side
+
+
 def grid(
     images: np.ndarray, columns: int, captions: Sequence[str] | None = None, row_labels: Sequence[str] | None = None, scale: int = 1
 ) -> Image.Image:

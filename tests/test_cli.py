@@ -125,6 +125,8 @@ def test_a_preference_study_by_commands(tmp_path: Path) -> None:
     assert "SIMULATED" in (tmp_path / "out" / "human_2afc-simulated.md").read_text()
     _assert_one_line(run_command("preference", "make", "ours", "--out", study), "expected NAME=FOLDER")
     _assert_one_line(run_command("preference", "serve", tmp_path), "study.json")
+    missing = ("preference", "make", *folders, "--out", tmp_path / "other", "--consent", tmp_path / "no-such-file")
+    _assert_one_line(run_command(*missing), "--consent", "expected a text file")
 
 
 def test_pairs_commands(world: Path) -> None:

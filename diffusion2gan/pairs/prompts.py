@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion2gan.config import Section
@@ -50,8 +51,8 @@ def read_prompts(config: PromptsConfig, count: int, seed: int) -> list[str]:
     return [prompts[i % len(prompts)] for i in range(count)]
 
 
-def prompts_digest(prompts: list[str]) -> str:
-    """sha256 of the list, for the manifest."""
+def prompts_digest(prompts: Sequence[str]) -> str:
+    """sha256 of a list's lines, for manifests and results."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(prompt.encode() + b"\n")

@@ -112,8 +112,8 @@ def agree_on_settings(folder: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def check_smaller(smaller: Path, settings: dict[str, Any], prompts: list[str]) -> None:
-    """Raises UserError unless the store `smaller`, finished or not, has the pairs with which one of `settings` begins."""
+def _count_of_smaller(smaller: Path, settings: dict[str, Any], prompts: list[str]) -> int:
+    """How many pairs the store `smaller` has or will have. Raises UserError unless one of `settings` begins with them."""
     path = smaller / "settings.json"
     try:
         theirs = json.loads(path.read_text())
@@ -128,15 +128,17 @@ def check_smaller(smaller: Path, settings: dict[str, Any], prompts: list[str]) -
         raise UserError(f"{smaller}: has {theirs['count']} pairs, expected at most pairs.count ({settings['count']}); raise it")
     if prompts_digest(prompts[: theirs["count"]]) != theirs["prompts_sha256"]:
         raise UserError(f"{smaller}: its prompts are not the first {theirs['count']} of this recipe's; a list may only grow at its end")
+    count: int = theirs["count"]
+    return count
 
 
-def _take_over(smaller: Path, folder: Path, config: PairsConfig, worker: Worker) -> None:
+def _take_over(smaller: Path, count: int, folder: Path, config: PairsConfig, worker: Worker) -> None:
     """Copies this worker's share of the shards of `smaller` that hold as many pairs in `folder`: all but a short last one."""
-    count = json.loads((smaller / "settings.json").read_text())["count"]
     before, total = shard_count(count, config.shard_size), shard_count(config.count, config.shard_size)
+    present = existing_shards(folder, total)
     for index, path in existing_shards(smaller, before).items():
         whole = shard_rows(index, count, config.shard_size) == shard_rows(index, config.count, config.shard_size)
-        if whole and index % worker.world == worker.rank and not _has_shard(folder, index, total):
+        if whole and index % worker.world == worker.rank and index not in present:
             digest = verify_shard(path)
             write_bytes_atomic(folder / shard_name(index, total, digest), path.read_bytes())
 
@@ -161,12 +163,11 @@ def simulate(
         warn_of_slow_bf16(teacher.device, "pairs.precision=float32")
     # Before anything is written: it may refuse to compile.
     solver = OdeSolver(teacher, config.ode, config.batch_size, config.precision, config.compile, config.negative_prompt)
-    if smaller is not None:
-        check_smaller(smaller, settings, prompts)
+    count = _count_of_smaller(smaller, settings, prompts) if smaller is not None else 0
     agree_on_settings(folder, settings)
     total = shard_count(config.count, config.shard_size)
     if smaller is not None:
-        _take_over(smaller, folder, config, worker)
+        _take_over(smaller, count, folder, config, worker)
     present = existing_shards(folder, total)
     for found, path in present.items():
         if found % worker.world == worker.rank:

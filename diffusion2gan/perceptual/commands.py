@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from diffusion2gan.embedded.weights import embedded_folder
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.files import write_json
 from diffusion2gan.fit import FitConfig
 from diffusion2gan.images import open_rgb, to_tensor
 from diffusion2gan.pairs.seeds import draw_noise, evaluation_seed
@@ -137,7 +136,7 @@ def train_command(
     )
     if rank == 0:
         LatentLPIPS(backbone.cpu(), space=encoder.space).save_pretrained(out / "metric")
-        write_bytes_atomic(out / "accuracy.json", (json.dumps(accuracy, indent=1) + "\n").encode())
+        write_json(out / "accuracy.json", accuracy)
     return accuracy
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import atomic_path, disk_errors, sweep_temporaries, write_bytes_atomic
+from diffusion2gan.files import atomic_path, disk_errors, sweep_temporaries, write_json
 from diffusion2gan.images import open_rgb, to_tensor
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -181,7 +181,7 @@ def cache_latents(
                     f"{folder}: latents of other settings: {key} is {theirs.get(key)!r} there and {value!r} now; choose a new --out"
                 )
     elif rank == 0:
-        write_bytes_atomic(path, (json.dumps(settings, indent=1) + "\n").encode())
+        write_json(path, settings)
     shards = range(0, len(chosen), SHARD)
     with tqdm(total=len(chosen), desc=f"encode {folder.name}", unit="image", mininterval=1, disable=rank != 0) as bar:
         for number, start in enumerate(shards):

@@ -6,7 +6,6 @@ target and yet are near to it, which is why the paper averages it over augmentat
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion2gan import losses
-from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.files import write_bytes_atomic, write_json
 from diffusion2gan.images import grid, png_bytes, to_uint8
 from diffusion2gan.perceptual.e_latent_lpips import ELatentLPIPS
 from diffusion2gan.perceptual.latent_lpips import LatentLPIPS
@@ -102,5 +101,5 @@ def run_experiment(
     write_bytes_atomic(out / "pictures.png", png_bytes(picture))
     write_bytes_atomic(out / "curves.png", png_bytes(curves(series, "step", "latent RMSE", log_y=True)))
     write_bytes_atomic(out / "table.md", table.encode())
-    write_bytes_atomic(out / "table.json", (json.dumps(rows, indent=1) + "\n").encode())
+    write_json(out / "table.json", rows)
     return table

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from diffusion2gan.config import settings_difference
 from diffusion2gan.device import bf16_autocast, compile_for_one_shape
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.files import write_json
 from diffusion2gan.fit import FitConfig, fit, process_rank
 from diffusion2gan.perceptual.latent_vgg import LatentVGG, LatentVGGConfig
 
@@ -76,7 +76,7 @@ def _check_same_network(folder: Path, described: dict[str, Any]) -> None:
         for key, ours, theirs in settings_difference(described, json.loads(path.read_text())):
             raise UserError(f"{folder}: a training with {key} {theirs!r}, now it is {ours!r}; choose another folder")
     elif process_rank()[0] == 0:
-        write_bytes_atomic(path, (json.dumps(described, indent=1) + "\n").encode())
+        write_json(path, described)
 
 
 def train_classifier(
