@@ -29,7 +29,7 @@ from diffusion2gan.evaluation.emoji10k import drawn_prompt_list, noise_seeds
 from diffusion2gan.files import write_bytes_atomic, write_json
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.images import grid, png_bytes
-from diffusion2gan.pipeline import STUDENT_FILE, Student, teacher_pictures
+from diffusion2gan.pipeline import STUDENT_FILE, OneStepPipeline, teacher_pictures
 from diffusion2gan.recipe import load_recipe
 from diffusion2gan.report import markdown_table
 from diffusion2gan.run import export_run, train_recipe
@@ -130,10 +130,10 @@ def side_by_side(names: list[str], seed: int, overrides: list[str], out: Path, c
     untrained = OneStepGenerator.from_teacher(teacher, GeneratorConfig()).requires_grad_(False).eval()
     rows = [
         ("teacher", teacher_pictures(OdeSolver(teacher, recipe.pairs.ode), prompts, seeds)),
-        ("untrained", Student(teacher, untrained).generate(prompts, seeds)),
+        ("untrained", OneStepPipeline(teacher, untrained).generate(prompts, seeds)),
     ]
     for name in names:
-        student = Student.from_pretrained(row_folder(out, name, seed) / "student", "float32", default_device())
+        student = OneStepPipeline.from_pretrained(row_folder(out, name, seed) / "student", "float32", default_device())
         rows.append((row_name(name), student.generate(prompts, seeds)))
     pictures = np.concatenate([images for _, images in rows])
     captions = [*prompts, *[""] * (len(pictures) - count)]

@@ -20,9 +20,10 @@ from diffusion2gan.embedded.weights import embedded_folder
 from diffusion2gan.evaluation.speed import device_name
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.precision import no_tf32
+from diffusion2gan.teachers.folders import load_pipeline
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.protocol import TeacherConfig
-from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher, load_pipeline
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from diffusion2gan.embedded.weights import embedded_student
 from diffusion2gan.evaluation.emoji10k import drawn_prompt_list, noise_seeds
 from diffusion2gan.pairs.seeds import draw_noise
-from diffusion2gan.pipeline import Student
+from diffusion2gan.pipeline import OneStepPipeline
 from diffusion2gan.report import markdown_table
 
 
@@ -34,7 +34,7 @@ def main() -> None:
         dtype = getattr(torch, name)
         pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, safety_checker=None)
         pipeline.set_progress_bar_config(disable=True)
-        student = Student.from_pretrained(folder, name)
+        student = OneStepPipeline.from_pretrained(folder, name)
         noise = draw_noise(seeds, student.teacher.latent_shape)
         latents = torch.from_numpy(noise).to(dtype)
         stock = pipeline(prompts, num_inference_steps=1, guidance_scale=1, latents=latents, output_type="latent").images.double()

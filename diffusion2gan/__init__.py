@@ -16,7 +16,7 @@ _HOMES = {
     "OneStepGenerator": "diffusion2gan.generator",
     "PairDataset": "diffusion2gan.pairs.dataset",
     "Recipe": "diffusion2gan.recipe",
-    "Student": "diffusion2gan.pipeline",
+    "OneStepPipeline": "diffusion2gan.pipeline",
     "Trainer": "diffusion2gan.training.trainer",
     "UserError": "diffusion2gan.errors",
     "load_recipe": "diffusion2gan.recipe",

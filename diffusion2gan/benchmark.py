@@ -18,12 +18,13 @@ from diffusion2gan.evaluation.emoji10k import PROTOCOL, Subject, drawn_prompt_li
 from diffusion2gan.evaluation.evaluate import SHOWN, describe, keep_samples
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.images import to_tensor, to_uint8
-from diffusion2gan.pipeline import STUDENT_FILE, Student, teacher_pictures
+from diffusion2gan.pipeline import STUDENT_FILE, OneStepPipeline, teacher_pictures
 from diffusion2gan.report import cell, markdown_table
+from diffusion2gan.teachers.folders import weights_digest
 from diffusion2gan.teachers.load import teacher_folder
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.protocol import TeacherConfig
-from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher, weights_digest
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 
 _TEACHER_BATCH = 64
 
@@ -43,7 +44,7 @@ def teacher_subject(teacher: StableDiffusionTeacher, ode: SolverConfig, precisio
     return Subject(partial(teacher_pictures, solver), f"teacher {name}", how)
 
 
-def student_subject(student: Student) -> Subject:
+def student_subject(student: OneStepPipeline) -> Subject:
     """A student, named by its weights."""
     return Subject(lambda prompts, seeds: student.generate(prompts, seeds), f"student {weights_digest(student.generator)[:16]}")
 
@@ -68,7 +69,7 @@ def evaluate_student(
 ) -> dict[str, Any]:
     """Protocol `emoji10k-v1` of a student of the embedded teacher, with the solver and precision its pairs were made with."""
     teacher = _embedded_teacher()
-    student = Student.from_pretrained(folder, "float32", str(teacher.device))
+    student = OneStepPipeline.from_pretrained(folder, "float32", str(teacher.device))
     facts = json.loads((folder / STUDENT_FILE).read_text())
     if facts["teacher_weights"] != teacher.identity()["weights"]:
         raise UserError(
@@ -115,7 +116,7 @@ def _evaluate(
     if not (out / "samples" / list_name).exists():
         keep_samples(out / "samples" / list_name, subject.sample(prompts, noise_seeds(list_name, "A", SHOWN)), prompts, 0)
     generator = OneStepGenerator.from_teacher(teacher, GeneratorConfig(timestep=timestep)).requires_grad_(False).eval()
-    untrained = Student(teacher, generator.to(memory_format=torch.channels_last))
+    untrained = OneStepPipeline(teacher, generator.to(memory_format=torch.channels_last))
     return evaluate_emoji10k(
         subject, sampler, student_subject(untrained), autoencode_with(teacher), out,
         autoencoder=autoencoder_name(teacher), shared=shared, list_name=list_name, count=count, preservation_count=preservation_count,

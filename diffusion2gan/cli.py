@@ -20,8 +20,11 @@ from diffusion2gan.errors import UserError
 
 def _simulate(a: argparse.Namespace) -> None:
     from diffusion2gan.recipe import load_recipe
-    from diffusion2gan.run import simulate_recipe
+    from diffusion2gan.run import measure_solver_recipe, simulate_recipe
 
+    if a.measure_solver:
+        print(measure_solver_recipe(load_recipe(a.recipe, a.set), a.out, a.measure_count), end="")
+        return
     manifest = simulate_recipe(load_recipe(a.recipe, a.set), a.out, smaller=a.extend)
     print(f"{a.out}: {manifest['count']} pairs in {len(manifest['shards'])} shards, fingerprint {manifest['fingerprint']}")
 
@@ -67,9 +70,9 @@ def _export(a: argparse.Namespace) -> None:
 def _student(path: str, dtype: str):  # type: ignore[no-untyped-def]
     from diffusion2gan.device import default_device
     from diffusion2gan.embedded.weights import embedded_student
-    from diffusion2gan.pipeline import Student
+    from diffusion2gan.pipeline import OneStepPipeline
 
-    return Student.from_pretrained(embedded_student() if path == "embedded" else path, dtype, default_device())
+    return OneStepPipeline.from_pretrained(embedded_student() if path == "embedded" else path, dtype, default_device())
 
 
 def _generate(a: argparse.Namespace) -> None:
@@ -283,6 +286,10 @@ def _add_stages(commands: Commands) -> None:
         "--extend", type=Path, default=None, metavar="STORE", help="a smaller store of the same settings, whose pairs are taken over"
     )
 
+    text = "instead of a store, write to OUT how far solvers and numbers of steps are from a reference of 200 steps"
+    sub.add_argument("--measure-solver", action="store_true", help=text)
+    sub.add_argument("--measure-count", type=_positive, default=64, help="pairs for --measure-solver (default 64)")
+
     text = "Distil: train the one-step generator on a pair store (the same command goes on where it stopped)"
     sub = _command(commands, "train", _train, text)
     _recipe_arguments(sub)
@@ -434,7 +441,9 @@ def _add_perceptual(commands: Commands) -> None:
     verbs = commands.add_parser("perceptual", help=text).add_subparsers(required=True, metavar="COMMAND")
     text = "Encode labelled images once and train a LatentVGG on them (runs under torchrun too; goes on where it stopped)"
     sub = _command(verbs, "train", _perceptual_train, text)
-    sub.add_argument("--vae", required=True, help="folder or hub id of an AutoencoderKL, or of a pipeline that has one")
+    sub.add_argument(
+        "--vae", required=True, help="folder or hub id of an AutoencoderKL, or of a pipeline that has one; `pixels` for a metric of pixels"
+    )
     sub.add_argument("--data", required=True, help="folder with train/CLASS/IMAGE and val/CLASS/IMAGE, or a hub data set")
     sub.add_argument("--out", type=Path, required=True)
     sub.add_argument("--resolution", type=_positive, default=256, help="side of the encoded images in pixels")

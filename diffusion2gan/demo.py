@@ -25,7 +25,7 @@ from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import grid
 from diffusion2gan.pairs.dataset import PairDataset, canonical_json
 from diffusion2gan.pairs.seeds import draw_noise, evaluation_seed
-from diffusion2gan.pipeline import STUDENT_FILE, Student, teacher_pictures
+from diffusion2gan.pipeline import STUDENT_FILE, OneStepPipeline, teacher_pictures
 from diffusion2gan.recipe import Recipe, dump_recipe, load_recipe
 from diffusion2gan.report import Page, curves
 from diffusion2gan.run import export_run, simulate_recipe, train_recipe
@@ -197,10 +197,10 @@ def measure(out: Path, teacher: StableDiffusionTeacher, judged: SolverConfig) ->
     prompts = [p for p in PROMPTS for _ in range(NOISES)]
     seeds = [evaluation_seed((1 << 52) + i) for i in range(len(prompts))]
     untrained = OneStepGenerator.from_teacher(teacher).requires_grad_(False).eval()
-    students = {"one step of the teacher, untrained": Student(teacher, untrained.to(memory_format=torch.channels_last))}
-    students["student of this run"] = Student.from_pretrained(out / "student", device=default_device())
+    students = {"one step of the teacher, untrained": OneStepPipeline(teacher, untrained.to(memory_format=torch.channels_last))}
+    students["student of this run"] = OneStepPipeline.from_pretrained(out / "student", "float32", default_device())
     if (weights_root() / "student").is_dir():
-        students["shipped student"] = Student.from_pretrained(embedded_student(), device=default_device())
+        students["shipped student"] = OneStepPipeline.from_pretrained(embedded_student(), "float32", default_device())
     pictures, timing = {}, {}
     for name, sample in [("teacher", partial(teacher_pictures, OdeSolver(teacher, judged)))] + [
         (n, s.generate) for n, s in students.items()

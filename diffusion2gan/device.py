@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import nn
 
 from diffusion2gan.errors import UserError
 
@@ -64,11 +65,7 @@ def can_compile(device: torch.device) -> bool:
     return _missing_for_compiling(device) is None
 
 
-def compile_for_one_shape(function: Compilable, device: torch.device, setting: str) -> Compilable:
-    """A network or function compiled for the shape of its first call; another shape compiles again.
-
-    `setting` names what the user would switch off. Raises UserError where the machine lacks what compiling needs.
-    """
+def _prepare_compiling(device: torch.device, setting: str) -> None:
     missing = _missing_for_compiling(device)
     if missing is not None:
         raise UserError(f"{setting} is true, which needs {missing}, and there is none; install it, or set {setting}=false")
@@ -76,4 +73,18 @@ def compile_for_one_shape(function: Compilable, device: torch.device, setting: s
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     # Otherwise a network with hooks might run the graph of one without.
     torch._dynamo.config.skip_nnmodule_hook_guards = False  # type: ignore[assignment]
+
+
+def compile_for_one_shape(function: Compilable, device: torch.device, setting: str) -> Compilable:
+    """A network or function compiled for the shape of its first call; another shape compiles again.
+
+    `setting` names what the user would switch off. Raises UserError where the machine lacks what compiling needs.
+    """
+    _prepare_compiling(device, setting)
     return cast(Compilable, torch.compile(function, dynamic=False))
+
+
+def compile_in_place(module: nn.Module, device: torch.device, setting: str) -> None:
+    """The same of a module's own calls: it stays itself, with the names of its weights."""
+    _prepare_compiling(device, setting)
+    module.compile(dynamic=False)

@@ -11,48 +11,40 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderTiny
+from PIL import Image
 from torch import Tensor
 
+from diffusion2gan.device import compile_in_place, default_device
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import atomic_folder, write_bytes_atomic
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import to_uint8
 from diffusion2gan.pairs.dataset import canonical_json
 from diffusion2gan.pairs.seeds import draw_noise
-from diffusion2gan.teachers.load import load_teacher
+from diffusion2gan.teachers.folders import FAMILY_OF_CLASS, family_of, no_progress_bars
+from diffusion2gan.teachers.load import FAMILIES, LoadedTeacher, load_teacher
 from diffusion2gan.teachers.ode import OdeSolver
 from diffusion2gan.teachers.protocol import TeacherConfig
-from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher, family_of, no_progress_bars
 
 STUDENT_FILE = "diffusion2gan.json"
 FORMAT = "diffusion2gan-student-1"
 
 
-def student_scheduler(teacher_config: dict[str, Any]) -> DDIMScheduler:
-    """The scheduler with which one stock step from the last timestep returns x itself."""
-    options = {
-        "timestep_spacing": "trailing",
-        "set_alpha_to_one": True,
-        "clip_sample": False,
-        "thresholding": False,
-    }
-    return DDIMScheduler.from_config({k: v for k, v in teacher_config.items() if not k.startswith("_")} | options)
-
-
 def export_student(
-    pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline,
+    pipeline: Any,
     generator_weights: dict[str, Tensor],
     timestep: int,
     folder: Path,
     facts: dict[str, Any],
     dtype: torch.dtype,
 ) -> None:
-    """Writes a student folder: the teacher's pipeline with G's weights, a one-step scheduler, a card and `diffusion2gan.json`.
+    """Writes a student folder: the teacher's `pipeline` with G's weights, a one-step scheduler, a card and
+    `diffusion2gan.json`.
 
     `facts` go into the card (recipe, steps, pairs). Raises UserError for a timestep that no stock scheduler starts from,
     or an output folder that already holds something else.
@@ -67,24 +59,25 @@ def export_student(
     # float32 first: the weights are rounded once, to the dtype they are stored in.
     network = pipeline.unet.float()
     network.load_state_dict({k.removeprefix("network."): v for k, v in generator_weights.items()})
-    pipeline.scheduler = student_scheduler(dict(pipeline.scheduler.config))
+    kind = FAMILIES[FAMILY_OF_CLASS[type(pipeline).__name__]]
+    pipeline = kind.one_step_pipeline(pipeline)
+    usage = kind.one_step_usage.replace("{pipeline}", type(pipeline).__name__)
     with atomic_folder(folder) as target:
         _save(pipeline, target, dtype)
         write_bytes_atomic(target / STUDENT_FILE, canonical_json({"format": FORMAT, "timestep": timestep} | facts))
-        write_bytes_atomic(target / "README.md", _card(facts, dtype, type(pipeline).__name__).encode())
+        write_bytes_atomic(target / "README.md", _card(facts, dtype, usage).encode())
 
 
-def _save(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline, folder: Path, dtype: torch.dtype) -> None:
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)):
-        if part is None:
-            continue
-        # Module.to: the pipeline's own `to` warns of layers that these models do not have.
-        torch.nn.Module.to(part, dtype)
+def _save(pipeline: Any, folder: Path, dtype: torch.dtype) -> None:
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            # Module.to: the pipeline's own `to` warns of layers that these models do not have.
+            torch.nn.Module.to(part, dtype)
     with no_progress_bars():
         pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def _card(facts: dict[str, Any], dtype: torch.dtype, pipeline: str) -> str:
+def _card(facts: dict[str, Any], dtype: torch.dtype, usage: str) -> str:
     lines = "\n".join(f"- {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items())
     return f"""---
 library_name: diffusers
@@ -95,9 +88,7 @@ pipeline_tag: text-to-image
 Distilled with diffusion2gan. It draws in one network evaluation what its teacher draws in many, from the same noise.
 
 ```python
-from diffusers import {pipeline}
-pipeline = {pipeline}.from_pretrained("this folder")
-image = pipeline("red heart", num_inference_steps=1, guidance_scale=1).images[0]
+{usage}
 ```
 
 In other programs: sampler DDIM with *trailing* spacing, 1 step, guidance (CFG) 1, clip sample off. Euler samplers scale
@@ -108,31 +99,99 @@ the last layer's output is multiplied by 14.6, so bfloat16 adds visible grain.
 """
 
 
-@dataclass(frozen=True)
-class Student:
-    """A loaded student folder: text encoder and decoder of the teacher, and G."""
+OutputType = Literal["pil", "uint8", "latent"]
 
-    teacher: StableDiffusionTeacher
+
+@dataclass(frozen=True)
+class OneStepPipeline:
+    """A student, ready to draw: `OneStepPipeline.from_pretrained(folder)("red heart")[0].save("heart.png")`.
+
+    One network evaluation a picture, without guidance. A picture depends on its own prompt and seed alone, whatever else is drawn
+    with it.
+    """
+
+    teacher: LoadedTeacher
+    """Lends text encoder, decoder and schedule; its network is the student's own."""
     generator: OneStepGenerator
     facts: dict[str, Any] = field(default_factory=dict)
     """How it was made: what `export` wrote beside the weights."""
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: str = "float32", device: str = "cpu") -> Student:
-        """Loads a folder written by `export_student`. Raises UserError when it is none."""
-        path = Path(folder) / STUDENT_FILE
-        if not path.is_file():
-            raise UserError(f"{folder}: no student here (no {STUDENT_FILE}); name a folder written by `diffusion2gan export`")
-        facts = json.loads(path.read_text())
-        if facts.get("format") != FORMAT:
-            raise UserError(f"{path}: format {facts.get('format')!r}, expected {FORMAT!r}; export the student again with this version")
-        config = TeacherConfig.model_validate(
-            {"family": family_of(Path(folder)) or "stable_diffusion", "source": str(folder), "dtype": dtype}
-        )
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        dtype: str | None = None,
+        device: str | None = None,
+        *,
+        decoder: str | None = None,
+        compile: bool = False,
+        revision: str | None = None,
+    ) -> OneStepPipeline:
+        """Loads a folder or hub repository written by `export`.
+
+        dtype: of the network, by default float16 on a GPU and float32 elsewhere; the last layers compute in float32 in any case.
+        device: by default the GPU where there is one. decoder: `tiny` (or a folder or hub id of an `AutoencoderTiny`) decodes 20
+        times faster and a little worse. compile: compiles network and decoder, which takes minutes at the first call of each batch size.
+        Raises UserError for anything else than a student, and for a decoder of other latents.
+        """
+        folder = _student_folder(source, revision)
+        facts = _student_facts(folder, source)
+        device = device or default_device()
+        dtype = dtype or ("float16" if device.startswith("cuda") else "float32")
+        config = TeacherConfig.model_validate({"family": family_of(folder) or "stable_diffusion", "source": str(folder), "dtype": dtype})
         teacher = load_teacher(config, device)
-        # The folder's network is the student's own; "teacher" here lends it text encoder, decoder and schedule.
-        generator = OneStepGenerator.around(teacher.network, teacher, facts["timestep"])
-        return cls(teacher, generator.to(memory_format=torch.channels_last), facts)
+        if decoder is not None:
+            teacher.vae = _tiny_decoder(decoder, teacher)
+        generator = OneStepGenerator.around(teacher.network, teacher, facts["timestep"]).to(memory_format=torch.channels_last)
+        if compile:
+            for part in (generator.network, getattr(teacher.vae, "decoder", None)):
+                if part is not None:
+                    compile_in_place(part, teacher.device, "compile")
+        return cls(teacher, generator, facts)
+
+    @overload
+    def __call__(
+        self, prompt: str | Sequence[str], *, seed: int | Sequence[int] = ..., images_per_prompt: int = ..., batch_size: int = ...
+    ) -> list[Image.Image]: ...
+
+    @overload
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] = ...,
+        images_per_prompt: int = ...,
+        batch_size: int = ...,
+        output_type: OutputType,
+    ) -> Any: ...
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        images_per_prompt: int = 1,
+        batch_size: int = 32,
+        output_type: OutputType = "pil",
+    ) -> Any:
+        """Pictures of one or more prompts, `images_per_prompt` of each, one after the other.
+
+        seed: of the first picture, the next ones have the next numbers; or one for each picture.
+        Returns PIL images; with output_type `uint8` an array (N, h, w, 3), with `latent` a tensor (N, C, H, W) of scaled latents.
+        Raises UserError for a number of seeds that is not that of the pictures.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [p for p in prompts for _ in range(images_per_prompt)]
+        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise UserError(f"{len(seeds)} seeds for {len(prompts)} pictures; give one number, or one for each picture")
+        if not prompts:
+            raise UserError("no prompts and no pictures asked for, expected at least one of each")
+        if output_type == "latent":
+            shape, starts = self.teacher.latent_shape, range(0, len(prompts), batch_size)
+            return torch.cat([self.latents(prompts[i : i + batch_size], draw_noise(seeds[i : i + batch_size], shape)) for i in starts])
+        pictures = self.generate(prompts, seeds, batch_size)
+        return pictures if output_type == "uint8" else [Image.fromarray(p) for p in pictures]
 
     @torch.inference_mode()
     def latents(self, prompts: Sequence[str], noise: np.ndarray) -> Tensor:
@@ -143,13 +202,67 @@ class Student:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 32) -> np.ndarray:
-        """Pictures (B, h, w, 3) uint8, one for each prompt and seed; a picture depends on its own prompt and seed alone."""
+        """Pictures (B, h, w, 3) uint8, one for each prompt and seed."""
         parts = []
         for start in range(0, len(prompts), batch_size):
             stop = start + batch_size
             x = self.latents(prompts[start:stop], draw_noise(seeds[start:stop], self.teacher.latent_shape))
             parts.append(to_uint8(self.teacher.decode(x)))
         return np.concatenate(parts)
+
+
+def _student_folder(source: str | Path, revision: str | None) -> Path:
+    """The folder itself, or for a hub id the one in the hub's cache."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    # Of a repository that also holds a single file or a LoRA, the folder alone.
+    wanted = [STUDENT_FILE, "model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{source}: no such folder, and not found on the hub ({reason}); name a student's folder or hub id") from None
+
+
+def _student_facts(folder: Path, source: str | Path) -> dict[str, Any]:
+    path = folder / STUDENT_FILE
+    if not path.is_file():
+        raise UserError(f"{source}: no student here (no {STUDENT_FILE}); name a folder written by `diffusion2gan export`")
+    try:
+        facts = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON; export the student again") from None
+    if facts.get("format") != FORMAT:
+        raise UserError(f"{path}: format {facts.get('format')!r}, expected {FORMAT!r}; export the student again with this version")
+    return facts
+
+
+# Small decoders of the families' latent spaces, by their hub ids.
+_TINY_DECODERS = {"stable_diffusion": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}
+
+
+def _tiny_decoder(source: str, teacher: LoadedTeacher) -> AutoencoderTiny:
+    """An `AutoencoderTiny` of the teacher's latent space. Raises UserError when there is none, or it is of another space."""
+    name = _TINY_DECODERS.get(teacher.family, "") if source == "tiny" else source
+    if not name or teacher.vae is None:
+        raise UserError(f"decoder {source!r}: a {teacher.family} student has no tiny decoder; leave it out")
+    try:
+        with no_progress_bars():
+            tiny = AutoencoderTiny.from_pretrained(name, torch_dtype=teacher.dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"decoder {source!r}: {name} is no AutoencoderTiny ({' '.join(str(error).split())[:100]}); name a folder or hub id"
+        ) from None
+    for what, ours, theirs in (
+        ("latent channels", teacher.vae.config.latent_channels, tiny.config.latent_channels),
+        ("pixels a latent", 2 ** (len(teacher.vae.config.block_out_channels) - 1), 2 ** (len(tiny.config.decoder_block_out_channels) - 1)),
+    ):
+        if ours != theirs:
+            raise UserError(f"decoder {source!r}: has {theirs} {what}, expected {ours}, the student's; name one of its latent space")
+    return tiny.to(teacher.device).requires_grad_(False).eval()
 
 
 @torch.inference_mode()

@@ -18,12 +18,13 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.files import disk_errors, sweep_temporaries, write_bytes_atomic
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.pairs.dataset import PairDataset, canonical_json
+from diffusion2gan.pairs.measure_solver import measure_recipe
 from diffusion2gan.pairs.prompts import prompts_digest, read_prompts
 from diffusion2gan.pairs.simulate import simulate, store_settings
-from diffusion2gan.pipeline import Student, export_student
+from diffusion2gan.pipeline import OneStepPipeline, export_student
 from diffusion2gan.recipe import Recipe, check_pairs, check_same_experiment, dump_recipe, load_recipe
+from diffusion2gan.teachers.folders import load_pipeline, stored_weights, weights_digest
 from diffusion2gan.teachers.load import load_teacher, teacher_folder
-from diffusion2gan.teachers.stable_diffusion import load_pipeline, stored_weights, weights_digest
 from diffusion2gan.training.distance import Distance, build_distance
 from diffusion2gan.training.state import checkpoint_path, checkpoint_step, checkpoints, load_state
 from diffusion2gan.training.trainer import Trainer
@@ -34,6 +35,11 @@ def simulate_recipe(recipe: Recipe, store: Path, progress: bool = True, smaller:
     """Fills a pair store for `recipe`, with as many workers as torchrun started; `smaller` as `simulate` has it."""
     worker = Worker.from_environment()
     return simulate(load_teacher(recipe.teacher, default_device()), recipe.pairs, store, worker, progress, smaller)
+
+
+def measure_solver_recipe(recipe: Recipe, out: Path, count: int) -> str:
+    """Measures solvers for `recipe` into the folder `out`; returns the table."""
+    return measure_recipe(load_teacher(recipe.teacher, default_device()), recipe.pairs, out, count)
 
 
 def open_run(recipe: Recipe, folder: Path) -> None:
@@ -134,7 +140,7 @@ def generator_weights(start: Path, recipe: Recipe) -> dict[str, Tensor]:
                 )
         weights = load_state(at).ema
     else:
-        student = Student.from_pretrained(start)
+        student = OneStepPipeline.from_pretrained(start, "float32", "cpu")
         timestep, teacher_weights = student.generator.timestep, student.facts.get("teacher_weights")
         weights = student.generator.state_dict()
     ours = stored_weights(recipe.teacher, teacher_folder(recipe.teacher))
@@ -178,7 +184,7 @@ def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance, start_we
 def _prompts_digest(recipe: Recipe, pairs: PairDataset) -> str:
     """Of the recipe's prompts; a store that was moved to a machine without the prompt file vouches for itself."""
     source = recipe.pairs.prompts.source
-    if source != "embedded" and not Path(source).exists():
+    if source not in ("embedded", "empty") and not Path(source).exists():
         return pairs.manifest["prompts_sha256"]
     return prompts_digest(read_prompts(recipe.pairs.prompts, recipe.pairs.count, recipe.pairs.seed))
 

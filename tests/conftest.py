@@ -17,7 +17,17 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusion2gan.pairs.simulate import PairsConfig, simulate
@@ -92,6 +102,22 @@ def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiff
         vae=_tiny_vae(), text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=_tiny_scheduler(prediction_type),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
+
+
+def tiny_pixel_unet(classes: int | None = None, seed: int = 0, **changes: Any) -> UNet2DModel:
+    """A diffusion model of 8 x 8 pixels, two resolutions."""
+    torch.manual_seed(seed)
+    return UNet2DModel(
+        **{
+            "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "num_class_embeds": classes,
+        } | changes
+    )  # fmt: skip
+
+
+def tiny_pixel_pipeline(edm: bool = False, sigma_data: float = 0.5, clip: bool = False) -> DDPMPipeline:
+    """Its pipeline: with DDPM's schedule, or with EDM's preconditioning."""
+    return DDPMPipeline(tiny_pixel_unet(), EDMEulerScheduler(sigma_data=sigma_data) if edm else DDPMScheduler(clip_sample=clip))
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from diffusion2gan.errors import UserError
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.pairs.seeds import draw_noise
-from diffusion2gan.pipeline import STUDENT_FILE, Student, export_student
+from diffusion2gan.pipeline import STUDENT_FILE, OneStepPipeline, export_student
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from tests.conftest import tiny_pipeline
 from tests.helpers import tree_digest
@@ -107,14 +107,14 @@ def test_stock_pipeline_gives_the_same_latents(tmp_path: Path, dtype: str, limit
     stock = pipeline(
         PROMPTS, num_inference_steps=1, guidance_scale=1, latents=torch.from_numpy(noise).to(getattr(torch, dtype)), output_type="latent"
     ).images
-    ours = Student.from_pretrained(student_folder, dtype).latents(PROMPTS, noise)
+    ours = OneStepPipeline.from_pretrained(student_folder, dtype).latents(PROMPTS, noise)
     assert (ours - stock).abs().max().item() < limit
     # A random network's v is small; its epsilon is divided by sqrt(abar).
     assert ours.std() > (0.1 if prediction_type == "epsilon" else 0.01)
 
 
 def test_a_picture_depends_on_its_own_seed_and_prompt_alone(student_folder: Path) -> None:
-    student = Student.from_pretrained(student_folder)
+    student = OneStepPipeline.from_pretrained(student_folder)
     together = student.generate(["red", "cat", "sun"], [3, 4, 5], batch_size=2)
     np.testing.assert_array_equal(together[1], student.generate(["cat"], [4])[0])
 
@@ -129,7 +129,7 @@ def test_export_refusals(tmp_path: Path) -> None:
         export_student(tiny_pipeline(), weights, 999, tmp_path / "mine", {}, torch.float32)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "keep me"
     with pytest.raises(UserError, match="no student here"):
-        Student.from_pretrained(tmp_path / "mine")
+        OneStepPipeline.from_pretrained(tmp_path / "mine")
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
@@ -168,7 +168,7 @@ def test_an_interrupted_export_leaves_the_old_student(failing: int, student_fold
 
 
 def test_pictures_of_a_damaged_network_are_none(student_folder: Path) -> None:
-    student = Student.from_pretrained(student_folder)
+    student = OneStepPipeline.from_pretrained(student_folder)
     with torch.no_grad():
         student.generator.network.conv_out.bias.fill_(float("nan"))
     with pytest.raises(UserError, match="NaN or infinite"):

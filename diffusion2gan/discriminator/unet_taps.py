@@ -107,6 +107,7 @@ class UNetTaps:
         if self._read is not None:
             self._read[block, "joined"] = arguments[0]
 
-    def _read_exit(self, block: int, _module: nn.Module, _arguments: Any, output: Tensor) -> None:
+    def _read_exit(self, block: int, _module: nn.Module, _arguments: Any, output: Any) -> None:
         if self._read is not None:
-            self._read[block, "joined"] = output
+            # The blocks with a skip path in pixels return both.
+            self._read[block, "joined"] = output[0] if isinstance(output, tuple) else output

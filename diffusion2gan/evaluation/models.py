@@ -23,11 +23,11 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.datasets import PictureFolder
 from diffusion2gan.images import to_uint8
 from diffusion2gan.pairs.seeds import draw_noise
-from diffusion2gan.pipeline import STUDENT_FILE, Student, teacher_pictures
+from diffusion2gan.pipeline import STUDENT_FILE, OneStepPipeline, teacher_pictures
+from diffusion2gan.teachers.folders import family_of, weights_digest
 from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.protocol import TeacherConfig
-from diffusion2gan.teachers.stable_diffusion import family_of, weights_digest
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,19 @@ class Model:
 # --- Ours -----------------------------------------------------------------------------------------------------------
 def student_model(folder: Path, name: str, dtype: str, device: str, batch_size: int) -> Model:
     """A folder written by `export`."""
-    student = Student.from_pretrained(folder, dtype, device)
-    # Whatever the network's precision: half of one makes bands, and SDXL's overflows.
-    nn.Module.to(student.teacher.vae, torch.promote_types(student.teacher.vae.dtype, torch.float32))
+    student = OneStepPipeline.from_pretrained(folder, dtype, device)
+    student.teacher.decoder_in_float32()
     identity = {
         "subject": f"student {weights_digest(student.generator)[:16]}",
-        "decoder": weights_digest(student.teacher.vae)[:16],
+        "decoder": _short(student.teacher.decoder_digest()),
         "dtype": dtype,
     }
     lent, facts = student.teacher, student.facts
-    modules = {"text": lent.text_encoder, "network": student.generator.network, "decoder": lent.vae.decoder}
-    return Model(name, identity, lambda p, s: student.generate(p, s, batch_size), None, (), facts, lent.latent_shape, modules)
+    return Model(name, identity, lambda p, s: student.generate(p, s, batch_size), None, (), facts, lent.latent_shape, lent.timed_modules())
+
+
+def _short(digest: str | None) -> str | None:
+    return None if digest is None else digest[:16]
 
 
 def _family(source: str) -> str:
@@ -82,16 +84,16 @@ def teacher_model(source: str, name: str, ode: SolverConfig, dtype: str, device:
     """A teacher with its ODE solver, as its pairs are made."""
     config = TeacherConfig.model_validate({"family": _family(source), "source": source, "dtype": dtype})
     teacher = load_teacher(config, device)
-    nn.Module.to(teacher.vae, torch.promote_types(teacher.vae.dtype, torch.float32))
+    teacher.decoder_in_float32()
     solver = OdeSolver(teacher, ode, batch_size)
     known = teacher.identity()
     identity = {
         "subject": f"teacher {known['weights'][:16]}",
         "ode": ode.model_dump(),
-        "decoder": weights_digest(teacher.vae)[:16],
+        "decoder": _short(teacher.decoder_digest()),
         "dtype": dtype,
     }
-    modules = {"text": teacher.text_encoder, "network": solver.network or teacher.network, "decoder": teacher.vae.decoder}
+    modules = teacher.timed_modules() | ({} if solver.network is None else {"network": solver.network})
     facts = {"ode": ode.model_dump(), "weights": known["weights"]}
     return Model(name, identity, lambda p, s: teacher_pictures(solver, p, s), None, (), facts, teacher.latent_shape, modules)
 

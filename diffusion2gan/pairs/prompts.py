@@ -17,7 +17,7 @@ class PromptsConfig(Section):
     """Where prompts come from."""
 
     source: str = "embedded"
-    """`embedded`, or a file: .txt (one a line), .jsonl or .parquet."""
+    """`embedded`, a file (.txt, one a line; .jsonl; .parquet), or `empty`: the empty prompt, for teachers that read none."""
     column: str = "prompt"
     """Column of a .jsonl or .parquet file."""
 
@@ -28,9 +28,11 @@ def read_prompts(config: PromptsConfig, count: int, seed: int) -> list[str]:
         from diffusion2gan.evaluation.emoji10k import store_prompts
 
         return store_prompts(count, seed)
+    if config.source == "empty":
+        return [""] * count
     path = Path(config.source)
     if not path.is_file():
-        raise UserError(f"pairs.prompts.source: {path} is not a file; name a .txt, .jsonl or .parquet file, or `embedded`")
+        raise UserError(f"pairs.prompts.source: {path} is not a file; name a .txt, .jsonl or .parquet file, `embedded` or `empty`")
     lines = {".txt": _text, ".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix)
     if lines is None:
         raise UserError(f"pairs.prompts.source: {path} ends in {path.suffix!r}, expected .txt, .jsonl or .parquet")
@@ -40,7 +42,7 @@ def read_prompts(config: PromptsConfig, count: int, seed: int) -> list[str]:
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise UserError(
-                f"{path}, line {number}: empty prompt; delete the line (an unconditional sample must be asked for by its own recipe)"
+                f"{path}, line {number}: empty prompt; delete the line (`pairs.prompts.source: empty` is for teachers that read none)"
             )
         if not prompt.isascii() and any("\ud800" <= c <= "\udfff" for c in prompt):
             raise UserError(f"{path}, line {number}: half of a surrogate pair in the prompt; mend the text")

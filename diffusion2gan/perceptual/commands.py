@@ -28,10 +28,10 @@ from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.perceptual.reconstruct import distances_of_figure_3, run_experiment
 from diffusion2gan.perceptual.train import train_classifier
 from diffusion2gan.report import markdown_table
+from diffusion2gan.teachers.folders import weights_digest
 from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.protocol import TeacherConfig
-from diffusion2gan.teachers.stable_diffusion import weights_digest
 
 # "Three poolings removed" is read in two ways: as by the released checkpoints, and as by the only public training code.
 READINGS: dict[str, dict[str, Any]] = {
@@ -52,7 +52,10 @@ class Autoencoder:
 
 
 def open_autoencoder(source: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Autoencoder:
-    """A diffusers `AutoencoderKL` from a folder or hub id, or from the `vae` part of a pipeline. Raises UserError when it is none."""
+    """A diffusers `AutoencoderKL` from a folder or hub id, or from the `vae` part of a pipeline; `pixels`: none, latents are pixels in
+    [-1, 1]. Raises UserError when it is something else."""
+    if source == "pixels":
+        return Autoencoder(lambda x: x.to(device), lambda x: x, LatentSpace(1.0, 0.0), 3, source)
     for options in ({}, {"subfolder": "vae"}):
         try:
             vae = AutoencoderKL.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **options)
@@ -168,8 +171,6 @@ def score_command(metric_source: str, vae: str, bapps: Path, resolution: int = 6
 
 
 def _encoder_of(metric: LatentLPIPS, vae: str, device: torch.device) -> Encode:
-    if vae == "pixels":
-        return lambda x: x.to(device)
     encoder = open_autoencoder(vae, device)
     _check_channels(encoder, metric, vae)
     return encoder.encode

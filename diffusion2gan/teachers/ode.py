@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -26,16 +26,20 @@ from diffusion2gan.teachers.protocol import Teacher, TextCondition
 from diffusion2gan.teachers.reuse import remembered_text, shared_prefix
 
 SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "ddim": (DDIMScheduler, {"clip_sample": False}),
-    "dpmpp": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"}),
-    "unipc": (UniPCMultistepScheduler, {"final_sigmas_type": "zero"}),
+    "ddim": (DDIMScheduler, {}),
+    "dpmpp": (
+        DPMSolverMultistepScheduler,
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero", "use_karras_sigmas": False},
+    ),
+    "unipc": (UniPCMultistepScheduler, {"final_sigmas_type": "zero", "use_karras_sigmas": False}),
+    "heun": (HeunDiscreteScheduler, {}),
 }
 
 
 class SolverConfig(Section):
-    """How x is computed from z. The paper: DDIM, 50 steps, guidance 3 or 8."""
+    """How x is computed from z. The paper: DDIM, 50 steps, guidance 3 or 8; EDM teachers: Heun, 18 steps, linspace spacing, guidance 1."""
 
-    solver: Literal["ddim", "dpmpp", "unipc"] = "ddim"
+    solver: Literal["ddim", "dpmpp", "unipc", "heun"] = "ddim"
     steps: int = Field(50, ge=1, le=1000)
     spacing: Literal["leading", "trailing", "linspace"] = "leading"
     guidance: float = Field(3.0, ge=1.0)
@@ -62,14 +66,15 @@ def solve_ode(
     teacher: Teacher,
     noise: Tensor,
     condition: TextCondition,
-    negative: TextCondition,
+    negative: TextCondition | None,
     config: SolverConfig,
     network: nn.Module | None = None,
     reuse: bool = True,
 ) -> Tensor:
     """Integrates from z to x.
 
-    noise: (B, C, H, W), unit variance. condition: c, B rows. negative: the empty prompt's condition, 1 or B rows.
+    noise: (B, C, H, W), unit variance. condition: c, B rows. negative: the empty prompt's condition, 1 or B rows;
+    None without guidance.
     network: the teacher's in another precision, or compiled. reuse: compute once what the steps and both guidance branches
     share; a compiled network has to be called as it is.
     Returns x (B, C, H, W), scaled latents in noise's dtype (float32 or float64).
@@ -77,6 +82,7 @@ def solve_ode(
     guided = config.guidance > 1
     with torch.inference_mode(), ExitStack() as stack:
         if guided:
+            assert negative is not None
             condition = TextCondition.cat(negative.expand(len(noise)) if len(negative) == 1 else negative, condition)
         network = teacher.network if network is None else network
         if reuse:
@@ -108,7 +114,8 @@ def _integrate(teacher: Teacher, network: nn.Module, noise: Tensor, condition: T
 
 def evaluations_per_pair(config: SolverConfig) -> int:
     """Network evaluations that one pair costs (guidance counts twice)."""
-    return config.steps * (2 if config.guidance > 1 else 1)
+    steps = 2 * config.steps - 1 if config.solver == "heun" else config.steps
+    return steps * (2 if config.guidance > 1 else 1)
 
 
 class OdeSolver:
@@ -129,7 +136,7 @@ class OdeSolver:
         negative_prompt: str = "",
     ):
         self.teacher, self.config, self.batch_size, self.compiled = teacher, config, batch_size, compiled
-        self.negative = teacher.encode_negative(negative_prompt)
+        self.negative = teacher.encode_negative(negative_prompt) if config.guidance > 1 else None
         teacher.network.to(memory_format=torch.channels_last)
         self.network: nn.Module | None = None
         dtype = teacher.dtype if precision is None else getattr(torch, precision)

@@ -20,7 +20,7 @@ PredictionType = Literal["epsilon", "v_prediction"]
 class TeacherConfig(Section):
     """Which pretrained model is the teacher."""
 
-    family: Literal["stable_diffusion", "sdxl"] = "stable_diffusion"
+    family: Literal["stable_diffusion", "sdxl", "pixel"] = "stable_diffusion"
     source: str = "embedded"
     """`embedded`, a diffusers folder, or a hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`."""
     revision: str | None = None

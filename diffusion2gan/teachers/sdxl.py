@@ -9,8 +9,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
+from diffusion2gan.teachers.folders import token_ids, tokenizer_digest
 from diffusion2gan.teachers.protocol import TextCondition
-from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher, token_ids, tokenizer_digest
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 
 
 class SDXLTeacher(StableDiffusionTeacher):

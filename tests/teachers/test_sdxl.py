@@ -13,7 +13,7 @@ from diffusers import StableDiffusionXLPipeline
 from diffusion2gan.errors import UserError
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.pairs.seeds import draw_noise
-from diffusion2gan.pipeline import Student
+from diffusion2gan.pipeline import OneStepPipeline
 from diffusion2gan.recipe import parse_recipe
 from diffusion2gan.run import export_run, simulate_recipe, train_recipe
 from diffusion2gan.run_log import read_scalars
@@ -108,7 +108,7 @@ def test_every_stage(tmp_path: Path, prompts_file: Path) -> None:
     assert any("r1" in row for row in read_scalars(tmp_path / "run" / "metrics.jsonl"))
     export_run(tmp_path / "run", tmp_path / "student", "float32")
     assert "StableDiffusionXLPipeline.from_pretrained" in (tmp_path / "student" / "README.md").read_text()
-    student = Student.from_pretrained(tmp_path / "student", "float64")
+    student = OneStepPipeline.from_pretrained(tmp_path / "student", "float64")
     noise = draw_noise([1, 2, 3], (4, 8, 8))
     ours = student.latents(PROMPTS, noise)
     stock = StableDiffusionXLPipeline.from_pretrained(tmp_path / "student").to(torch.float64)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.pipeline import Student
+from diffusion2gan.pipeline import OneStepPipeline
 from diffusion2gan.recipe import Recipe, parse_recipe
 from diffusion2gan.run import export_run, generator_weights, simulate_recipe, train_recipe
 from diffusion2gan.training.state import checkpoint_path, checkpoints, load_state
@@ -64,7 +64,7 @@ def test_phase_2_starts_from(of: str, phase_1: dict[str, Path], tmp_path: Path, 
     facts = json.loads((phase_1["student"] / "diffusion2gan.json").read_text())
     assert "lambda_GAN" not in facts
     export_run(tmp_path / "run", tmp_path / "student", "float32")
-    facts = Student.from_pretrained(tmp_path / "student").facts
+    facts = OneStepPipeline.from_pretrained(tmp_path / "student").facts
     assert facts["lambda_GAN"] == 0.5
     assert facts["adversarial_steps"] == 4
     assert facts["discriminator"] == {"kind": "diffusion", "noise": True, "multi_scale": True}
@@ -183,7 +183,7 @@ def test_what_was_refused_can_be_mended_in_the_same_folder(
 def test_export_of_an_earlier_step(phase_1: dict[str, Path], tmp_path: Path) -> None:
     export_run(phase_1["run"], tmp_path / "early", "float32", step=3)
     early = load_state(checkpoint_path(phase_1["run"] / "checkpoints", 3)).ema
-    found = Student.from_pretrained(tmp_path / "early").generator.state_dict()
+    found = OneStepPipeline.from_pretrained(tmp_path / "early").generator.state_dict()
     assert all(torch.equal(v, found[k]) for k, v in early.items())
     with pytest.raises(UserError, match="no checkpoint of step 4; there are 3, 6"):
         export_run(phase_1["run"], tmp_path / "none", step=4)

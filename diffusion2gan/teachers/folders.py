@@ -1,0 +1,222 @@
+"""What the adapters over diffusers folders share: finding, loading, naming them, and writing a one-step one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import diffusers
+import torch
+import transformers
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.teachers.protocol import PredictionType, TeacherConfig, TextCondition
+
+# What a family's folders are opened with, by `teacher.family`.
+PIPELINES: dict[str, Any] = {"stable_diffusion": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline, "pixel": DDPMPipeline}
+# The pipeline that model_index.json names -> the family.
+FAMILY_OF_CLASS = {kind.__name__: family for family, kind in PIPELINES.items()} | {DDIMPipeline.__name__: "pixel"}
+
+
+def weights_digest(*modules: nn.Module) -> str:
+    """sha256 over names, dtypes and bytes of all tensors: the same weights give the same digest wherever they lie."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            # Flattened in logical order: channels-last weights give the same digest.
+            digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: CLIPTokenizer) -> str:
+    """Of the vocabulary, and of how a sentence is cut."""
+    vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer("a red heart, number 7", truncation=True).input_ids])
+    return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+
+
+def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
+    """(B, L), padded and cut to the tokenizer's length as the stock pipelines do."""
+    return tokenizer(
+        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def _files_digest(folder: Path, variant: str | None) -> str:
+    """sha256 over the weight files of network and text encoders: of what is stored, whatever precision it is loaded in."""
+    digest = hashlib.sha256()
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        files = sorted((folder / part).glob("*.safetensors"))
+        of_variant = [p for p in files if (f".{variant}" in p.name if variant else p.name.count(".") == 1)]
+        for path in of_variant or files:
+            with open(path, "rb") as file:
+                digest.update(f"{part}/{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _local_folder(config: TeacherConfig, folder: str | Path) -> Path:
+    """The folder itself, or for a hub id the one in the hub's cache."""
+    if Path(folder).is_dir():
+        return Path(folder)
+    pipeline = PIPELINES[config.family]
+    return Path(pipeline.download(str(folder), revision=config.revision, variant=config.variant, use_safetensors=True))
+
+
+def family_of(folder: Path) -> str | None:
+    """The family of a diffusers folder by its model_index.json; None for another kind of folder."""
+    path = folder / "model_index.json"
+    name = json.loads(path.read_text()).get("_class_name") if path.is_file() else None
+    return FAMILY_OF_CLASS.get(name)
+
+
+def stored_weights(config: TeacherConfig, folder: str | Path) -> str:
+    """The `weights` of a teacher's identity, without loading it."""
+    return _files_digest(_local_folder(config, folder), config.variant)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """diffusers and transformers draw a bar for every part they load or write; they are switched off here and on again."""
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    active = [logger.is_progress_bar_enabled() for logger in loggers]
+    for logger in loggers:
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, was_active in zip(loggers, active, strict=True):
+            if was_active:
+                logger.enable_progress_bar()
+
+
+def load_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dtype) -> Any:
+    """A stock pipeline of `config.family` from a folder or hub id, safetensors only, without safety checker.
+
+    Raises UserError when it isn't one, or of another family.
+    """
+    unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    try:
+        local = _local_folder(config, folder)
+        found = family_of(local)
+        if found not in (None, config.family):
+            raise UserError(f"teacher.family is {config.family}, but {folder} is of family {found}; set teacher.family={found}")
+        with no_progress_bars():
+            return PIPELINES[config.family].from_pretrained(
+                local, variant=config.variant, dtype=dtype, use_safetensors=True, **(unused if config.family == "stable_diffusion" else {})
+            )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"teacher.source: {folder} is not a diffusers folder or hub id of family {config.family} ({reason}); name one that has model_index.json"
+        ) from None
+
+
+def student_scheduler(teacher_config: dict[str, Any]) -> DDIMScheduler:
+    """The scheduler with which one stock step from the last timestep returns x itself."""
+    options = {
+        "timestep_spacing": "trailing",
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+        "thresholding": False,
+    }
+    return DDIMScheduler.from_config({k: v for k, v in teacher_config.items() if not k.startswith("_")} | options)
+
+
+class DiffusersTeacher:
+    """The parts of `Teacher` that do not depend on the family. A subclass sets the attributes below before `_take_schedule`."""
+
+    family: ClassVar[str]
+    one_step_usage: ClassVar[str]
+    """How a stock pipeline draws a picture with a student of this family: Python, for its card."""
+    network: Any
+    latent_shape: tuple[int, int, int]
+    prediction_type: PredictionType
+    alphas_cumprod: Tensor
+    scheduler_config: dict[str, Any]
+    text_encoder: nn.Module | None = None
+    vae: Any = None
+    """The autoencoder whose half `decode` evaluates; None where latents are pixels."""
+
+    def _take_schedule(self, scheduler_config: dict[str, Any]) -> None:
+        schedule = DDIMScheduler.from_config(scheduler_config)
+        if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(
+                f"the teacher predicts {schedule.config.prediction_type!r}, expected epsilon or v_prediction; choose another teacher"
+            )
+        self.scheduler_config = dict(schedule.config)
+        self.alphas_cumprod = schedule.alphas_cumprod
+        self.prediction_type = schedule.config.prediction_type
+        self._weights: str | None = None
+        self.source = "memory"
+
+    @classmethod
+    def from_pretrained(cls, config: TeacherConfig, folder: str | Path, device: str | torch.device = "cpu") -> Self:
+        """Loads a diffusers folder or hub repository (safetensors only). Raises UserError when it isn't one."""
+        teacher = cls.from_pipeline(load_pipeline(config, folder, getattr(torch, config.dtype)).to(device))
+        local = _local_folder(config, folder)
+        teacher._weights = _files_digest(local, config.variant)
+        # A path says nothing elsewhere; the digest does.
+        teacher.source = (
+            "embedded" if config.source == "embedded" else "folder" if Path(folder).is_dir() else f"{config.source}@{local.name}"
+        )
+        return teacher
+
+    @classmethod
+    def from_pipeline(cls, pipeline: Any) -> Self:
+        """Wraps the parts of a pipeline; they are shared, not copied, and frozen."""
+        raise NotImplementedError
+
+    @classmethod
+    def one_step_pipeline(cls, pipeline: Any) -> Any:
+        """`pipeline` with a scheduler, and of a class, whose one step from the last timestep is G's x."""
+        pipeline.scheduler = student_scheduler(dict(pipeline.scheduler.config))
+        return pipeline
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.network.parameters()).dtype
+
+    def _text_encoders(self) -> list[nn.Module]:
+        return [] if self.text_encoder is None else [self.text_encoder]
+
+    def identity(self) -> dict[str, Any]:
+        schedule = self.scheduler_config
+        return {
+            "family": self.family,
+            "source": self.source,
+            "weights": self._weights or weights_digest(self.network, *self._text_encoders()),
+            "schedule": hashlib.sha256(self.alphas_cumprod.float().numpy().tobytes()).hexdigest()[:16],
+            "steps_offset": schedule.get("steps_offset", 0),
+            "set_alpha_to_one": schedule.get("set_alpha_to_one", True),
+            "prediction_type": self.prediction_type,
+        }
+
+    def decoder_in_float32(self) -> None:
+        """Decodes in float32 or better from now on: half precision makes bands, and SDXL's decoder overflows."""
+        if self.vae is not None:
+            nn.Module.to(self.vae, torch.promote_types(self.vae.dtype, torch.float32))
+
+    def decoder_digest(self) -> str | None:
+        """Of the autoencoder's weights: pictures depend on them, latents do not."""
+        return None if self.vae is None else weights_digest(self.vae)
+
+    def timed_modules(self) -> dict[str, nn.Module]:
+        """`text`, `network` and `decoder`, as far as there are any: the parts of one evaluation."""
+        parts = {"text": self.text_encoder, "network": self.network, "decoder": getattr(self.vae, "decoder", None)}
+        return {name: module for name, module in parts.items() if module is not None}
+
+    def encode_prompts(self, prompts: Sequence[str]) -> TextCondition:
+        """Prompts -> c."""
+        raise NotImplementedError

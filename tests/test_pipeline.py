@@ -1,0 +1,117 @@
+"""OneStepPipeline, as its users call it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from PIL import Image
+
+from diffusion2gan import OneStepPipeline, UserError
+from diffusion2gan.pairs.seeds import draw_noise
+from diffusion2gan.pipeline import export_student
+from tests.conftest import tiny_pipeline, tiny_pixel_pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipeline = tiny_pipeline()
+    torch.manual_seed(3)
+    weights = {f"network.{k}": v + 0.02 * torch.randn_like(v) for k, v in pipeline.unet.state_dict().items()}
+    target = tmp_path_factory.mktemp("students") / "student"
+    export_student(pipeline, weights, 999, target, {"recipe": "tiny"}, torch.float32)
+    return target
+
+
+def _tiny_decoder(path: Path, levels: int = 2, channels: int = 4) -> Path:
+    AutoencoderTiny(
+        latent_channels=channels, encoder_block_out_channels=(8,) * levels, decoder_block_out_channels=(8,) * levels,
+        num_encoder_blocks=(1,) * levels, num_decoder_blocks=(1,) * levels,
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
+def test_one_prompt_is_enough(folder: Path) -> None:
+    pipeline = OneStepPipeline.from_pretrained(folder)
+    (picture,) = pipeline("red heart")
+    assert isinstance(picture, Image.Image)
+    assert picture.size == (16, 16)
+    np.testing.assert_array_equal(np.asarray(picture), pipeline.generate(["red heart"], [0])[0])
+
+
+def test_several_prompts_pictures_and_seeds(folder: Path) -> None:
+    pipeline = OneStepPipeline.from_pretrained(folder)
+    pictures = pipeline(["red heart", "cat"], images_per_prompt=2, seed=5, output_type="uint8", batch_size=3)
+    assert pictures.shape == (4, 16, 16, 3)
+    np.testing.assert_array_equal(pictures, pipeline.generate(["red heart", "red heart", "cat", "cat"], [5, 6, 7, 8]))
+    chosen = pipeline(["red heart", "cat"], seed=[8, 8], output_type="uint8")
+    np.testing.assert_array_equal(chosen[1], pictures[3])
+    latents = pipeline(["red heart", "cat"], seed=[5, 8], output_type="latent", batch_size=1)
+    expected = pipeline.latents(["red heart", "cat"], draw_noise([5, 8], (4, 8, 8)))
+    torch.testing.assert_close(latents, expected, atol=1e-4, rtol=0)
+
+
+def test_what_cannot_be_drawn(folder: Path) -> None:
+    pipeline = OneStepPipeline.from_pretrained(folder)
+    with pytest.raises(UserError, match=r"3 seeds for 2 pictures; give one number, or one for each picture"):
+        pipeline(["red", "cat"], seed=[1, 2, 3])
+    for prompts, count in (([], 1), (["cat"], 0)):
+        with pytest.raises(UserError, match="no prompts and no pictures"):
+            pipeline(prompts, images_per_prompt=count)
+
+
+def test_sources_that_are_no_student(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"somebody/nothing: no such folder, and not found on the hub \(.*\); name a student's folder or hub id"):
+        OneStepPipeline.from_pretrained("somebody/nothing")
+    with pytest.raises(UserError, match="not found on the hub"):
+        OneStepPipeline.from_pretrained("three/parts/long")
+    tiny_pipeline().save_pretrained(tmp_path / "teacher")
+    with pytest.raises(UserError, match=r"teacher: no student here \(no diffusion2gan.json\)"):
+        OneStepPipeline.from_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher" / "diffusion2gan.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        OneStepPipeline.from_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher" / "diffusion2gan.json").write_text('{"format": "diffusion2gan-student-9"}')
+    with pytest.raises(UserError, match="format 'diffusion2gan-student-9', expected 'diffusion2gan-student-1'"):
+        OneStepPipeline.from_pretrained(tmp_path / "teacher")
+
+
+def test_a_tiny_decoder_draws(folder: Path, tmp_path: Path) -> None:
+    decoder = _tiny_decoder(tmp_path / "decoder")
+    pipeline = OneStepPipeline.from_pretrained(folder, decoder=str(decoder))
+    x = pipeline("cat", output_type="latent")
+    by_hand = AutoencoderTiny.from_pretrained(decoder).decode(x).sample
+    pictures = pipeline("cat", output_type="uint8")
+    expected = ((by_hand / 2 + 0.5).clamp(0, 1) * 255).round().detach().permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(pictures.astype(float), expected, atol=1)
+    assert pictures.std() > 1
+
+
+@pytest.mark.parametrize(("levels", "channels", "said"), [(3, 4, "has 4 pixels a latent, expected 2"), (2, 8, "has 8 latent channels, expected 4")])
+def test_a_decoder_of_other_latents(levels: int, channels: int, said: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        OneStepPipeline.from_pretrained(folder, decoder=str(_tiny_decoder(tmp_path / "decoder", levels, channels)))
+
+
+def test_a_decoder_that_is_none(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"decoder 'nowhere': nowhere is no AutoencoderTiny"):
+        OneStepPipeline.from_pretrained(folder, decoder="nowhere")
+    pipeline = tiny_pixel_pipeline()
+    weights = {f"network.{k}": v for k, v in pipeline.unet.state_dict().items()}
+    export_student(pipeline, weights, 999, tmp_path / "pixel", {}, torch.float32)
+    with pytest.raises(UserError, match=r"a pixel student has no tiny decoder"):
+        OneStepPipeline.from_pretrained(tmp_path / "pixel", decoder="tiny")
+
+
+def test_compiled_pictures_are_the_same(folder: Path) -> None:
+    prompts, seeds = ["red heart", "cat"], [1, 2]
+    plain = OneStepPipeline.from_pretrained(folder)
+    compiled = OneStepPipeline.from_pretrained(folder, compile=True)
+    assert compiled.generator.state_dict().keys() == plain.generator.state_dict().keys()
+    with torch._dynamo.utils.preserve_rng_state():
+        ours = compiled.generate(prompts, seeds)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    np.testing.assert_allclose(ours.astype(float), plain.generate(prompts, seeds).astype(float), atol=1)
