@@ -63,8 +63,16 @@ def _train(a: argparse.Namespace) -> None:
 def _export(a: argparse.Namespace) -> None:
     from diffusion2gan.run import export_run
 
-    export_run(a.run, a.out, a.dtype, use_ema=not a.last, step=a.step)
-    print(f"wrote {a.out}: an ordinary diffusers folder, one step, guidance 1")
+    single = a.format == "single-file"
+    if single and a.push_to_hub:
+        raise UserError("--push-to-hub uploads a folder; export one without --format single-file")
+    export_run(a.run, a.out, a.dtype, use_ema=not a.last, step=a.step, single_file=single, results=a.results)
+    kind = "one file in the original layout, for user interfaces" if single else "an ordinary diffusers folder"
+    print(f"wrote {a.out}: {kind}; one step, guidance 1")
+    if a.push_to_hub:
+        from diffusion2gan.export import push_to_hub
+
+        print(f"uploaded to {push_to_hub(a.out, a.push_to_hub, a.private)}")
 
 
 def _student(path: str, dtype: str):  # type: ignore[no-untyped-def]
@@ -296,9 +304,14 @@ def _add_stages(commands: Commands) -> None:
     sub.add_argument("--pairs", type=Path, required=True, help="folder of the pair store")
     sub.add_argument("--out", type=Path, required=True, help="run folder")
 
-    sub = _command(commands, "export", _export, "Write a run's student as an ordinary diffusers folder")
+    text = "Write a run's student as an ordinary diffusers folder, or as one file in Stable Diffusion's original layout"
+    sub = _command(commands, "export", _export, text)
     sub.add_argument("run", type=Path)
-    sub.add_argument("out", type=Path)
+    sub.add_argument("out", type=Path, help="a folder; with --format single-file a name that ends in .safetensors")
+    sub.add_argument("--format", choices=("folder", "single-file"), default="folder")
+    sub.add_argument("--results", type=Path, default=None, metavar="FILE", help="measurements for the model card, Markdown")
+    sub.add_argument("--push-to-hub", default=None, metavar="USER/NAME", help="upload the folder to this repository of the hub")
+    sub.add_argument("--private", action="store_true", help="make that repository private")
     sub.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
     sub.add_argument("--last", action="store_true", help="the last weights instead of their average")
     sub.add_argument("--step", type=int, default=None, help="of the checkpoint after so many steps instead of the last")

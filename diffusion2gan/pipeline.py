@@ -1,9 +1,4 @@
-"""Writes the student as an ordinary diffusers folder, and draws pictures with it. No training code.
-
-The folder needs nothing of ours: `StableDiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps=1,
-guidance_scale=1)` runs G, because one DDIM step with trailing spacing and a final alpha-bar of one *is* the
-conversion from prediction to x.
-"""
+"""Draws pictures with a student, and with its teacher for comparison. No training code."""
 
 from __future__ import annotations
 
@@ -21,82 +16,16 @@ from torch import Tensor
 
 from diffusion2gan.device import compile_in_place, default_device
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import atomic_folder, write_bytes_atomic
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import to_uint8
-from diffusion2gan.pairs.dataset import canonical_json
 from diffusion2gan.pairs.seeds import draw_noise
-from diffusion2gan.teachers.folders import FAMILY_OF_CLASS, family_of, no_progress_bars
-from diffusion2gan.teachers.load import FAMILIES, LoadedTeacher, load_teacher
+from diffusion2gan.teachers.folders import family_of, no_progress_bars
+from diffusion2gan.teachers.load import LoadedTeacher, load_teacher
 from diffusion2gan.teachers.ode import OdeSolver
 from diffusion2gan.teachers.protocol import TeacherConfig
 
 STUDENT_FILE = "diffusion2gan.json"
 FORMAT = "diffusion2gan-student-1"
-
-
-def export_student(
-    pipeline: Any,
-    generator_weights: dict[str, Tensor],
-    timestep: int,
-    folder: Path,
-    facts: dict[str, Any],
-    dtype: torch.dtype,
-) -> None:
-    """Writes a student folder: the teacher's `pipeline` with G's weights, a one-step scheduler, a card and
-    `diffusion2gan.json`.
-
-    `facts` go into the card (recipe, steps, pairs). Raises UserError for a timestep that no stock scheduler starts from,
-    or an output folder that already holds something else.
-    """
-    steps = pipeline.scheduler.config.num_train_timesteps
-    if timestep != steps - 1:
-        raise UserError(
-            f"generator.timestep is {timestep}: a stock one-step scheduler starts at {steps - 1}; train with that timestep to export"
-        )
-    if folder.exists() and not (folder / STUDENT_FILE).exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: not empty and no student; choose a new folder")
-    # float32 first: the weights are rounded once, to the dtype they are stored in.
-    network = pipeline.unet.float()
-    network.load_state_dict({k.removeprefix("network."): v for k, v in generator_weights.items()})
-    kind = FAMILIES[FAMILY_OF_CLASS[type(pipeline).__name__]]
-    pipeline = kind.one_step_pipeline(pipeline)
-    usage = kind.one_step_usage.replace("{pipeline}", type(pipeline).__name__)
-    with atomic_folder(folder) as target:
-        _save(pipeline, target, dtype)
-        write_bytes_atomic(target / STUDENT_FILE, canonical_json({"format": FORMAT, "timestep": timestep} | facts))
-        write_bytes_atomic(target / "README.md", _card(facts, dtype, usage).encode())
-
-
-def _save(pipeline: Any, folder: Path, dtype: torch.dtype) -> None:
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            # Module.to: the pipeline's own `to` warns of layers that these models do not have.
-            torch.nn.Module.to(part, dtype)
-    with no_progress_bars():
-        pipeline.save_pretrained(folder, safe_serialization=True)
-
-
-def _card(facts: dict[str, Any], dtype: torch.dtype, usage: str) -> str:
-    lines = "\n".join(f"- {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items())
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
----
-# A one-step text-to-image student
-
-Distilled with diffusion2gan. It draws in one network evaluation what its teacher draws in many, from the same noise.
-
-```python
-{usage}
-```
-
-In other programs: sampler DDIM with *trailing* spacing, 1 step, guidance (CFG) 1, clip sample off. Euler samplers scale
-the starting noise and give washed-out pictures. Weights are {str(dtype).removeprefix("torch.")}; run in float32 or float16:
-the last layer's output is multiplied by 14.6, so bfloat16 adds visible grain.
-
-{lines}
-"""
 
 
 OutputType = Literal["pil", "uint8", "latent"]

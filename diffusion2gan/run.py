@@ -15,13 +15,14 @@ from diffusion2gan.config import settings_difference
 from diffusion2gan.device import default_device, warn_of_slow_bf16
 from diffusion2gan.discriminator.build import build_discriminator
 from diffusion2gan.errors import UserError
+from diffusion2gan.export import CardExtras, export_single_file, export_student, hub_licence, licence_of
 from diffusion2gan.files import disk_errors, sweep_temporaries, write_bytes_atomic
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.pairs.dataset import PairDataset, canonical_json
 from diffusion2gan.pairs.measure_solver import measure_recipe
 from diffusion2gan.pairs.prompts import prompts_digest, read_prompts
 from diffusion2gan.pairs.simulate import simulate, store_settings
-from diffusion2gan.pipeline import OneStepPipeline, export_student
+from diffusion2gan.pipeline import OneStepPipeline
 from diffusion2gan.recipe import Recipe, check_pairs, check_same_experiment, dump_recipe, load_recipe
 from diffusion2gan.teachers.folders import load_pipeline, stored_weights, weights_digest
 from diffusion2gan.teachers.load import load_teacher, teacher_folder
@@ -189,8 +190,19 @@ def _prompts_digest(recipe: Recipe, pairs: PairDataset) -> str:
     return prompts_digest(read_prompts(recipe.pairs.prompts, recipe.pairs.count, recipe.pairs.seed))
 
 
-def export_run(folder: Path, out: Path, dtype: str = "float16", use_ema: bool = True, step: int | None = None) -> None:
-    """Writes the student of a run's last checkpoint, or that of `step`, as a diffusers folder."""
+def export_run(
+    folder: Path,
+    out: Path,
+    dtype: str = "float16",
+    use_ema: bool = True,
+    step: int | None = None,
+    single_file: bool = False,
+    results: Path | None = None,
+) -> None:
+    """Writes the student of a run's last checkpoint, or that of `step`: a diffusers folder, or one file in the original layout.
+
+    `results`: a Markdown file of measurements for the card.
+    """
     if not (folder / "recipe.yaml").exists():
         raise UserError(f"{folder}: no run here (no recipe.yaml); name a folder written by `diffusion2gan train`")
     recipe = load_recipe(str(folder / "recipe.yaml"))
@@ -223,7 +235,27 @@ def export_run(folder: Path, out: Path, dtype: str = "float16", use_ema: bool = 
         **_adversarial_facts(recipe, state.step),
         "weights": "ema" if use_ema else "last",
     }
-    export_student(pipeline, state.ema if use_ema else state.model, recipe.generator.timestep, out, facts, getattr(torch, dtype))
+    student = (pipeline, state.ema if use_ema else state.model, recipe.generator.timestep, out, facts, getattr(torch, dtype))
+    if single_file:
+        export_single_file(*student)
+    else:
+        export_student(*student, _card_extras(recipe, folder, state.step, results))
+
+
+def _card_extras(recipe: Recipe, folder: Path, step: int, results: Path | None) -> CardExtras:
+    """The run's last pictures up to `step`, the measurements and the teacher's licence."""
+    pictures = sorted(p for p in (folder / "samples").glob("held-out-*.png") if int(p.stem.rpartition("-")[2]) <= step)
+    try:
+        measured = None if results is None else results.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--results {results}: cannot be read ({error}), expected a Markdown file") from None
+    source = Path(teacher_folder(recipe.teacher))
+    return CardExtras(
+        picture=pictures[-1].read_bytes() if pictures else None,
+        results=measured,
+        licence=licence_of(source) if source.is_dir() else hub_licence(recipe.teacher.source),
+        teacher="" if source.is_dir() else recipe.teacher.source,
+    )
 
 
 def _adversarial_facts(recipe: Recipe, step: int) -> dict[str, Any]:

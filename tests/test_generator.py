@@ -11,9 +11,10 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.export import export_student
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.pairs.seeds import draw_noise
-from diffusion2gan.pipeline import STUDENT_FILE, OneStepPipeline, export_student
+from diffusion2gan.pipeline import STUDENT_FILE, OneStepPipeline
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from tests.conftest import tiny_pipeline
 from tests.helpers import tree_digest

@@ -11,8 +11,8 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 from diffusion2gan import OneStepPipeline, UserError
+from diffusion2gan.export import export_student
 from diffusion2gan.pairs.seeds import draw_noise
-from diffusion2gan.pipeline import export_student
 from tests.conftest import tiny_pipeline, tiny_pixel_pipeline
 
 

@@ -1,0 +1,184 @@
+"""Writes the student as an ordinary diffusers folder, or as one file in Stable Diffusion's original layout. No training code.
+
+The folder needs nothing of ours: `StableDiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps=1,
+guidance_scale=1)` runs G, because one DDIM step with trailing spacing and a final alpha-bar of one *is* the
+conversion from prediction to x.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.files import atomic_folder, atomic_path, disk_errors, write_bytes_atomic
+from diffusion2gan.pairs.dataset import canonical_json
+from diffusion2gan.pipeline import FORMAT, STUDENT_FILE
+from diffusion2gan.single_file import original_layout
+from diffusion2gan.teachers.folders import FAMILY_OF_CLASS, no_progress_bars
+from diffusion2gan.teachers.load import FAMILIES
+
+PICTURE = "samples.png"
+
+
+@dataclass(frozen=True)
+class CardExtras:
+    """What a student's card shows beside the facts."""
+
+    picture: bytes | None = None
+    """A PNG: samples of the run, teacher beside student."""
+    results: str | None = None
+    """Markdown: what `evaluate` measured."""
+    licence: str | None = None
+    """The teacher's, an identifier of the hub; it binds the student too."""
+    teacher: str = ""
+
+
+def with_generator(pipeline: Any, generator_weights: dict[str, Tensor], timestep: int) -> Any:
+    """The teacher's `pipeline` with G's weights in float32 and a scheduler whose one step is G's x.
+
+    Raises UserError for a timestep that no stock scheduler starts from.
+    """
+    steps = pipeline.scheduler.config.num_train_timesteps
+    if timestep != steps - 1:
+        raise UserError(
+            f"generator.timestep is {timestep}: a stock one-step scheduler starts at {steps - 1}; train with that timestep to export"
+        )
+    # float32 first: the weights are rounded once, to the dtype they are stored in.
+    network = pipeline.unet.float()
+    network.load_state_dict({k.removeprefix("network."): v for k, v in generator_weights.items()})
+    return _family(pipeline).one_step_pipeline(pipeline)
+
+
+def _family(pipeline: Any) -> Any:
+    return FAMILIES[FAMILY_OF_CLASS[type(pipeline).__name__]]
+
+
+def _cast(pipeline: Any, dtype: torch.dtype) -> None:
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            # Module.to: the pipeline's own `to` warns of layers that these models do not have.
+            torch.nn.Module.to(part, dtype)
+
+
+def export_student(
+    pipeline: Any,
+    generator_weights: dict[str, Tensor],
+    timestep: int,
+    folder: Path,
+    facts: dict[str, Any],
+    dtype: torch.dtype,
+    extras: CardExtras = CardExtras(),
+) -> None:
+    """Writes a student folder: the teacher's `pipeline` with G's weights, a one-step scheduler, a card and
+    `diffusion2gan.json`.
+
+    `facts` go into the card (recipe, steps, pairs). Raises UserError as `with_generator` does, and for an output folder that already
+    holds something else.
+    """
+    if folder.exists() and not (folder / STUDENT_FILE).exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: not empty and no student; choose a new folder")
+    pipeline = with_generator(pipeline, generator_weights, timestep)
+    usage = _family(pipeline).one_step_usage.replace("{pipeline}", type(pipeline).__name__)
+    _cast(pipeline, dtype)
+    with atomic_folder(folder) as target:
+        with no_progress_bars():
+            pipeline.save_pretrained(target, safe_serialization=True)
+        write_bytes_atomic(target / STUDENT_FILE, canonical_json({"format": FORMAT, "timestep": timestep} | facts))
+        if extras.picture is not None:
+            write_bytes_atomic(target / PICTURE, extras.picture)
+        write_bytes_atomic(target / "README.md", student_card(facts, dtype, usage, extras).encode())
+
+
+def export_single_file(
+    pipeline: Any, generator_weights: dict[str, Tensor], timestep: int, path: Path, facts: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Writes one `.safetensors` file in the layout of the original Stable Diffusion checkpoints, for user interfaces; its metadata
+    holds `facts`. Raises UserError for a file that is there already, another suffix, or a family without such a layout."""
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: expected a name that ends in .safetensors")
+    if path.exists():
+        raise UserError(f"{path}: is there already; choose a new name")
+    pipeline = with_generator(pipeline, generator_weights, timestep)
+    _cast(pipeline, dtype)
+    weights = original_layout(pipeline)
+    metadata = {
+        "format": "pt",
+        "diffusion2gan": canonical_json({"format": FORMAT, "timestep": timestep} | facts).decode(),
+        "usage": "one step, DDIM with trailing (sgm_uniform) spacing, guidance (CFG) 1",
+    }
+    with disk_errors(path), atomic_path(path) as draft:
+        save_file(weights, draft, metadata)
+
+
+def push_to_hub(folder: Path, repository: str, private: bool) -> str:
+    """Uploads a student folder to a model repository of the hub, which is made if there is none; returns its address.
+
+    Raises UserError when the hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        address = str(api.create_repo(repository, private=private, exist_ok=True))
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="A one-step student of diffusion2gan")
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(
+            f"--push-to-hub {repository}: {reason}; the student is whole in {folder}: log in (`hf auth login`) and export again"
+        ) from None
+    return address
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that a model folder's own card declares, as the hub writes it."""
+    card = folder / "README.md"
+    text = card.read_text(errors="replace") if card.is_file() else ""
+    if not text.startswith("---"):
+        return None
+    try:
+        front = yaml.safe_load(text.split("---", 2)[1])
+    except yaml.YAMLError:
+        return None
+    found = front.get("license") if isinstance(front, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def hub_licence(repository: str) -> str | None:
+    """The same of a hub repository, from its card; None when it cannot be read."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return licence_of(Path(hf_hub_download(repository, "README.md")).parent)
+    except (OSError, ValueError):
+        return None
+
+
+def student_card(facts: dict[str, Any], dtype: torch.dtype, usage: str, extras: CardExtras) -> str:
+    """The model card, Markdown with the hub's front matter."""
+    lines = "\n".join(f"- {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items())
+    front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["diffusion2gan", "one-step"]}
+    front |= {"license": extras.licence or "other"}
+    # Only of a hub id: a path says nothing elsewhere.
+    front |= {"base_model": extras.teacher} if extras.teacher.count("/") == 1 else {}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# A one-step text-to-image student",
+        "Distilled with diffusion2gan. It draws in one network evaluation what its teacher draws in many, from the same noise.",
+        f"![the teacher's pictures and the student's, from the same noises]({PICTURE})" if extras.picture is not None else "",
+        f"```python\n{usage}\n```",
+        "In other programs: sampler DDIM with *trailing* spacing (`sgm_uniform`), 1 step, guidance (CFG) 1, clip sample off. Euler\n"
+        f"samplers scale the starting noise and give washed-out pictures. Weights are {str(dtype).removeprefix('torch.')}; run in float32 or\n"
+        "float16: the last layer's output is multiplied by 14.6, so bfloat16 adds visible grain.",
+        f"## Measured\n\n{extras.results.strip()}" if extras.results else "",
+        f"## How it was made\n\n{lines}",
+        f"## Licence\n\nThat of its teacher, whose weights it started from: {extras.licence or 'see there'}.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"

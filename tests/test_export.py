@@ -1,0 +1,208 @@
+"""What `export` writes beside the plain folder: the card, one file in the original layout, the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from diffusion2gan.cli import main
+from diffusion2gan.errors import UserError
+from diffusion2gan.export import export_single_file, push_to_hub
+from diffusion2gan.recipe import parse_recipe
+from diffusion2gan.run import simulate_recipe, train_recipe
+from diffusion2gan.single_file import original_layout, original_open_clip
+from tests.conftest import tiny_pipeline, tiny_pixel_pipeline, tiny_sdxl_pipeline
+from tests.helpers import recipe_values
+
+
+def _sd15() -> Any:
+    """With the parts that the tiny pipeline leaves out: attention in the autoencoder, and three resolutions."""
+    pipeline = tiny_pipeline()
+    pipeline.vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(8, 8, 16),
+        layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32,
+    )  # fmt: skip
+    return pipeline
+
+
+def _sd21() -> Any:
+    """OpenCLIP's width, by which 2.x is known."""
+    pipeline = tiny_pipeline("v_prediction")
+    config = CLIPTextConfig(
+        vocab_size=54, hidden_size=1024, intermediate_size=64, num_hidden_layers=2, num_attention_heads=16, max_position_embeddings=8,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    pipeline.text_encoder = CLIPTextModel(config)
+    pipeline.unet = UNet2DConditionModel.from_config(dict(pipeline.unet.config) | {"cross_attention_dim": 1024, "use_linear_projection": True})
+    return pipeline
+
+
+def _sdxl() -> Any:
+    """As in SDXL, the second text encoder is the wider one, and as wide as its projection: diffusers tells them apart by that."""
+    pipeline = tiny_sdxl_pipeline()
+    config = CLIPTextConfig(
+        vocab_size=54, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=8,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1, projection_dim=32,
+    )  # fmt: skip
+    pipeline.text_encoder_2 = CLIPTextModelWithProjection(config)
+    wider = {"cross_attention_dim": 48, "projection_class_embeddings_input_dim": 6 * 8 + 32}
+    pipeline.unet = UNet2DConditionModel.from_config(dict(pipeline.unet.config) | wider)
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("build", "kind"), [(_sd15, StableDiffusionPipeline), (_sd21, StableDiffusionPipeline), (_sdxl, StableDiffusionXLPipeline)]
+)
+def test_diffusers_reads_the_original_layout_back(build: Any, kind: Any, tmp_path: Path) -> None:
+    pipeline = build()
+    pipeline.save_pretrained(tmp_path / "folder")
+    weights = original_layout(pipeline)
+    save_file(weights, tmp_path / "one.safetensors")
+    again = kind.from_single_file(str(tmp_path / "one.safetensors"), config=str(tmp_path / "folder"), local_files_only=True)
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if not hasattr(pipeline, part):
+            continue
+        ours, theirs = getattr(pipeline, part).state_dict(), getattr(again, part).state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(v, theirs[k]) for k, v in ours.items()), part
+    parts = [p for p in (getattr(pipeline, n, None) for n in ("unet", "vae", "text_encoder", "text_encoder_2")) if p is not None]
+    assert sum(v.numel() for v in weights.values()) == sum(v.numel() for p in parts for v in p.state_dict().values())
+
+
+def test_names_of_the_original() -> None:
+    """A few that user interfaces look for, written out."""
+    found = original_layout(_sd15())
+    for name, shape in {
+        "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),
+        "model.diffusion_model.input_blocks.2.0.op.weight": (8, 8, 3, 3),
+        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight": (16, 16),
+        "model.diffusion_model.output_blocks.1.2.conv.weight": (16, 16, 3, 3),
+        "model.diffusion_model.out.2.weight": (4, 8, 3, 3),
+        "first_stage_model.decoder.up.2.block.0.conv1.weight": (16, 16, 3, 3),
+        "first_stage_model.encoder.mid.attn_1.proj_out.weight": (16, 16, 1, 1),
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": (54, 16),
+    }.items():
+        assert found[name].shape == shape, name
+
+
+def test_open_clip_computes_the_same() -> None:
+    """OpenCLIP's block, written out from its own parameters, equals transformers' encoder."""
+    encoder = _sdxl().text_encoder_2.eval()
+    w = {k.removeprefix("model."): v for k, v in original_open_clip(encoder).items()}
+    ids = torch.tensor([[0, 5, 9, 1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        x = w["token_embedding.weight"][ids] + w["positional_embedding"]
+        mask = torch.full((8, 8), float("-inf")).triu(1)
+        for i in range(3):
+            p = f"transformer.resblocks.{i}."
+            y = torch.nn.functional.layer_norm(x, (32,), w[p + "ln_1.weight"], w[p + "ln_1.bias"])
+            attention = torch.nn.MultiheadAttention(32, 2, batch_first=True)
+            attention.load_state_dict({k.removeprefix(p + "attn."): v for k, v in w.items() if k.startswith(p + "attn.")})
+            x = x + attention(y, y, y, attn_mask=mask, need_weights=False)[0]
+            y = torch.nn.functional.layer_norm(x, (32,), w[p + "ln_2.weight"], w[p + "ln_2.bias"])
+            y = y @ w[p + "mlp.c_fc.weight"].T + w[p + "mlp.c_fc.bias"]
+            # The tiny encoder has CLIP's activation.
+            y = y * torch.sigmoid(1.702 * y)
+            x = x + y @ w[p + "mlp.c_proj.weight"].T + w[p + "mlp.c_proj.bias"]
+        x = torch.nn.functional.layer_norm(x, (32,), w["ln_final.weight"], w["ln_final.bias"])
+        pooled = x[:, 3] @ w["text_projection"]
+        expected = encoder(ids).text_embeds
+    torch.testing.assert_close(pooled, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, prompts_file: Path) -> Path:
+    root = tmp_path_factory.mktemp("export")
+    tiny_pipeline().save_pretrained(root / "teacher")
+    (root / "teacher" / "README.md").write_text("---\nlicense: creativeml-openrail-m\ntags: [a]\n---\n# A teacher\n")
+    recipe = parse_recipe(recipe_values(root / "teacher", prompts_file, training__steps=6), "tiny")
+    simulate_recipe(recipe, root / "store", progress=False)
+    train_recipe(recipe, root / "store", root / "run", progress=False)
+    return root / "run"
+
+
+def test_the_card(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "measured.md").write_text("| gap closed |\n| --- |\n| 0.5 |\n")
+    assert main(["export", str(run), str(tmp_path / "student"), "--results", str(tmp_path / "measured.md")]) == 0
+    card = (tmp_path / "student" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front == {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["diffusion2gan", "one-step"],
+        "license": "creativeml-openrail-m",
+    }
+    assert "| gap closed |" in card
+    assert "float16" in card
+    assert (tmp_path / "student" / "samples.png").read_bytes() == sorted((run / "samples").glob("held-out-*.png"))[-1].read_bytes()
+    assert "](samples.png)" in card
+    # No path of this machine.
+    assert str(run.parent) not in card
+
+
+def test_one_file_from_the_command_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "student.safetensors"
+    assert main(["export", str(run), str(tmp_path / "student"), "--dtype", "float32"]) == 0
+    assert main(["export", str(run), str(out), "--format", "single-file", "--dtype", "float32"]) == 0
+    with safe_open(out, "pt") as file:
+        facts = json.loads(file.metadata()["diffusion2gan"])
+        conv = file.get_tensor("model.diffusion_model.input_blocks.0.0.weight")
+    assert facts["recipe"] == "tiny"
+    assert facts["steps"] == 6
+    student = StableDiffusionPipeline.from_pretrained(tmp_path / "student")
+    assert torch.equal(conv, student.unet.conv_in.weight)
+    capsys.readouterr()
+    assert main(["export", str(run), str(out), "--format", "single-file"]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main(["export", str(run), str(tmp_path / "student.ckpt"), "--format", "single-file"]) == 2
+    assert "expected a name that ends in .safetensors" in capsys.readouterr().err
+    assert main(["export", str(run), str(tmp_path / "b.safetensors"), "--format", "single-file", "--push-to-hub", "a/b"]) == 2
+    assert "uploads a folder" in capsys.readouterr().err
+    assert main(["export", str(run), str(tmp_path / "c"), "--results", str(tmp_path / "none.md")]) == 2
+    assert "none.md: cannot be read" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["student", "student.safetensors"]
+
+
+def test_pixels_have_no_original_layout(tmp_path: Path) -> None:
+    pipeline = tiny_pixel_pipeline()
+    weights = {f"network.{k}": v for k, v in pipeline.unet.state_dict().items()}
+    with pytest.raises(UserError, match="DDIMPipeline has no original layout"):
+        export_single_file(pipeline, weights, 999, tmp_path / "x.safetensors", {}, torch.float32)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_hub_the_student_is_kept(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run), str(tmp_path / "student"), "--push-to-hub", "somebody/student"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("diffusion2gan: --push-to-hub somebody/student: ")
+    assert "the student is whole in" in said
+    assert said.count("\n") == 1
+    assert (tmp_path / "student" / "unet").is_dir()
+
+
+def test_what_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's own client is asked for a repository and given the folder."""
+    import huggingface_hub
+
+    asked: list[Any] = []
+
+    class Hub:
+        def create_repo(self, name: str, private: bool, exist_ok: bool) -> str:
+            asked.append((name, private, exist_ok))
+            return f"hub/{name}"
+
+        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            asked.append((repo_id, Path(folder_path)))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert push_to_hub(tmp_path, "me/student", True) == "hub/me/student"
+    assert asked == [("me/student", True, True), ("me/student", tmp_path)]
