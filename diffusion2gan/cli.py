@@ -63,12 +63,15 @@ def _train(a: argparse.Namespace) -> None:
 def _export(a: argparse.Namespace) -> None:
     from diffusion2gan.run import export_run
 
-    single = a.format == "single-file"
-    if single and a.push_to_hub:
+    if a.format == "single-file" and a.push_to_hub:
         raise UserError("--push-to-hub uploads a folder; export one without --format single-file")
-    export_run(a.run, a.out, a.dtype, use_ema=not a.last, step=a.step, single_file=single, results=a.results)
-    kind = "one file in the original layout, for user interfaces" if single else "an ordinary diffusers folder"
-    print(f"wrote {a.out}: {kind}; one step, guidance 1")
+    export_run(a.run, a.out, a.dtype, use_ema=not a.last, step=a.step, kind=a.format, results=a.results)
+    said = {
+        "folder": "an ordinary diffusers folder",
+        "single-file": "one file in the original layout, for user interfaces",
+        "lora": "a LoRA for the teacher's pipeline",
+    }
+    print(f"wrote {a.out}: {said[a.format]}; one step, guidance 1")
     if a.push_to_hub:
         from diffusion2gan.export import push_to_hub
 
@@ -304,11 +307,11 @@ def _add_stages(commands: Commands) -> None:
     sub.add_argument("--pairs", type=Path, required=True, help="folder of the pair store")
     sub.add_argument("--out", type=Path, required=True, help="run folder")
 
-    text = "Write a run's student as an ordinary diffusers folder, or as one file in Stable Diffusion's original layout"
+    text = "Write a run's student: an ordinary diffusers folder, one file in Stable Diffusion's original layout, or a LoRA"
     sub = _command(commands, "export", _export, text)
     sub.add_argument("run", type=Path)
     sub.add_argument("out", type=Path, help="a folder; with --format single-file a name that ends in .safetensors")
-    sub.add_argument("--format", choices=("folder", "single-file"), default="folder")
+    sub.add_argument("--format", choices=("folder", "single-file", "lora"), default="folder")
     sub.add_argument("--results", type=Path, default=None, metavar="FILE", help="measurements for the model card, Markdown")
     sub.add_argument("--push-to-hub", default=None, metavar="USER/NAME", help="upload the folder to this repository of the hub")
     sub.add_argument("--private", action="store_true", help="make that repository private")

@@ -9,19 +9,33 @@ import torch
 from torch import Tensor, nn
 
 
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without frozen parameters: of a LoRA student its changes alone, of another one everything."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {k: v for k, v in model.state_dict().items() if k not in frozen}
+
+
+def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Loads what `trained_state` gave. Raises KeyError when a tensor of it is missing or unknown."""
+    expected = trained_state(model).keys()
+    if state.keys() != expected:
+        raise KeyError(f"weights {sorted(state.keys() ^ expected)[:3]} do not belong to this network, or are missing")
+    model.load_state_dict(state, strict=False)
+
+
 class Ema:
-    """Average of parameters and buffers; early on it forgets faster: min(decay, (1 + step) / (10 + step))."""
+    """Average of trained parameters and buffers; early on it forgets faster: min(decay, (1 + step) / (10 + step))."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.state = {k: v.detach().clone() for k, v in trained_state(model).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Moves the average towards the weights after step number `step` (counted from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, values = [], []
-        for name, value in model.state_dict().items():
+        for name, value in trained_state(model).items():
             if value.is_floating_point():
                 averages.append(self.state[name])
                 values.append(value)
@@ -38,9 +52,9 @@ class Ema:
     @torch.no_grad()
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """Inside the block the model holds the average; afterwards its own weights again, bit for bit."""
-        own = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        model.load_state_dict(self.state)
+        own = {k: v.detach().clone() for k, v in trained_state(model).items()}
+        load_trained(model, self.state)
         try:
             yield
         finally:
-            model.load_state_dict(own)
+            load_trained(model, own)

@@ -26,6 +26,7 @@ from diffusion2gan.teachers.folders import FAMILY_OF_CLASS, no_progress_bars
 from diffusion2gan.teachers.load import FAMILIES
 
 PICTURE = "samples.png"
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,38 @@ def export_single_file(
     }
     with disk_errors(path), atomic_path(path) as draft:
         save_file(weights, draft, metadata)
+
+
+def export_lora(
+    pipeline: Any,
+    layers: tuple[dict[str, Tensor], dict[str, Any]],
+    folder: Path,
+    facts: dict[str, Any],
+    dtype: torch.dtype,
+    extras: CardExtras,
+) -> None:
+    """Writes a folder with a LoRA of the teacher's `pipeline` (`lora_layers`' result) and its card.
+
+    Raises UserError for a folder that already holds something else.
+    """
+    if folder.exists() and not (folder / LORA_FILE).exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: not empty and no LoRA; choose a new folder")
+    weights, metadata = {k: v.to(dtype) for k, v in layers[0].items()}, layers[1]
+    name = type(pipeline).__name__
+    usage = (
+        f"from diffusers import DDIMScheduler, {name}\n"
+        f'pipeline = {name}.from_pretrained("{extras.teacher or "the teacher"}")\n'
+        'pipeline.load_lora_weights("this folder")\n'
+        "pipeline.scheduler = DDIMScheduler.from_config(\n"
+        '    pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False\n'
+        ")\n"
+        'image = pipeline("red heart", num_inference_steps=1, guidance_scale=1).images[0]'
+    )
+    with atomic_folder(folder) as target:
+        pipeline.save_lora_weights(target, unet_lora_layers=weights, unet_lora_adapter_metadata=metadata)
+        if extras.picture is not None:
+            write_bytes_atomic(target / PICTURE, extras.picture)
+        write_bytes_atomic(target / "README.md", student_card(facts, dtype, usage, extras).encode())
 
 
 def push_to_hub(folder: Path, repository: str, private: bool) -> str:

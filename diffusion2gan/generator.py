@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from diffusion2gan.config import Section
 from diffusion2gan.errors import UserError
+from diffusion2gan.lora import add_lora
 from diffusion2gan.precision import no_tf32
 from diffusion2gan.teachers.protocol import PredictionType, Teacher, TextCondition
 
@@ -36,6 +37,11 @@ class GeneratorConfig(Section):
     timestep: int = Field(999, ge=0)
     """The timestep at which the network is evaluated, recorded in the student. DDIM-50 with `leading` spacing starts at 981."""
     gradient_checkpointing: bool = False
+    lora_rank: int | None = Field(None, ge=1)
+    """Trains low-rank changes of the teacher's weights instead of all of them: a hundredth of the optimiser's memory. The frozen
+    weights keep the precision of `teacher.dtype`."""
+    lora_alpha: int | None = Field(None, ge=1)
+    """The changes are scaled by lora_alpha / lora_rank; without a number, by 1."""
     start: str | None = None
     """A run's folder, which stands for the end of its phase 1, or a student's: the generator starts from its weights, not the teacher's."""
 
@@ -103,7 +109,11 @@ class OneStepGenerator(nn.Module):
     def from_teacher(cls, teacher: Teacher, config: GeneratorConfig | None = None) -> OneStepGenerator:
         """A student that starts as a copy of the teacher's network, trainable."""
         config = config or GeneratorConfig()
-        network = trainable_copy(teacher)
+        if config.lora_rank is None:
+            network = trainable_copy(teacher)
+        else:
+            network = copy.deepcopy(teacher.network).train()
+            add_lora(network, config.lora_rank, config.lora_alpha)
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         return cls.around(network, teacher, config.timestep)

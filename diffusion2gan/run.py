@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -15,9 +15,10 @@ from diffusion2gan.config import settings_difference
 from diffusion2gan.device import default_device, warn_of_slow_bf16
 from diffusion2gan.discriminator.build import build_discriminator
 from diffusion2gan.errors import UserError
-from diffusion2gan.export import CardExtras, export_single_file, export_student, hub_licence, licence_of
+from diffusion2gan.export import CardExtras, export_lora, export_single_file, export_student, hub_licence, licence_of
 from diffusion2gan.files import disk_errors, sweep_temporaries, write_bytes_atomic
-from diffusion2gan.generator import OneStepGenerator
+from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
+from diffusion2gan.lora import fused_weights, lora_layers
 from diffusion2gan.pairs.dataset import PairDataset, canonical_json
 from diffusion2gan.pairs.measure_solver import measure_recipe
 from diffusion2gan.pairs.prompts import prompts_digest, read_prompts
@@ -102,7 +103,7 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     # A run that goes on has its own weights; those that it started from may be gone.
     start = None if _begun(folder) else recipe.generator.start
     if start is not None:
-        generator.load_state_dict(generator_weights(Path(start), recipe))
+        load_start(generator, generator_weights(Path(start), recipe), recipe.generator)
     adversarial = recipe.adversarial
     with_d = adversarial is not None and adversarial.weight > 0
     discriminator = build_discriminator(recipe.discriminator, teacher, recipe.training.seed) if with_d else None
@@ -140,6 +141,8 @@ def generator_weights(start: Path, recipe: Recipe) -> dict[str, Tensor]:
                     f"generator.start: {start} has no checkpoint of the end of its phase 1 ({at.name}); name an exported student"
                 )
         weights = load_state(at).ema
+        if begun_with.generator.lora_rank is not None:
+            raise UserError(f"generator.start: {start} trained a LoRA; export its student and name that folder")
     else:
         student = OneStepPipeline.from_pretrained(start, "float32", "cpu")
         timestep, teacher_weights = student.generator.timestep, student.facts.get("teacher_weights")
@@ -149,6 +152,18 @@ def generator_weights(start: Path, recipe: Recipe) -> dict[str, Tensor]:
         if theirs != expected:
             raise UserError(f"generator.start: {start} was trained with {what} {theirs}, this recipe has {expected}; name another start")
     return weights
+
+
+def load_start(generator: OneStepGenerator, weights: dict[str, Tensor], config: GeneratorConfig) -> None:
+    """Lets `generator` start from a whole student's weights; one of LoRA changes those."""
+    if config.lora_rank is None:
+        generator.load_state_dict(weights)
+        return
+    own = generator.state_dict()
+    # Under a change, a layer's weights have another name.
+    renamed = {k if k in own else f"{k.rpartition('.')[0]}.base_layer.{k.rpartition('.')[2]}": v for k, v in weights.items()}
+    missing = generator.load_state_dict(renamed, strict=False)
+    assert not missing.unexpected_keys, missing.unexpected_keys
 
 
 def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance, start_weights: str | None) -> None:
@@ -196,10 +211,11 @@ def export_run(
     dtype: str = "float16",
     use_ema: bool = True,
     step: int | None = None,
-    single_file: bool = False,
+    kind: Literal["folder", "single-file", "lora"] = "folder",
     results: Path | None = None,
 ) -> None:
-    """Writes the student of a run's last checkpoint, or that of `step`: a diffusers folder, or one file in the original layout.
+    """Writes the student of a run's last checkpoint, or that of `step`: a diffusers folder, one file in the original layout, or, of
+    a LoRA run, a folder with the LoRA alone.
 
     `results`: a Markdown file of measurements for the card.
     """
@@ -214,11 +230,11 @@ def export_run(
     state = load_state(found[-1] if step is None else checkpoint_path(folder / "checkpoints", step))
     pipeline = load_pipeline(recipe.teacher, teacher_folder(recipe.teacher), torch.float32)
     pairs = json.loads((folder / "inputs.json").read_text())["pairs"]
-    weights = stored_weights(recipe.teacher, teacher_folder(recipe.teacher))
-    if weights != pairs["teacher"]["weights"]:
+    stored = stored_weights(recipe.teacher, teacher_folder(recipe.teacher))
+    if stored != pairs["teacher"]["weights"]:
         raise UserError(
             f"{folder}: trained for teacher weights {pairs['teacher']['weights'][:16]}..., but {recipe.teacher.source} now has "
-            f"{weights[:16]}...; restore that teacher, or train again"
+            f"{stored[:16]}...; restore that teacher, or train again"
         )
     facts = {
         "recipe": recipe.name,
@@ -235,11 +251,35 @@ def export_run(
         **_adversarial_facts(recipe, state.step),
         "weights": "ema" if use_ema else "last",
     }
-    student = (pipeline, state.ema if use_ema else state.model, recipe.generator.timestep, out, facts, getattr(torch, dtype))
-    if single_file:
+    weights, rank, alpha = state.ema if use_ema else state.model, recipe.generator.lora_rank, recipe.generator.lora_alpha
+    extras = _card_extras(recipe, folder, state.step, results)
+    if kind == "lora":
+        if rank is None:
+            raise UserError(f"{folder}: no LoRA was trained here (generator.lora_rank is not set); export a folder or a single file")
+        if recipe.generator.start is not None:
+            raise UserError(f"{folder}: its LoRA changes {recipe.generator.start}, not the teacher; export a folder or a single file")
+        layers = lora_layers(pipeline.unet.float(), weights, rank, alpha)
+        export_lora(pipeline, layers, out, facts, getattr(torch, dtype), extras)
+        return
+    if rank is not None:
+        if recipe.generator.start is not None:
+            pipeline.unet.load_state_dict(_frozen_weights(recipe, folder))
+        weights = fused_weights(pipeline.unet.float(), weights, rank, alpha)
+    student = (pipeline, weights, recipe.generator.timestep, out, facts, getattr(torch, dtype))
+    if kind == "single-file":
         export_single_file(*student)
     else:
-        export_student(*student, _card_extras(recipe, folder, state.step, results))
+        export_student(*student, extras)
+
+
+def _frozen_weights(recipe: Recipe, folder: Path) -> dict[str, Tensor]:
+    """The weights that a LoRA run with `generator.start` froze, under the network's names. Raises UserError when they are others now."""
+    weights = generator_weights(Path(recipe.generator.start or ""), recipe)
+    generator = OneStepGenerator.from_teacher(load_teacher(recipe.teacher), recipe.generator)
+    load_start(generator, weights, recipe.generator)
+    if weights_digest(generator) != json.loads((folder / "inputs.json").read_text())["start_weights"]:
+        raise UserError(f"{folder}: started from other weights than {recipe.generator.start} holds now; restore that student")
+    return {k.removeprefix("network."): v for k, v in weights.items()}
 
 
 def _card_extras(recipe: Recipe, folder: Path, step: int, results: Path | None) -> CardExtras:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from diffusion2gan.config import Section
 from diffusion2gan.device import compile_for_one_shape
 from diffusion2gan.discriminator.regularization import mix_and_match
-from diffusion2gan.ema import Ema
+from diffusion2gan.ema import Ema, load_trained, trained_state
 from diffusion2gan.errors import UserError
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import grid, to_uint8
@@ -141,8 +141,9 @@ class Trainer:
         plain_attention_on_cpu(generator.network, teacher.latent_shape[1] * teacher.latent_shape[2], self.device)
         self.ema = Ema(generator, config.ema_decay)
         self.bare_generator = generator
+        parameters = [p for p in generator.parameters() if p.requires_grad]
         self._raw_optimizer = torch.optim.AdamW(
-            generator.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         trained: nn.Module = generator
         self._distance_in_training: nn.Module = distance
@@ -364,7 +365,7 @@ class Trainer:
 
     def _enter_phase_2(self) -> None:
         """From the average of phase 1, with a new optimiser; the loss there is what the guard compares with."""
-        self.bare_generator.load_state_dict(self.ema.state)
+        load_trained(self.bare_generator, self.ema.state)
         self._raw_optimizer.state.clear()
         self.gradient_scale = math.nan
         start = self._validation()["validation_loss"]
@@ -423,7 +424,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             state = TrainingState(
                 self.step,
-                self.bare_generator.state_dict(),
+                trained_state(self.bare_generator),
                 self.ema.state,
                 self.optimizer.state_dict(),
                 self.gradient_scale,
@@ -451,7 +452,7 @@ class Trainer:
         found = checkpoints(self.folder / "checkpoints")
         if found:
             state = load_state(found[-1], self._environment())
-            self.bare_generator.load_state_dict(state.model)
+            load_trained(self.bare_generator, state.model)
             self.ema.load(state.ema)
             self.optimizer.load_state_dict(state.optimizer)
             self.step, self.gradient_scale = state.step, state.gradient_scale
