@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig, MultiScaleDiscriminator
 from diffusion2gan.errors import UserError
+from diffusion2gan.lora import add_lora
 from diffusion2gan.perceptual import LatentVGG
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.recipe import Recipe
@@ -90,9 +91,13 @@ def _flops(call: Callable[[], Any]) -> float:
 
 
 # --- A recipe's networks, without weights ---------------------------------------------------------------------------
+def _network_class(teacher: TeacherConfig) -> Any:
+    return UNet2DModel if teacher.family == "pixel" else UNet2DConditionModel
+
+
 def _configuration(teacher: TeacherConfig, part: str) -> dict[str, Any]:
     """`unet` or `vae` of the teacher: of its folder, or as published. Raises UserError when neither is known."""
-    kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
+    kind = _network_class(teacher) if part == "unet" else AutoencoderKL
     folder = teacher_folder(teacher)
     if Path(folder).is_dir():
         return dict(kind.load_config(str(folder), subfolder=part))
@@ -120,6 +125,8 @@ def _shapes_alone() -> Iterator[None]:
 
 
 def _condition(configuration: Mapping[str, Any]) -> TextCondition:
+    if "cross_attention_dim" not in configuration:
+        return TextCondition(torch.empty(1, 1, 1))
     width = configuration["cross_attention_dim"]
     width = width if isinstance(width, int) else width[0]
     added = {}
@@ -131,6 +138,10 @@ def _condition(configuration: Mapping[str, Any]) -> TextCondition:
 
 
 def _evaluate(latent: Tensor, timestep: Tensor, condition: TextCondition, network: nn.Module) -> Tensor:
+    if isinstance(network, UNet2DModel):
+        labels = torch.zeros(1, dtype=torch.int64) if network.class_embedding is not None else None
+        pixels: Tensor = network(latent, timestep, class_labels=labels, return_dict=False)[0]
+        return pixels
     added = {"added_cond_kwargs": dict(condition.added)} if condition.added else {}
     prediction: Tensor = network(latent, timestep, condition.embeddings, return_dict=False, **added)[0]
     return prediction
@@ -143,42 +154,62 @@ class Networks:
     generator: Cost
     discriminator: Cost | None
     perceptual: Cost | None
-    decoder: Cost
+    decoder: Cost | None
+    """None where latents are pixels."""
     latent: tuple[int, int, int]
+    trained: int
+    """Parameters of the generator that are trained: all, or a LoRA's."""
 
 
 def networks(recipe: Recipe) -> Networks:
     """Builds and counts them. Raises UserError for a teacher whose sizes cannot be had."""
     teacher = recipe.teacher
-    unet_config, vae_config = _configuration(teacher, "unet"), _configuration(teacher, "vae")
+    unet_config = _configuration(teacher, "unet")
+    vae_config = None if teacher.family == "pixel" else _configuration(teacher, "vae")
     size = unet_config["sample_size"]
     latent = (unet_config["in_channels"], *((size, size) if isinstance(size, int) else size))
     with _shapes_alone():
         x, condition = torch.empty(1, *latent), _condition(unet_config)
         timestep = torch.empty((), dtype=torch.int64)
-        unet = UNet2DConditionModel.from_config(unet_config)
+        unet = _network_class(teacher).from_config(unet_config)
         if recipe.generator.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         generator = measure(unet, lambda n: _evaluate(x, timestep, condition, n))
         discriminator = None
         if recipe.adversarial is not None and recipe.adversarial.weight and recipe.discriminator.kind == "diffusion":
-            discriminator = _discriminator(recipe.discriminator, unet_config, x, condition)
+            network = _network_class(teacher).from_config(unet_config)
+            discriminator = _discriminator(recipe.discriminator, network, x, condition)
         perceptual = None
         if recipe.loss.distance in ("latent_lpips", "e_latent_lpips"):
             perceptual = _perceptual(latent, width=0.25 if teacher.source == "embedded" else 1.0)
-        vae = AutoencoderKL.from_config(vae_config)
-        decoder = measure(vae, lambda n: cast(Any, n).decode(x, return_dict=False))
-    return Networks(generator, discriminator, perceptual, decoder, latent)
+        decoder = None
+        if vae_config is not None:
+            vae = AutoencoderKL.from_config(vae_config)
+            decoder = measure(vae, lambda n: cast(Any, n).decode(x, return_dict=False))
+        elif recipe.loss.distance == "lpips":
+            perceptual = _perceptual(latent, kept_poolings=(1, 2, 3, 4, 5))
+    trained = generator.parameters if recipe.generator.lora_rank is None else _changes(recipe, unet_config)
+    return Networks(generator, discriminator, perceptual, decoder, latent, trained)
 
 
-def _discriminator(config: DiscriminatorConfig, unet_config: Mapping[str, Any], x: Tensor, condition: TextCondition) -> Cost:
+def _changes(recipe: Recipe, unet_config: Mapping[str, Any]) -> int:
+    """Parameters of the recipe's LoRA."""
+    assert recipe.generator.lora_rank is not None
+    # Not a fake tensor: peft puts its layers into a network in ways that those do not follow.
+    with torch.device("meta"):
+        network = _network_class(recipe.teacher).from_config(unet_config)
+        add_lora(network, recipe.generator.lora_rank, recipe.generator.lora_alpha)
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+def _discriminator(config: DiscriminatorConfig, around: nn.Module, x: Tensor, condition: TextCondition) -> Cost:
     # Checkpointing lowers what is kept by as much as the generator's does; it is counted without.
-    network = MultiScaleDiscriminator(UNet2DConditionModel.from_config(unet_config), _evaluate, config)
+    network = MultiScaleDiscriminator(around, _evaluate, config)
     return measure(network, lambda n: n(x, x, condition))
 
 
-def _perceptual(latent: tuple[int, int, int], width: float) -> Cost:
-    network = LatentVGG(LatentVGGConfig(in_channels=latent[0], width=width)).requires_grad_(False)
+def _perceptual(latent: tuple[int, int, int], **shape: Any) -> Cost:
+    network = LatentVGG(LatentVGGConfig(in_channels=latent[0], **shape)).requires_grad_(False)
     x = torch.empty(1, *latent, requires_grad=True)
     return measure(network, lambda n: n(x))
 
@@ -198,11 +229,20 @@ class StagePlan:
         return self.flops / (gpu.tflops * 1e12 * utilisation) / 86_400
 
 
+# Bytes a number of the frozen networks.
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes a parameter: float32 weight, gradient, Adam's two moments; the generator's average.
 _TRAINED, _AVERAGE = 16, 4
 # Without a backward pass little more than the widest layers is alive at once: about this share of what one would keep.
 _ALIVE = 0.1
+# A decoder's last layers are its widest, and it decodes in float32: a quarter of what it would keep, twice as wide.
+_DECODING = 0.5
 EVALUATED = 30_000
+
+
+def _decoded_at_once(latent: tuple[int, int, int]) -> int:
+    """As many pictures as `decode` takes at once."""
+    return max(1, 4 * 64 * 64 // (latent[1] * latent[2]))
 
 
 def stages(recipe: Recipe, gpus: int, counted: Networks | None = None) -> list[StagePlan]:
@@ -215,6 +255,9 @@ def stages(recipe: Recipe, gpus: int, counted: Networks | None = None) -> list[S
     n = counted or networks(recipe)
     g, loss = n.generator, _loss_flops(recipe, n)
     again = 1 if recipe.generator.gradient_checkpointing else 0
+    whole = recipe.generator.lora_rank is None
+    # Forward, backward to the activations and, of a network that is trained whole, to the weights.
+    passes = (3 if whole else 2) + again
     elements = n.latent[0] * n.latent[1] * n.latent[2]
     stored = {"none": 2, "float16": 4, "float32": 6}[pairs.noise_storage] * elements + 150  # latent, noise, a caption and a seed
 
@@ -227,17 +270,18 @@ def stages(recipe: Recipe, gpus: int, counted: Networks | None = None) -> list[S
     )  # fmt: skip
 
     images = recipe.training.steps * batch
-    frozen = 4 * g.parameters  # the teacher's own network stays loaded
-    resident = frozen + g.parameters * (_TRAINED + _AVERAGE)
+    # The teacher's own network stays loaded; a LoRA changes a second frozen one.
+    frozen = _BYTES[recipe.teacher.dtype] * g.parameters * (1 if whole else 2)
+    resident = frozen + n.trained * (_TRAINED + _AVERAGE)
     kept = (n.perceptual.activations if n.perceptual else 0) + g.activations
-    checkpoint = 16 * g.parameters  # weights, average, moments
+    checkpoint = 16 * n.trained  # weights, average, moments
     phase_1 = StagePlan(
-        "phase 1", images, images * ((3 + again) * g.flops + loss), resident + micro * kept, recipe.training.keep_checkpoints * checkpoint
+        "phase 1", images, images * (passes * g.flops + loss), resident + micro * kept, recipe.training.keep_checkpoints * checkpoint
     )
     plan = [simulate, phase_1]
     if recipe.adversarial is not None:
         images = recipe.adversarial.steps * batch
-        per_image = (3 + again) * g.flops + loss
+        per_image = passes * g.flops + loss
         memory, disk = resident + micro * kept, float(recipe.training.keep_checkpoints * checkpoint)
         if n.discriminator is not None:
             d = n.discriminator
@@ -248,7 +292,10 @@ def stages(recipe: Recipe, gpus: int, counted: Networks | None = None) -> list[S
         plan.append(StagePlan("phase 2", images, images * per_image, memory, disk))
     plan.append(
         StagePlan(
-            f"{EVALUATED:,} pictures", EVALUATED, EVALUATED * (g.flops + n.decoder.flops), 4 * g.parameters + 4 * n.decoder.activations
+            f"{EVALUATED:,} pictures",
+            EVALUATED,
+            EVALUATED * (g.flops + (n.decoder.flops if n.decoder else 0)),
+            4 * g.parameters + _DECODING * _decoded_at_once(n.latent) * (n.decoder.activations if n.decoder else 0),
         )
     )
     return plan
@@ -259,7 +306,7 @@ def _loss_flops(recipe: Recipe, n: Networks) -> float:
     if n.perceptual is not None:
         return 3 * n.perceptual.flops
     # Decoding both, and back through one; the pixel network is a sixteenth of that.
-    return 3 * n.decoder.flops * 17 / 16 if recipe.loss.distance == "lpips" else 0.0
+    return 3 * n.decoder.flops * 17 / 16 if recipe.loss.distance == "lpips" and n.decoder else 0.0
 
 
 def plan_table(recipe: Recipe, gpu_name: str, count: int, utilisation: float) -> str:

@@ -191,6 +191,51 @@ def test_two_torchrun_workers_make_the_same_store(tmp_path: Path, world: dict[st
     assert ranks == {0, 1}
 
 
+def test_workers_join_die_and_come_back(tmp_path: Path, world: dict[str, Path]) -> None:
+    """Elastic: no rendezvous, only RANK and WORLD_SIZE, which need not even agree. One worker is killed, a third joins late."""
+    settings = ("--set", "pairs.count=64", "--set", "pairs.ode.steps=60")
+    store = tmp_path / "elastic"
+
+    def start(rank: int, size: int) -> subprocess.Popen[bytes]:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RANK": str(rank), "WORLD_SIZE": str(size)}
+        program = [sys.executable, "-m", "diffusion2gan", "simulate", str(world["recipe"]), "--out", str(store), *settings]
+        return subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    first, second = start(0, 2), start(1, 2)
+    deadline = time.monotonic() + 120
+    while not list(store.glob("shard-*.arrow")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    first.kill()
+    assert first.wait() == -signal.SIGKILL
+    assert not (store / "manifest.json").exists(), "killed after the end"
+    third = start(2, 3)
+    assert second.wait(timeout=120) == 0
+    assert third.wait(timeout=120) == 0
+    assert run_command("simulate", world["recipe"], "--out", tmp_path / "one", *settings).returncode == 0
+    assert tree_digest(store) == tree_digest(tmp_path / "one")
+
+
+@pytest.mark.parametrize("two_first", [True, False])
+def test_a_run_goes_on_with_another_number_of_processes(two_first: bool, tmp_path: Path, world: dict[str, Path]) -> None:
+    """A checkpoint holds nothing that belongs to a process."""
+    command = ("train", world["recipe"], "--pairs", world["store"], "--out", tmp_path / "run")
+    part = (*command, "--set", "training.steps=6")
+    if two_first:
+        _in_two_processes(*part)
+        done = run_command(*command)
+        assert "processes was 2 and is 1 now" in done.stderr
+        assert done.returncode == 0
+    else:
+        assert run_command(*part).returncode == 0
+        _in_two_processes(*command)
+    one = {r["step"]: r["loss"] for r in metrics(world["run"]) if "loss" in r}
+    assert {r["step"]: r["loss"] for r in metrics(tmp_path / "run") if "loss" in r} == pytest.approx(one, rel=1e-3)
+    ours = _final_weights(tmp_path / "run")
+    for name, value in _final_weights(world["run"]).items():
+        torch.testing.assert_close(ours[name], value, atol=3e-4, rtol=1e-3)
+
+
 def test_two_processes_train_as_one(tmp_path: Path, world: dict[str, Path]) -> None:
     """DDP over gloo: the same losses and weights as one process with the whole batch, and the same again after a resume."""
     run = tmp_path / "run"

@@ -58,6 +58,35 @@ def test_checkpointing_trades_memory_for_work(sd15: Recipe, counted: Networks) -
     assert stages(checkpointed, 8, found)[1].flops > stages(sd15, 8, counted)[1].flops
 
 
+def test_a_lora_takes_less(sd15: Recipe, counted: Networks) -> None:
+    changed = {"generator": sd15.generator.model_copy(update={"lora_rank": 8}), "teacher": sd15.teacher.model_copy(update={"dtype": "bfloat16"})}
+    lora = sd15.model_copy(update=changed)
+    found = networks(lora)
+    assert counted.trained == counted.generator.parameters
+    # 8 x (inputs + outputs) of every changed layer: about a hundredth.
+    assert 0.002 < found.trained / found.generator.parameters < 0.02
+    whole, small = stages(sd15, 8, counted)[1], stages(lora, 8, found)[1]
+    saved = 20 * (counted.trained - found.trained)
+    assert whole.memory - small.memory == pytest.approx(saved, rel=0.01)
+    assert small.disk < whole.disk / 50
+    # No gradients of the frozen weights: a third less work in the network itself.
+    assert small.flops == pytest.approx(whole.flops - whole.evaluations * counted.generator.flops, rel=1e-6)
+
+
+def test_pixels() -> None:
+    """DDPM's CIFAR-10 network has 35.7 million parameters (Ho et al. 2020), no decoder and no guidance."""
+    recipe = load_recipe("cifar10_ddpm")
+    found = networks(recipe)
+    assert found.generator.parameters == pytest.approx(35.7e6, rel=2e-3)
+    assert found.decoder is None
+    simulate, phase_1, pictures = stages(recipe, 8, found)
+    # Table 6: 35 evaluations a pair, and 76.8 million of the student.
+    assert simulate.evaluations == 35 * 500_000
+    assert phase_1.evaluations == 150_000 * 512 == 76_800_000
+    assert pictures.flops == pytest.approx(30_000 * found.generator.flops)
+    assert "cifar10_ddpm on 1 x a100" in plan_table(recipe, "a100", 1, 0.3)
+
+
 def test_the_table_says_what_is_assumed() -> None:
     text = plan_table(load_recipe("emoji"), "rtx4090", 1, 0.3)
     assert "640,000" in text and "an assumption" in text

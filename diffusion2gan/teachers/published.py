@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Published:
-    """Arguments of `UNet2DConditionModel` and `AutoencoderKL`."""
+    """Arguments of `UNet2DConditionModel` (of pixels: `UNet2DModel`) and `AutoencoderKL`."""
 
     unet: Mapping[str, Any]
     vae: Mapping[str, Any] = field(default_factory=lambda: _VAE)
@@ -58,8 +58,26 @@ SDXL = Published(
     },
     {**_VAE, "scaling_factor": 0.13025},
 )
+DDPM_CIFAR10 = Published(
+    {
+        "sample_size": 32,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (128, 256, 256, 256),
+        "layers_per_block": 2,
+        "attention_head_dim": None,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+    },
+    {},
+)
 PUBLISHED: Mapping[str, Published] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
     "stabilityai/stable-diffusion-2-1-base": SD21,
     "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
+    "google/ddpm-cifar10-32": DDPM_CIFAR10,
 }
