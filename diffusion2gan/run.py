@@ -15,6 +15,7 @@ from diffusion2gan.config import settings_difference
 from diffusion2gan.device import default_device, warn_of_slow_bf16
 from diffusion2gan.discriminator.build import build_discriminator
 from diffusion2gan.errors import UserError
+from diffusion2gan.evaluation.accounting import Evaluations
 from diffusion2gan.export import CardExtras, export_lora, export_single_file, export_student, hub_licence, licence_of
 from diffusion2gan.files import disk_errors, sweep_temporaries, write_bytes_atomic
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
@@ -27,6 +28,7 @@ from diffusion2gan.pipeline import OneStepPipeline
 from diffusion2gan.recipe import Recipe, check_pairs, check_same_experiment, dump_recipe, load_recipe
 from diffusion2gan.teachers.folders import load_pipeline, stored_weights, weights_digest
 from diffusion2gan.teachers.load import load_teacher, teacher_folder
+from diffusion2gan.teachers.ode import SolverConfig, evaluations_per_pair
 from diffusion2gan.training.distance import Distance, build_distance
 from diffusion2gan.training.state import checkpoint_path, checkpoint_step, checkpoints, load_state
 from diffusion2gan.training.trainer import Trainer
@@ -250,6 +252,7 @@ def export_run(
         "batch_size": recipe.training.batch_size,
         **_adversarial_facts(recipe, state.step),
         "weights": "ema" if use_ema else "last",
+        "evaluations": _evaluations(recipe, pairs, state.step).by_role,
     }
     weights, rank, alpha = state.ema if use_ema else state.model, recipe.generator.lora_rank, recipe.generator.lora_alpha
     extras = _card_extras(recipe, folder, state.step, results)
@@ -296,6 +299,14 @@ def _card_extras(recipe: Recipe, folder: Path, step: int, results: Path | None) 
         licence=licence_of(source) if source.is_dir() else hub_licence(recipe.teacher.source),
         teacher="" if source.is_dir() else recipe.teacher.source,
     )
+
+
+def _evaluations(recipe: Recipe, pairs: dict[str, Any], steps: int) -> Evaluations:
+    """What the student cost, as Table 6 counts it: the teacher's for the pairs, one of its own a training sample."""
+    counted = Evaluations()
+    counted.add("data_teacher", pairs["count"] * evaluations_per_pair(SolverConfig.model_validate(pairs["ode"])))
+    counted.add("student", steps * recipe.training.batch_size)
+    return counted
 
 
 def _adversarial_facts(recipe: Recipe, step: int) -> dict[str, Any]:

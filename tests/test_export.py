@@ -158,6 +158,8 @@ def test_one_file_from_the_command_line(run: Path, tmp_path: Path, capsys: pytes
         conv = file.get_tensor("model.diffusion_model.input_blocks.0.0.weight")
     assert facts["recipe"] == "tiny"
     assert facts["steps"] == 6
+    # 24 pairs of 4 steps with guidance; 6 steps of 4 samples.
+    assert facts["evaluations"] == {"data_teacher": 24 * 8, "student": 24, "target": 0, "teacher_online": 0}
     student = StableDiffusionPipeline.from_pretrained(tmp_path / "student")
     assert torch.equal(conv, student.unet.conv_in.weight)
     capsys.readouterr()
