@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import atomic_folder, atomic_path, disk_errors, write_bytes_atomic
+from diffusion2gan.files import atomic_folder, atomic_path, disk_errors, refuse_other_folder, write_bytes_atomic
 from diffusion2gan.pairs.dataset import canonical_json
 from diffusion2gan.pipeline import FORMAT, STUDENT_FILE
 from diffusion2gan.single_file import original_layout
@@ -26,6 +26,9 @@ from diffusion2gan.teachers.folders import FAMILY_OF_CLASS, no_progress_bars
 from diffusion2gan.teachers.load import FAMILIES
 
 PICTURE = "samples.png"
+_OTHER_PROGRAMS = """Other programs, by their source code and not tried: 1 step, guidance (CFG) 1, and in ComfyUI sampler `euler` or `ddim` with
+scheduler `sgm_uniform`, in AUTOMATIC1111 `Euler` with schedule type `SGM Uniform` (its DDIM would begin at the wrong end of the schedule).
+In diffusers another scheduler than the folder's own must have trailing spacing; Euler's begins from slightly weaker noise."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -47,15 +50,27 @@ def with_generator(pipeline: Any, generator_weights: dict[str, Tensor], timestep
 
     Raises UserError for a timestep that no stock scheduler starts from.
     """
+    _check_timestep(pipeline, timestep)
+    # float32 first: the weights are rounded once, to the dtype they are stored in.
+    network = pipeline.unet.float()
+    network.load_state_dict({k.removeprefix("network."): v for k, v in generator_weights.items()})
+    return _family(pipeline).one_step_pipeline(pipeline)
+
+
+def _check_timestep(pipeline: Any, timestep: int) -> None:
     steps = pipeline.scheduler.config.num_train_timesteps
     if timestep != steps - 1:
         raise UserError(
             f"generator.timestep is {timestep}: a stock one-step scheduler starts at {steps - 1}; train with that timestep to export"
         )
-    # float32 first: the weights are rounded once, to the dtype they are stored in.
-    network = pipeline.unet.float()
-    network.load_state_dict({k.removeprefix("network."): v for k, v in generator_weights.items()})
-    return _family(pipeline).one_step_pipeline(pipeline)
+
+
+def _gain(pipeline: Any) -> float | None:
+    """By how much x exceeds the network's output: 1 / sqrt(abar) at the last timestep of an epsilon-prediction."""
+    alphas = getattr(pipeline.scheduler, "alphas_cumprod", None)
+    if alphas is None or pipeline.scheduler.config.prediction_type != "epsilon":
+        return None
+    return float(alphas[-1] ** -0.5)
 
 
 def _family(pipeline: Any) -> Any:
@@ -84,10 +99,10 @@ def export_student(
     `facts` go into the card (recipe, steps, pairs). Raises UserError as `with_generator` does, and for an output folder that already
     holds something else.
     """
-    if folder.exists() and not (folder / STUDENT_FILE).exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: not empty and no student; choose a new folder")
+    refuse_other_folder(folder, STUDENT_FILE, "student")
     pipeline = with_generator(pipeline, generator_weights, timestep)
-    usage = _family(pipeline).one_step_usage.replace("{pipeline}", type(pipeline).__name__)
+    kind = _family(pipeline)
+    card = student_card(facts, dtype, kind.one_step_usage(pipeline), extras, kind.task, _gain(pipeline))
     _cast(pipeline, dtype)
     with atomic_folder(folder) as target:
         with no_progress_bars():
@@ -95,7 +110,7 @@ def export_student(
         write_bytes_atomic(target / STUDENT_FILE, canonical_json({"format": FORMAT, "timestep": timestep} | facts))
         if extras.picture is not None:
             write_bytes_atomic(target / PICTURE, extras.picture)
-        write_bytes_atomic(target / "README.md", student_card(facts, dtype, usage, extras).encode())
+        write_bytes_atomic(target / "README.md", card.encode())
 
 
 def export_single_file(
@@ -122,6 +137,7 @@ def export_single_file(
 def export_lora(
     pipeline: Any,
     layers: tuple[dict[str, Tensor], dict[str, Any]],
+    timestep: int,
     folder: Path,
     facts: dict[str, Any],
     dtype: torch.dtype,
@@ -129,10 +145,10 @@ def export_lora(
 ) -> None:
     """Writes a folder with a LoRA of the teacher's `pipeline` (`lora_layers`' result) and its card.
 
-    Raises UserError for a folder that already holds something else.
+    Raises UserError as `export_student` does.
     """
-    if folder.exists() and not (folder / LORA_FILE).exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: not empty and no LoRA; choose a new folder")
+    refuse_other_folder(folder, LORA_FILE, "LoRA")
+    _check_timestep(pipeline, timestep)
     weights, metadata = {k: v.to(dtype) for k, v in layers[0].items()}, layers[1]
     name = type(pipeline).__name__
     usage = (
@@ -148,7 +164,8 @@ def export_lora(
         pipeline.save_lora_weights(target, unet_lora_layers=weights, unet_lora_adapter_metadata=metadata)
         if extras.picture is not None:
             write_bytes_atomic(target / PICTURE, extras.picture)
-        write_bytes_atomic(target / "README.md", student_card(facts, dtype, usage, extras).encode())
+        card = student_card(facts, dtype, usage, extras, _family(pipeline).task, _gain(pipeline))
+        write_bytes_atomic(target / "README.md", card.encode())
 
 
 def push_to_hub(folder: Path, repository: str, private: bool) -> str:
@@ -157,13 +174,13 @@ def push_to_hub(folder: Path, repository: str, private: bool) -> str:
     Raises UserError when the hub cannot be reached, or refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
     api = HfApi()
     try:
         address = str(api.create_repo(repository, private=private, exist_ok=True))
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="A one-step student of diffusion2gan")
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(
             f"--push-to-hub {repository}: {reason}; the student is whole in {folder}: log in (`hf auth login`) and export again"
@@ -195,21 +212,25 @@ def hub_licence(repository: str) -> str | None:
         return None
 
 
-def student_card(facts: dict[str, Any], dtype: torch.dtype, usage: str, extras: CardExtras) -> str:
-    """The model card, Markdown with the hub's front matter."""
+def student_card(facts: dict[str, Any], dtype: torch.dtype, usage: str, extras: CardExtras, task: str, gain: float | None) -> str:
+    """The model card, Markdown with the hub's front matter. `gain`: what multiplies the network's last output, if anything."""
+    stored = str(dtype).removeprefix("torch.")
+    rounding = ""
+    if gain is not None:
+        best = "float32" if gain > 50 else "float32 or float16"
+        rounding = f" Run in {best}: the last layer's output is multiplied by {gain:.1f}, so what rounds it becomes visible grain."
     lines = "\n".join(f"- {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items())
-    front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["diffusion2gan", "one-step"]}
+    front = {"library_name": "diffusers", "pipeline_tag": task, "tags": ["diffusion2gan", "one-step"]}
     front |= {"license": extras.licence or "other"}
     # Only of a hub id: a path says nothing elsewhere.
     front |= {"base_model": extras.teacher} if extras.teacher.count("/") == 1 else {}
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# A one-step text-to-image student",
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# A one-step student",
         "Distilled with diffusion2gan. It draws in one network evaluation what its teacher draws in many, from the same noise.",
         f"![the teacher's pictures and the student's, from the same noises]({PICTURE})" if extras.picture is not None else "",
         f"```python\n{usage}\n```",
-        "In other programs: sampler DDIM with *trailing* spacing (`sgm_uniform`), 1 step, guidance (CFG) 1, clip sample off. Euler\n"
-        f"samplers scale the starting noise and give washed-out pictures. Weights are {str(dtype).removeprefix('torch.')}; run in float32 or\n"
-        "float16: the last layer's output is multiplied by 14.6, so bfloat16 adds visible grain.",
+        f"Weights are stored in {stored}.{rounding}",
+        _OTHER_PROGRAMS if task == "text-to-image" else "",
         f"## Measured\n\n{extras.results.strip()}" if extras.results else "",
         f"## How it was made\n\n{lines}",
         f"## Licence\n\nThat of its teacher, whose weights it started from: {extras.licence or 'see there'}.",

@@ -139,6 +139,14 @@ def torch_load_safe(path: Path) -> Any:
         ) from None
 
 
+def refuse_other_folder(folder: Path, marker: str, what: str) -> None:
+    """Raises UserError unless `folder` may be written: new, empty, or holding the file `marker`, a `what` to be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, expected a folder; choose a new name")
+    if folder.exists() and not (folder / marker).exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: not empty and no {what} (no {marker}); choose a new folder")
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields a path beside `folder` to fill; on success what was made there takes the place of `folder`.

@@ -38,7 +38,7 @@ class GeneratorConfig(Section):
     """The timestep at which the network is evaluated, recorded in the student. DDIM-50 with `leading` spacing starts at 981."""
     gradient_checkpointing: bool = False
     lora_rank: int | None = Field(None, ge=1)
-    """Trains low-rank changes of the teacher's weights instead of all of them: a hundredth of the optimiser's memory. The frozen
+    """Trains low-rank changes of the teacher's weights instead of all of them: a tenth of the optimiser's memory or less. The frozen
     weights keep the precision of `teacher.dtype`."""
     lora_alpha: int | None = Field(None, ge=1)
     """The changes are scaled by lora_alpha / lora_rank; without a number, by 1."""

@@ -1,7 +1,7 @@
 """LoRA students: low-rank changes to the teacher's frozen weights (Hu et al. 2022), by `peft`.
 
 The layers are those that LCM-LoRA changes: attention, feed-forward, residual convolutions, down- and upsamplers. A run keeps and
-averages the changes alone; an export adds them to the weights, or writes them as the LoRA file that diffusers and user interfaces load.
+averages the changes alone; an export adds them to the weights, or writes them as a LoRA of diffusers' pipelines.
 """
 
 from __future__ import annotations
@@ -64,5 +64,8 @@ def lora_layers(network: Any, changes: dict[str, Tensor], rank: int, alpha: int 
     from peft.utils import get_peft_model_state_dict
 
     _with_changes(network, changes, rank, alpha)
+    # The scale goes into the tensors: a reader that looks at nothing else takes alpha to be the rank.
+    scale = (alpha or rank) / rank
     layers = get_peft_model_state_dict(network, adapter_name=ADAPTER)
-    return {k: v.contiguous() for k, v in layers.items()}, network.peft_config[ADAPTER].to_dict()
+    scaled = {k: (v * scale if "lora_B" in k else v).contiguous() for k, v in layers.items()}
+    return scaled, network.peft_config[ADAPTER].to_dict() | {"lora_alpha": rank}

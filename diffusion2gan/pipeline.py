@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import torch
@@ -109,6 +109,10 @@ class OneStepPipeline:
         Returns PIL images; with output_type `uint8` an array (N, h, w, 3), with `latent` a tensor (N, C, H, W) of scaled latents.
         Raises UserError for a number of seeds that is not that of the pictures.
         """
+        if output_type not in get_args(OutputType):
+            raise UserError(f"output_type is {output_type!r}, expected one of {', '.join(get_args(OutputType))}")
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}, expected at least 1")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [p for p in prompts for _ in range(images_per_prompt)]
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
@@ -144,12 +148,14 @@ def _student_folder(source: str | Path, revision: str | None) -> Path:
     """The folder itself, or for a hub id the one in the hub's cache."""
     if Path(source).is_dir():
         return Path(source)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     # Of a repository that also holds a single file or a LoRA, the folder alone.
     wanted = [STUDENT_FILE, "model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
     try:
+        # First of all, or gigabytes would come before the news that it is no student.
+        hf_hub_download(str(source), STUDENT_FILE, revision=revision)
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:100]
@@ -158,24 +164,24 @@ def _student_folder(source: str | Path, revision: str | None) -> Path:
 
 def _student_facts(folder: Path, source: str | Path) -> dict[str, Any]:
     path = folder / STUDENT_FILE
+    if not path.is_file() and (folder / "pytorch_lora_weights.safetensors").is_file():
+        raise UserError(f"{source}: a LoRA, not a whole student; load it into the teacher's pipeline, or export --format folder")
     if not path.is_file():
         raise UserError(f"{source}: no student here (no {STUDENT_FILE}); name a folder written by `diffusion2gan export`")
     try:
-        facts = json.loads(path.read_text())
+        facts: Any = json.loads(path.read_text())
     except ValueError:
         raise UserError(f"{path}: not valid JSON; export the student again") from None
-    if facts.get("format") != FORMAT:
+    if not isinstance(facts, dict) or not isinstance(facts.get("timestep", 0), int):
+        raise UserError(f"{path}: is no record of a student; export it again")
+    if facts.get("format") != FORMAT or "timestep" not in facts:
         raise UserError(f"{path}: format {facts.get('format')!r}, expected {FORMAT!r}; export the student again with this version")
     return facts
 
 
-# Small decoders of the families' latent spaces, by their hub ids.
-_TINY_DECODERS = {"stable_diffusion": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}
-
-
 def _tiny_decoder(source: str, teacher: LoadedTeacher) -> AutoencoderTiny:
     """An `AutoencoderTiny` of the teacher's latent space. Raises UserError when there is none, or it is of another space."""
-    name = _TINY_DECODERS.get(teacher.family, "") if source == "tiny" else source
+    name = teacher.tiny_decoder if source == "tiny" else source
     if not name or teacher.vae is None:
         raise UserError(f"decoder {source!r}: a {teacher.family} student has no tiny decoder; leave it out")
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, UNet2DModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,7 +27,7 @@ from diffusion2gan.perceptual import LatentVGG
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.report import markdown_table
-from diffusion2gan.teachers.load import teacher_folder
+from diffusion2gan.teachers.load import FAMILIES, teacher_folder
 from diffusion2gan.teachers.ode import evaluations_per_pair
 from diffusion2gan.teachers.protocol import TeacherConfig, TextCondition
 from diffusion2gan.teachers.published import PUBLISHED
@@ -92,18 +92,18 @@ def _flops(call: Callable[[], Any]) -> float:
 
 # --- A recipe's networks, without weights ---------------------------------------------------------------------------
 def _network_class(teacher: TeacherConfig) -> Any:
-    return UNet2DModel if teacher.family == "pixel" else UNet2DConditionModel
+    return FAMILIES[teacher.family].network_class
 
 
 def _configuration(teacher: TeacherConfig, part: str) -> dict[str, Any]:
     """`unet` or `vae` of the teacher: of its folder, or as published. Raises UserError when neither is known."""
     kind = _network_class(teacher) if part == "unet" else AutoencoderKL
     folder = teacher_folder(teacher)
-    if Path(folder).is_dir():
-        return dict(kind.load_config(str(folder), subfolder=part))
-    if teacher.source in PUBLISHED:
+    if teacher.source in PUBLISHED and not Path(folder).is_dir():
         return dict(getattr(PUBLISHED[teacher.source], part))
     try:
+        if Path(folder).is_dir():
+            return dict(kind.load_config(str(folder), subfolder=part))
         return dict(kind.load_config(teacher.source, subfolder=part, revision=teacher.revision))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:100]
@@ -165,7 +165,7 @@ def networks(recipe: Recipe) -> Networks:
     """Builds and counts them. Raises UserError for a teacher whose sizes cannot be had."""
     teacher = recipe.teacher
     unet_config = _configuration(teacher, "unet")
-    vae_config = None if teacher.family == "pixel" else _configuration(teacher, "vae")
+    vae_config = _configuration(teacher, "vae") if FAMILIES[teacher.family].has_vae else None
     size = unet_config["sample_size"]
     latent = (unet_config["in_channels"], *((size, size) if isinstance(size, int) else size))
     with _shapes_alone():
@@ -179,15 +179,15 @@ def networks(recipe: Recipe) -> Networks:
         if recipe.adversarial is not None and recipe.adversarial.weight and recipe.discriminator.kind == "diffusion":
             network = _network_class(teacher).from_config(unet_config)
             discriminator = _discriminator(recipe.discriminator, network, x, condition)
-        perceptual = None
+        perceptual, width = None, 0.25 if recipe.loss.perceptual == "embedded" else 1.0
         if recipe.loss.distance in ("latent_lpips", "e_latent_lpips"):
-            perceptual = _perceptual(latent, width=0.25 if teacher.source == "embedded" else 1.0)
+            perceptual = _perceptual(latent, width=width)
         decoder = None
         if vae_config is not None:
             vae = AutoencoderKL.from_config(vae_config)
             decoder = measure(vae, lambda n: cast(Any, n).decode(x, return_dict=False))
         elif recipe.loss.distance == "lpips":
-            perceptual = _perceptual(latent, kept_poolings=(1, 2, 3, 4, 5))
+            perceptual = _perceptual(latent, width=width, kept_poolings=(1, 2, 3, 4, 5))
     trained = generator.parameters if recipe.generator.lora_rank is None else _changes(recipe, unet_config)
     return Networks(generator, discriminator, perceptual, decoder, latent, trained)
 

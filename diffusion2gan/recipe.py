@@ -51,6 +51,10 @@ class Recipe(Section):
             raise ValueError(f"training.holdout is {self.training.holdout}, expected fewer than pairs.count ({self.pairs.count})")
         if self.teacher.dtype == "float64" and self.training.mixed_precision != "no":
             raise ValueError("training.mixed_precision is bf16 with a float64 teacher, expected no")
+        if self.generator.lora_rank is not None and self.teacher.dtype == "float16":
+            raise ValueError(
+                "teacher.dtype is float16 with generator.lora_rank, expected bfloat16 or float32: small gradients vanish in float16"
+            )
         self._check_phase_2()
         if self.training.steps == 0 and self.adversarial is None:
             raise ValueError("training.steps is 0 and there is no adversarial section, expected at least 1: nothing would be trained")

@@ -102,8 +102,9 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     check_pairs(recipe, settings, pairs.manifest, store)
     distance = build_distance(recipe.loss, teacher, accelerator.device)
     generator = OneStepGenerator.from_teacher(teacher, recipe.generator)
-    # A run that goes on has its own weights; those that it started from may be gone.
-    start = None if _begun(folder) else recipe.generator.start
+    # A run that goes on has its own weights, and those that it started from may be gone; a LoRA has changes of them alone.
+    goes_on = bool(checkpoints(folder / "checkpoints")) and recipe.generator.lora_rank is None
+    start = None if goes_on else recipe.generator.start
     if start is not None:
         load_start(generator, generator_weights(Path(start), recipe), recipe.generator)
     adversarial = recipe.adversarial
@@ -178,8 +179,8 @@ def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance, start_we
     }
     path = folder / "inputs.json"
     saved = json.loads(path.read_text()) if path.exists() and _begun(folder) else None
-    # Of a run that goes on, only the record tells where it started.
-    inputs["start_weights"] = start_weights if saved is None else saved.get("start_weights")
+    # Of a run that goes on with weights of its own, only the record tells where it started.
+    inputs["start_weights"] = start_weights if saved is None or start_weights is not None else saved.get("start_weights")
     written = canonical_json(inputs)
     if saved is not None:
         # The same pairs may be kept otherwise: noise stored or not, shards of another size.
@@ -262,12 +263,14 @@ def export_run(
         if recipe.generator.start is not None:
             raise UserError(f"{folder}: its LoRA changes {recipe.generator.start}, not the teacher; export a folder or a single file")
         layers = lora_layers(pipeline.unet.float(), weights, rank, alpha)
-        export_lora(pipeline, layers, out, facts, getattr(torch, dtype), extras)
+        export_lora(pipeline, layers, recipe.generator.timestep, out, facts, getattr(torch, dtype), extras)
         return
     if rank is not None:
         if recipe.generator.start is not None:
             pipeline.unet.load_state_dict(_frozen_weights(recipe, folder))
-        weights = fused_weights(pipeline.unet.float(), weights, rank, alpha)
+        # The changes were trained on the frozen weights as the teacher's precision has them.
+        frozen = torch.nn.Module.to(pipeline.unet, getattr(torch, recipe.teacher.dtype))
+        weights = fused_weights(torch.nn.Module.to(frozen, torch.float32), weights, rank, alpha)
     student = (pipeline, weights, recipe.generator.timestep, out, facts, getattr(torch, dtype))
     if kind == "single-file":
         export_single_file(*student)
@@ -302,7 +305,8 @@ def _card_extras(recipe: Recipe, folder: Path, step: int, results: Path | None) 
 
 
 def _evaluations(recipe: Recipe, pairs: dict[str, Any], steps: int) -> Evaluations:
-    """What the student cost, as Table 6 counts it: the teacher's for the pairs, one of its own a training sample."""
+    """What this run cost, as Table 6 counts it: the teacher's for the pairs, one of its own a training sample. What a
+    `generator.start` cost is in its own card."""
     counted = Evaluations()
     counted.add("data_teacher", pairs["count"] * evaluations_per_pair(SolverConfig.model_validate(pairs["ode"])))
     counted.add("student", steps * recipe.training.batch_size)

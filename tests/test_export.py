@@ -191,6 +191,17 @@ def test_without_the_hub_the_student_is_kept(run: Path, tmp_path: Path, capsys: 
     assert (tmp_path / "student" / "unet").is_dir()
 
 
+def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client as it is, and nobody at its address."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    real = huggingface_hub.HfApi
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: real(endpoint="http://127.0.0.1:9", token="x"))
+    with pytest.raises(UserError, match=r"--push-to-hub me/student: .*; the student is whole in"):
+        push_to_hub(tmp_path, "me/student", False)
+
+
 def test_what_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's own client is asked for a repository and given the folder."""
     import huggingface_hub

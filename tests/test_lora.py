@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
@@ -114,6 +116,8 @@ def test_every_form_of_export_draws_the_same(root: Path, tiny_teacher_folder: Pa
     student = StableDiffusionPipeline.from_pretrained(root / "student")
     assert torch.equal(one["model.diffusion_model.input_blocks.1.0.in_layers.2.weight"], student.unet.down_blocks[0].resnets[0].conv1.weight)
     assert "load_lora_weights" in (root / "changes" / "README.md").read_text()
+    with pytest.raises(UserError, match="a LoRA, not a whole student"):
+        OneStepPipeline.from_pretrained(root / "changes")
 
 
 def test_a_lora_may_start_from_a_student(root: Path, tiny_teacher_folder: Path, prompts_file: Path) -> None:
@@ -136,6 +140,54 @@ def test_a_lora_may_start_from_a_student(root: Path, tiny_teacher_folder: Path, 
         torch.testing.assert_close(both, trainer.bare_generator(torch.from_numpy(noise), teacher.encode_prompts(PROMPTS)), atol=1e-3, rtol=1e-4)
 
 
+def test_a_run_with_a_start_goes_on_from_its_own_frozen_weights(
+    root: Path, tiny_teacher_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    assert main(["export", str(root / "run"), str(tmp_path / "start"), "--dtype", "float32"]) == 0
+    recipe = _recipe(tiny_teacher_folder, prompts_file, start=str(tmp_path / "start"))
+    unbroken = train_recipe(recipe, root / "store", tmp_path / "unbroken", progress=False)
+    steps = iter(range(100))
+    train_recipe(recipe, root / "store", tmp_path / "broken", progress=False, deadline=lambda: next(steps) >= 4)
+    resumed = train_recipe(recipe, root / "store", tmp_path / "broken", progress=False)
+    ours, theirs = resumed.bare_generator.state_dict(), unbroken.bare_generator.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
+    # Without those weights there is nothing to go on from.
+    shutil.rmtree(tmp_path / "start")
+    with pytest.raises(UserError, match="no such folder"):
+        train_recipe(recipe, root / "store", tmp_path / "broken", progress=False)
+
+
+def test_with_a_discriminator_checkpointing_and_half_precision(
+    root: Path, tiny_teacher_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    """All that a small GPU would have at once; the export is what was trained, on the weights as bfloat16 has them."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # the fixture's run may have left its precision
+    values = _recipe(tiny_teacher_folder, prompts_file, gradient_checkpointing=True, lora_alpha=8).model_dump(mode="json")
+    values["teacher"]["dtype"] = "bfloat16"
+    values["pairs"]["precision"] = "bfloat16"
+    values["training"] |= {"steps": 4, "mixed_precision": "bf16"}
+    values["adversarial"] = {"steps": 4, "learning_rate": 1e-3, "discriminator_learning_rate": 1e-3, "r1_every": 2}
+    recipe = parse_recipe(values, "small")
+    simulate_recipe(recipe, tmp_path / "store", progress=False)
+    trainer = train_recipe(recipe, tmp_path / "store", tmp_path / "run", progress=False)
+    assert trainer.step == 8
+    assert all("lora_" in k for k in trainer.ema.state)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "student"), "--dtype", "float32"]) == 0
+    student = OneStepPipeline.from_pretrained(tmp_path / "student", "float32")
+    base = trainer.teacher.network.state_dict()["conv_in.weight"]
+    assert base.dtype == torch.bfloat16
+    assert torch.equal(student.generator.network.conv_in.weight, base.float())
+    noise = draw_noise([1, 2], (4, 8, 8))
+    generator = trainer.bare_generator
+    with trainer.ema.applied_to(generator), torch.no_grad():
+        # In float32 all of it, which the frozen weights fit into exactly; the prompts as the student's own encoder reads them.
+        torch.nn.Module.to(generator, torch.float32)
+        # Not the trainer's: its own calls have autocast.
+        expected = OneStepGenerator.around(generator.network, trainer.teacher, 999)(torch.from_numpy(noise), student.teacher.encode_prompts(PROMPTS))
+        torch.testing.assert_close(student.latents(PROMPTS, noise), expected, atol=2e-3, rtol=1e-3)
+
+
 def test_refusals(root: Path, tiny_teacher_folder: Path, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"generator.lora_rank is 2: UNet2DModel takes no LoRA"):
         OneStepGenerator.from_teacher(PixelTeacher.from_pipeline(tiny_pixel_pipeline()), GeneratorConfig(lora_rank=2))
@@ -150,7 +202,14 @@ def test_refusals(root: Path, tiny_teacher_folder: Path, prompts_file: Path, tmp
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep me")
     assert main(["export", str(root / "run"), str(tmp_path / "mine"), "--format", "lora"]) == 2
+    (tmp_path / "file").write_text("keep me")
+    assert main(["export", str(root / "run"), str(tmp_path / "file")]) == 2
+    assert "is a file, expected a folder" in capsys.readouterr().err
+    assert main(["export", str(root / "run"), str(tmp_path / "mine"), "--format", "lora"]) == 2
     assert "not empty and no LoRA" in capsys.readouterr().err
+    half = recipe_values(tiny_teacher_folder, prompts_file, generator={"lora_rank": 4}, teacher__dtype="float16")
+    with pytest.raises(UserError, match="teacher.dtype is float16 with generator.lora_rank, expected bfloat16 or float32"):
+        parse_recipe(half, "half")
     with pytest.raises(KeyError, match="do not belong to this network, or are missing"):
         load_trained(OneStepGenerator.from_teacher(StableDiffusionTeacher.from_pipeline(_tiny())), {"network.conv_in.weight": torch.zeros(1)})
 

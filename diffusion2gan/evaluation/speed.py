@@ -69,7 +69,9 @@ class _Stopwatch:
 
     def __init__(self, model: Model, clock: _Clock):
         self._clock = clock
-        text, network, decoder = (model.modules[k] for k in ("text", "network", "decoder"))
+        # A model of pixels is its network: there it begins and ends.
+        network = model.modules["network"]
+        text, decoder = (model.modules.get(k, network) for k in ("text", "decoder"))
         self._handles = [
             text.register_forward_pre_hook(lambda *_: self._begin()),
             network.register_forward_pre_hook(lambda *_: self.evaluations.append([clock.now()])),

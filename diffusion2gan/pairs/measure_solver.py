@@ -1,7 +1,7 @@
 """How far a choice of solver and steps is from the ODE's solution, against the network evaluations it spends.
 
 So a user can choose before simulating: most of the method's bill is paid there. The reference is DPM-Solver++ with many steps,
-in float32 as far as the teacher is; distances are root mean square differences of scaled latents, from the same noises and prompts.
+in the teacher's own precision; distances are root mean square differences of scaled latents, from the same noises and prompts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import atomic_folder, write_json
+from diffusion2gan.files import atomic_folder, refuse_other_folder, write_json
 from diffusion2gan.images import grid, png_bytes, to_uint8
 from diffusion2gan.pairs.prompts import read_prompts
 from diffusion2gan.pairs.seeds import draw_noise, pair_seed
@@ -105,8 +105,7 @@ def measure_recipe(teacher: Teacher, config: PairsConfig, out: Path, count: int 
 
     Returns the table. Raises UserError for a folder that holds something else.
     """
-    if out.exists() and not (out / RESULT).exists() and any(out.iterdir()):
-        raise UserError(f"{out}: not empty and no measurement (no {RESULT}); choose a new --out")
+    refuse_other_folder(out, RESULT, "measurement")
     if count < 2:
         raise UserError(f"--measure-count is {count}, expected at least 2: the yardstick is the distance of two pictures")
     prompts = read_prompts(config.prompts, count, config.seed)

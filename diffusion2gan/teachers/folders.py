@@ -12,7 +12,14 @@ from typing import Any, ClassVar, Self
 import diffusers
 import torch
 import transformers
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
@@ -51,9 +58,16 @@ def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
 
 
 def _files_digest(folder: Path, variant: str | None) -> str:
-    """sha256 over the weight files of network and text encoders: of what is stored, whatever precision it is loaded in."""
+    """sha256 over the weight files of network and text encoders: of what is stored, whatever precision it is loaded in.
+
+    Raises UserError when there are none.
+    """
     digest = hashlib.sha256()
-    for part in ("unet", "text_encoder", "text_encoder_2"):
+    # Repositories of one network may have its weights beside model_index.json.
+    parts = [p for p in ("unet", "text_encoder", "text_encoder_2") if (folder / p).is_dir()] or [""]
+    if not any(file for part in parts for file in (folder / part).glob("*.safetensors")):
+        raise UserError(f"{folder}: no .safetensors weights of a network, expected them in unet/; name another folder or variant")
+    for part in parts:
         files = sorted((folder / part).glob("*.safetensors"))
         of_variant = [p for p in files if (f".{variant}" in p.name if variant else p.name.count(".") == 1)]
         for path in of_variant or files:
@@ -71,10 +85,13 @@ def _local_folder(config: TeacherConfig, folder: str | Path) -> Path:
 
 
 def family_of(folder: Path) -> str | None:
-    """The family of a diffusers folder by its model_index.json; None for another kind of folder."""
+    """The family of a diffusers folder by its model_index.json; None for another kind of folder. Raises UserError for a damaged one."""
     path = folder / "model_index.json"
-    name = json.loads(path.read_text()).get("_class_name") if path.is_file() else None
-    return FAMILY_OF_CLASS.get(name)
+    try:
+        index = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON; restore the file") from None
+    return FAMILY_OF_CLASS.get(index.get("_class_name")) if isinstance(index, dict) else None
 
 
 def stored_weights(config: TeacherConfig, folder: str | Path) -> str:
@@ -134,8 +151,12 @@ class DiffusersTeacher:
     """The parts of `Teacher` that do not depend on the family. A subclass sets the attributes below before `_take_schedule`."""
 
     family: ClassVar[str]
-    one_step_usage: ClassVar[str]
-    """How a stock pipeline draws a picture with a student of this family: Python, for its card."""
+    task: ClassVar[str] = "text-to-image"
+    """As the hub calls it."""
+    tiny_decoder: ClassVar[str | None] = None
+    """Hub id of an `AutoencoderTiny` for the family's latents."""
+    network_class: ClassVar[Any] = UNet2DConditionModel
+    has_vae: ClassVar[bool] = True
     network: Any
     latent_shape: tuple[int, int, int]
     prediction_type: PredictionType
@@ -146,7 +167,8 @@ class DiffusersTeacher:
     """The autoencoder whose half `decode` evaluates; None where latents are pixels."""
 
     def _take_schedule(self, scheduler_config: dict[str, Any]) -> None:
-        schedule = DDIMScheduler.from_config(scheduler_config)
+        # x is the ODE's solution. Clipping at every step has none that solvers agree on, and a latent has no range to be clipped to.
+        schedule = DDIMScheduler.from_config(scheduler_config | {"clip_sample": False})
         if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(
                 f"the teacher predicts {schedule.config.prediction_type!r}, expected epsilon or v_prediction; choose another teacher"
@@ -179,6 +201,16 @@ class DiffusersTeacher:
         """`pipeline` with a scheduler, and of a class, whose one step from the last timestep is G's x."""
         pipeline.scheduler = student_scheduler(dict(pipeline.scheduler.config))
         return pipeline
+
+    @classmethod
+    def one_step_usage(cls, pipeline: Any) -> str:
+        """How a picture is drawn with a student exported as `pipeline`: Python, for its card."""
+        name = type(pipeline).__name__
+        return (
+            f"from diffusers import {name}\n"
+            f'pipeline = {name}.from_pretrained("this folder")\n'
+            'image = pipeline("red heart", num_inference_steps=1, guidance_scale=1).images[0]'
+        )
 
     @property
     def device(self) -> torch.device:

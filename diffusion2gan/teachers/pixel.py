@@ -44,7 +44,6 @@ def _edm_schedule(config: dict[str, Any]) -> dict[str, Any]:
         "num_train_timesteps": steps,
         "trained_betas": betas.tolist(),
         "prediction_type": "v_prediction",
-        "clip_sample": False,
         "set_alpha_to_one": True,
         "steps_offset": 0,
     }
@@ -59,9 +58,9 @@ class PixelTeacher(DiffusersTeacher):
     """
 
     family = "pixel"
-    one_step_usage = """from diffusers import {pipeline}
-pipeline = {pipeline}.from_pretrained("this folder")
-images = pipeline(batch_size=16, num_inference_steps=1).images"""
+    task = "unconditional-image-generation"
+    network_class = UNet2DModel
+    has_vae = False
 
     def __init__(self, unet: UNet2DModel, scheduler_config: dict[str, Any], preconditioned: bool = False):
         config = unet.config
@@ -77,6 +76,10 @@ images = pipeline(batch_size=16, num_inference_steps=1).images"""
             raise UserError(
                 f"the teacher's network gives {config.out_channels} channels for {config.in_channels}, expected as many: one that learns its "
                 "variance has no ODE of its own; choose another teacher"
+            )
+        if config.in_channels != 3 or config.sample_size is None:
+            raise UserError(
+                f"the teacher's network draws {config.in_channels} channels of size {config.sample_size}, expected 3 of a fixed size; choose another"
             )
         self.network = unet
         unet.requires_grad_(False).eval()
@@ -105,10 +108,25 @@ images = pipeline(batch_size=16, num_inference_steps=1).images"""
             return pipeline
         return DDIMPipeline(pipeline.unet, student_scheduler(dict(pipeline.scheduler.config)))
 
+    @classmethod
+    def one_step_usage(cls, pipeline: Any) -> str:
+        classes = pipeline.unet.class_embedding is not None
+        if classes or is_preconditioned(pipeline.scheduler):
+            # No stock pipeline passes a class, or has EDM's schedule.
+            return (
+                "from diffusion2gan import OneStepPipeline\n"
+                'pipeline = OneStepPipeline.from_pretrained("this folder")\n'
+                f'images = pipeline("{7 if classes else ""}", images_per_prompt=16)'
+            )
+        return (
+            "from diffusers import DDIMPipeline\n"
+            'pipeline = DDIMPipeline.from_pretrained("this folder")\n'
+            "images = pipeline(batch_size=16, num_inference_steps=1).images"
+        )
+
     def identity(self) -> dict[str, Any]:
         return super().identity() | {
             "preconditioned": self._log_sigma is not None,
-            "clip_sample": self.scheduler_config.get("clip_sample", True),
             "latent_scaling": 1 / self._data_deviation,
         }
 
@@ -142,8 +160,10 @@ images = pipeline(batch_size=16, num_inference_steps=1).images"""
         if self._log_sigma.device != timestep.device:
             self._log_sigma = self._log_sigma.to(timestep.device, dtype)
         low = timestep.floor().long().clamp(0, len(self._log_sigma) - 2)
-        weight = timestep.to(dtype) - low
-        return torch.lerp(self._log_sigma[low], self._log_sigma[low + 1], weight) / 4
+        weight = (timestep.to(dtype) - low).reshape(-1)
+        # Not by brackets: an index of no dimensions would be fetched to the host.
+        between = torch.lerp(self._log_sigma.index_select(0, low.reshape(-1)), self._log_sigma.index_select(0, low.reshape(-1) + 1), weight)
+        return between.reshape(timestep.shape) / 4
 
     def decode(self, latent: Tensor) -> Tensor:
         return latent * self._data_deviation

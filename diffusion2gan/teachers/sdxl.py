@@ -22,6 +22,7 @@ class SDXLTeacher(StableDiffusionTeacher):
     """
 
     family = "sdxl"
+    tiny_decoder = "madebyollin/taesdxl"
 
     def __init__(self, pipeline: StableDiffusionXLPipeline):
         super().__init__(pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, dict(pipeline.scheduler.config))

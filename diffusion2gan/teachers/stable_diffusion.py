@@ -18,9 +18,7 @@ class StableDiffusionTeacher(DiffusersTeacher):
     """Implements `Teacher` for `StableDiffusionPipeline` folders; epsilon- and v-prediction."""
 
     family = "stable_diffusion"
-    one_step_usage = """from diffusers import {pipeline}
-pipeline = {pipeline}.from_pretrained("this folder")
-image = pipeline("red heart", num_inference_steps=1, guidance_scale=1).images[0]"""
+    tiny_decoder = "madebyollin/taesd"
     text_encoder: nn.Module
 
     def __init__(
@@ -34,8 +32,7 @@ image = pipeline("red heart", num_inference_steps=1, guidance_scale=1).images[0]
         self.network, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         for module in (unet, vae, text_encoder):
             module.requires_grad_(False).eval()
-        # A latent has no range to be clipped to; the configurations of some schedulers do not say so.
-        self._take_schedule(scheduler_config | {"clip_sample": False})
+        self._take_schedule(scheduler_config)
         self.latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
 
     @classmethod

@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -120,8 +121,10 @@ class Trainer:
     ):
         self.teacher, self.pairs, self.distance, self.config, self.folder = teacher, pairs, distance, config, folder
         self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.mixed_precision)
-        if getattr(self.accelerator, "is_fsdp2", False):
-            raise UserError("sharded training (FSDP) is asked for and not supported yet; use DDP (`torchrun -m diffusion2gan train`)")
+        known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+        if self.accelerator.distributed_type not in known:
+            kind = str(self.accelerator.distributed_type).rpartition(".")[2]
+            raise UserError(f"training by {kind} is asked for and not supported yet; use DDP (`torchrun -m diffusion2gan train`)")
         if len(pairs) <= config.holdout:
             raise UserError(f"training.holdout is {config.holdout} but the store has {len(pairs)} pairs; simulate more, or hold out fewer")
         world = self.accelerator.num_processes

@@ -14,6 +14,7 @@ from diffusion2gan.cli import main
 from diffusion2gan.pairs.measure_solver import candidates, measure_solvers, setting_name
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig, evaluations_per_pair
+from diffusion2gan.teachers.pixel import PixelTeacher
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from tests.conftest import tiny_pixel_pipeline
 from tests.helpers import recipe_values, write_recipe
@@ -80,6 +81,16 @@ def test_pixels_can_be_measured(tmp_path: Path) -> None:
     assert main(["simulate", str(recipe), "--out", str(tmp_path / "out"), "--measure-solver", "--measure-count", "2"]) == 0
     rows = json.loads((tmp_path / "out" / "solver_distance.json").read_text())["rows"]
     assert (rows[0]["setting"], rows[0]["evaluations"]) == ("heun 6, linspace", 11)
+
+
+def test_every_solver_goes_to_the_reference_whatever_the_schedule_says_of_clipping() -> None:
+    """Clipped at every step, solvers would not agree on a solution."""
+    teacher = PixelTeacher.from_pipeline(tiny_pixel_pipeline(clip=True))
+    noise = draw_noise([1, 2], teacher.latent_shape)
+    settings = [SolverConfig.model_validate({"solver": "heun", "steps": n, "spacing": "trailing", "guidance": 1.0}) for n in (6, 60)]
+    (few, many), whole = measure_solvers(teacher, settings, noise, ["", ""], 2, reference_steps=200, progress=False)
+    assert many.distance < 0.3 * few.distance
+    assert many.distance < 0.1 * whole.distance
 
 
 def test_refusals(tiny_teacher_folder: Path, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

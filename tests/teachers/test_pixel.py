@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, EDMEulerScheduler, UNet2DModel
 from torch import Tensor
 
+from diffusion2gan.cli import main
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.accounting import heun_evaluations
 from diffusion2gan.generator import OneStepGenerator
@@ -20,6 +21,7 @@ from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.pipeline import OneStepPipeline
 from diffusion2gan.recipe import load_recipe, parse_recipe
 from diffusion2gan.run import export_run, simulate_recipe, train_recipe
+from diffusion2gan.teachers.folders import _files_digest, family_of
 from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig, evaluations_per_pair, solve_ode
 from diffusion2gan.teachers.pixel import PixelTeacher
@@ -30,11 +32,10 @@ from tests.helpers import recipe_values
 SHAPE = (3, 8, 8)
 
 
-@pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-def test_equals_the_stock_pipeline(clip: bool, prediction_type: str, dtype: torch.dtype, limit: float) -> None:
-    pipeline = DDIMPipeline(tiny_pixel_unet(), DDIMScheduler(clip_sample=clip, prediction_type=prediction_type)).to(dtype)
+def test_equals_the_stock_pipeline(prediction_type: str, dtype: torch.dtype, limit: float) -> None:
+    pipeline = DDIMPipeline(tiny_pixel_unet(), DDIMScheduler(clip_sample=False, prediction_type=prediction_type)).to(dtype)
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn(3, *SHAPE, dtype=dtype, generator=torch.Generator().manual_seed(1))
     stock = pipeline(batch_size=3, generator=torch.Generator().manual_seed(1), num_inference_steps=10, output_type="numpy").images
@@ -156,6 +157,8 @@ def test_classes_are_numbers() -> None:
 def test_what_cannot_be_a_teacher() -> None:
     with pytest.raises(UserError, match=r"embeds time as 'fourier', expected 'positional'"):
         PixelTeacher(tiny_pixel_unet(time_embedding_type="fourier"), dict(DDPMScheduler().config))
+    with pytest.raises(UserError, match=r"draws 1 channels of size 8, expected 3 of a fixed size"):
+        PixelTeacher(tiny_pixel_unet(in_channels=1, out_channels=1), dict(DDPMScheduler().config))
     with pytest.raises(UserError, match=r"gives 6 channels for 3"):
         PixelTeacher(tiny_pixel_unet(out_channels=6), dict(DDPMScheduler().config))
     with pytest.raises(UserError, match=r"embeds classes as 'timestep'"):
@@ -188,10 +191,17 @@ def test_every_stage(edm: bool, tmp_path: Path, prompts_file: Path) -> None:
     assert student.generate(["red heart"] * 3, [1, 2, 3]).shape == (3, 8, 8, 3)
     manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
     assert manifest["teacher"]["preconditioned"] is edm
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "pipeline_tag: unconditional-image-generation" in card
     if edm:
+        # No stock pipeline draws one step of it.
+        assert "OneStepPipeline.from_pretrained" in card
+        assert "multiplied by" not in card
         assert DDPMPipeline.from_pretrained(tmp_path / "student").scheduler.config._class_name == "EDMEulerScheduler"
         return
-    assert "DDIMPipeline.from_pretrained" in (tmp_path / "student" / "README.md").read_text()
+    assert "DDIMPipeline.from_pretrained" in card
+    # 1 / sqrt(abar) of DDPM's schedule.
+    assert "Run in float32: the last layer's output is multiplied by 157" in card
     stock = DDIMPipeline.from_pretrained(tmp_path / "student").to(torch.float64)
     stock.set_progress_bar_config(disable=True)
     stock.scheduler.set_timesteps(1)
@@ -213,6 +223,28 @@ def test_identities_tell_teachers_apart(tmp_path: Path) -> None:
     assert (ddpm["preconditioned"], edm["preconditioned"]) == (False, True)
     with pytest.raises(UserError, match=r"teacher.family is stable_diffusion, but .*ddpm is of family pixel; set teacher.family=pixel"):
         load_teacher(TeacherConfig(source=str(tmp_path / "ddpm")))
+
+
+def test_flat_folders_are_told_apart(tmp_path: Path) -> None:
+    """Repositories such as google/ddpm-cifar10-32 have their weights beside model_index.json."""
+    digests = []
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        tiny_pixel_unet(seed=seed).save_pretrained(folder)
+        digests.append(_files_digest(folder, None))
+    assert digests[0] != digests[1]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match=r"no .safetensors weights of a network"):
+        _files_digest(tmp_path / "none", None)
+    (tmp_path / "none" / "model_index.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        family_of(tmp_path / "none")
+
+
+def test_its_latency_is_that_of_its_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_pixel_pipeline().save_pretrained(tmp_path / "teacher")
+    command = ["speed", "latency", f"teacher:{tmp_path / 'teacher'}", "--guidance", "1", "--steps", "1", "2", "--warmup", "1", "--runs", "1"]
+    assert main(command) == 0, capsys.readouterr().err
 
 
 def test_the_papers_accounting_is_this_solver() -> None:
