@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
@@ -220,6 +222,14 @@ def test_compiled_training_is_one_graph_and_the_same(
     whole.run(progress=False)
     assert compiled == [OneStepGenerator, Distance]
     torch.testing.assert_close(_weights(whole), _weights(plain), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_what_would_split_the_weights_is_refused(kind: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch` may ask for it; the average and the checkpoints would be of a part."""
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda _: DistributedType[kind]))
+    with pytest.raises(UserError, match=rf"training by {kind} is asked for and not supported yet; use DDP"):
+        _trainer(store, tmp_path)
 
 
 def test_only_the_first_pairs(store: Path, tmp_path: Path) -> None:
