@@ -177,7 +177,8 @@ def test_bad_input_is_one_line_and_exit_code_2(world: Path, tmp_path: Path) -> N
     _assert_one_line(run_command("export", tmp_path, tmp_path / "x"), "no run here")
     _assert_one_line(run_command("generate", tmp_path, "cat"), "no student here")
     _assert_one_line(
-        run_command("simulate", recipe, "--out", tmp_path / "s", "--set", f"teacher.source={tmp_path}"), "is not a diffusers folder or hub id of family stable_diffusion"
+        run_command("simulate", recipe, "--out", tmp_path / "s", "--set", f"teacher.source={tmp_path}"),
+        "is not a diffusers folder or hub id of family stable_diffusion",
     )
     _assert_one_line(run_command("simulate", recipe, "--out", recipe), "a file is in the way")
     _assert_one_line(

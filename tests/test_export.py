@@ -42,7 +42,9 @@ def _sd21() -> Any:
         bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     pipeline.text_encoder = CLIPTextModel(config)
-    pipeline.unet = UNet2DConditionModel.from_config(dict(pipeline.unet.config) | {"cross_attention_dim": 1024, "use_linear_projection": True})
+    pipeline.unet = UNet2DConditionModel.from_config(
+        dict(pipeline.unet.config) | {"cross_attention_dim": 1024, "use_linear_projection": True}
+    )
     return pipeline
 
 

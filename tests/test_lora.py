@@ -114,7 +114,9 @@ def test_every_form_of_export_draws_the_same(root: Path, tiny_teacher_folder: Pa
     torch.testing.assert_close(stock, expected, atol=1e-3, rtol=1e-4)
     one = load_file(root / "one.safetensors")
     student = StableDiffusionPipeline.from_pretrained(root / "student")
-    assert torch.equal(one["model.diffusion_model.input_blocks.1.0.in_layers.2.weight"], student.unet.down_blocks[0].resnets[0].conv1.weight)
+    assert torch.equal(
+        one["model.diffusion_model.input_blocks.1.0.in_layers.2.weight"], student.unet.down_blocks[0].resnets[0].conv1.weight
+    )
     assert "load_lora_weights" in (root / "changes" / "README.md").read_text()
     with pytest.raises(UserError, match="a LoRA, not a whole student"):
         OneStepPipeline.from_pretrained(root / "changes")
@@ -137,7 +139,9 @@ def test_a_lora_may_start_from_a_student(root: Path, tiny_teacher_folder: Path, 
     assert main(["export", str(root / "second"), str(root / "both"), "--dtype", "float32"]) == 0
     both = OneStepPipeline.from_pretrained(root / "both", "float32").latents(PROMPTS, noise)
     with trainer.ema.applied_to(trainer.bare_generator), torch.no_grad():
-        torch.testing.assert_close(both, trainer.bare_generator(torch.from_numpy(noise), teacher.encode_prompts(PROMPTS)), atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(
+            both, trainer.bare_generator(torch.from_numpy(noise), teacher.encode_prompts(PROMPTS)), atol=1e-3, rtol=1e-4
+        )
 
 
 def test_a_run_with_a_start_goes_on_from_its_own_frozen_weights(
@@ -184,7 +188,9 @@ def test_with_a_discriminator_checkpointing_and_half_precision(
         # In float32 all of it, which the frozen weights fit into exactly; the prompts as the student's own encoder reads them.
         torch.nn.Module.to(generator, torch.float32)
         # Not the trainer's: its own calls have autocast.
-        expected = OneStepGenerator.around(generator.network, trainer.teacher, 999)(torch.from_numpy(noise), student.teacher.encode_prompts(PROMPTS))
+        expected = OneStepGenerator.around(generator.network, trainer.teacher, 999)(
+            torch.from_numpy(noise), student.teacher.encode_prompts(PROMPTS)
+        )
         torch.testing.assert_close(student.latents(PROMPTS, noise), expected, atol=2e-3, rtol=1e-3)
 
 
@@ -211,7 +217,9 @@ def test_refusals(root: Path, tiny_teacher_folder: Path, prompts_file: Path, tmp
     with pytest.raises(UserError, match="teacher.dtype is float16 with generator.lora_rank, expected bfloat16 or float32"):
         parse_recipe(half, "half")
     with pytest.raises(KeyError, match="do not belong to this network, or are missing"):
-        load_trained(OneStepGenerator.from_teacher(StableDiffusionTeacher.from_pipeline(_tiny())), {"network.conv_in.weight": torch.zeros(1)})
+        load_trained(
+            OneStepGenerator.from_teacher(StableDiffusionTeacher.from_pipeline(_tiny())), {"network.conv_in.weight": torch.zeros(1)}
+        )
 
 
 def _tiny() -> Any:
@@ -220,7 +228,9 @@ def _tiny() -> Any:
     return tiny_pipeline()
 
 
-def test_a_start_that_has_changed(root: Path, tiny_teacher_folder: Path, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_start_that_has_changed(
+    root: Path, tiny_teacher_folder: Path, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["export", str(root / "run"), str(tmp_path / "start"), "--dtype", "float32"]) == 0
     recipe = _recipe(tiny_teacher_folder, prompts_file, start=str(tmp_path / "start"))
     train_recipe(recipe, root / "store", tmp_path / "run", progress=False)

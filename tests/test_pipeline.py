@@ -68,7 +68,9 @@ def test_what_cannot_be_drawn(folder: Path) -> None:
 
 
 def test_sources_that_are_no_student(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"somebody/nothing: no such folder, and not found on the hub \(.*\); name a student's folder or hub id"):
+    with pytest.raises(
+        UserError, match=r"somebody/nothing: no such folder, and not found on the hub \(.*\); name a student's folder or hub id"
+    ):
         OneStepPipeline.from_pretrained("somebody/nothing")
     with pytest.raises(UserError, match="not found on the hub"):
         OneStepPipeline.from_pretrained("three/parts/long")
@@ -98,7 +100,9 @@ def test_a_tiny_decoder_draws(folder: Path, tmp_path: Path) -> None:
     assert pictures.std() > 1
 
 
-@pytest.mark.parametrize(("levels", "channels", "said"), [(3, 4, "has 4 pixels a latent, expected 2"), (2, 8, "has 8 latent channels, expected 4")])
+@pytest.mark.parametrize(
+    ("levels", "channels", "said"), [(3, 4, "has 4 pixels a latent, expected 2"), (2, 8, "has 8 latent channels, expected 4")]
+)
 def test_a_decoder_of_other_latents(levels: int, channels: int, said: str, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         OneStepPipeline.from_pretrained(folder, decoder=str(_tiny_decoder(tmp_path / "decoder", levels, channels)))

@@ -59,7 +59,10 @@ def test_checkpointing_trades_memory_for_work(sd15: Recipe, counted: Networks) -
 
 
 def test_a_lora_takes_less(sd15: Recipe, counted: Networks) -> None:
-    changed = {"generator": sd15.generator.model_copy(update={"lora_rank": 8}), "teacher": sd15.teacher.model_copy(update={"dtype": "bfloat16"})}
+    changed = {
+        "generator": sd15.generator.model_copy(update={"lora_rank": 8}),
+        "teacher": sd15.teacher.model_copy(update={"dtype": "bfloat16"}),
+    }
     lora = sd15.model_copy(update=changed)
     found = networks(lora)
     assert counted.trained == counted.generator.parameters

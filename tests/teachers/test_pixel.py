@@ -243,7 +243,20 @@ def test_flat_folders_are_told_apart(tmp_path: Path) -> None:
 
 def test_its_latency_is_that_of_its_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_pixel_pipeline().save_pretrained(tmp_path / "teacher")
-    command = ["speed", "latency", f"teacher:{tmp_path / 'teacher'}", "--guidance", "1", "--steps", "1", "2", "--warmup", "1", "--runs", "1"]
+    command = [
+        "speed",
+        "latency",
+        f"teacher:{tmp_path / 'teacher'}",
+        "--guidance",
+        "1",
+        "--steps",
+        "1",
+        "2",
+        "--warmup",
+        "1",
+        "--runs",
+        "1",
+    ]
     assert main(command) == 0, capsys.readouterr().err
 
 
