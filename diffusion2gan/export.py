@@ -20,7 +20,7 @@ from torch import Tensor
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import atomic_folder, atomic_path, disk_errors, refuse_other_folder, write_bytes_atomic
 from diffusion2gan.pairs.dataset import canonical_json
-from diffusion2gan.pipeline import FORMAT, STUDENT_FILE
+from diffusion2gan.pipeline import FORMAT, LORA_FILE, STUDENT_FILE
 from diffusion2gan.single_file import original_layout
 from diffusion2gan.teachers.folders import FAMILY_OF_CLASS, no_progress_bars
 from diffusion2gan.teachers.load import FAMILIES
@@ -29,7 +29,6 @@ PICTURE = "samples.png"
 _OTHER_PROGRAMS = """Other programs, by their source code and not tried: 1 step, guidance (CFG) 1, and in ComfyUI sampler `euler` or `ddim` with
 scheduler `sgm_uniform`, in AUTOMATIC1111 `Euler` with schedule type `SGM Uniform` (its DDIM would begin at the wrong end of the schedule).
 In diffusers another scheduler than the folder's own must have trailing spacing; Euler's begins from slightly weaker noise."""
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -108,9 +107,13 @@ def export_student(
         with no_progress_bars():
             pipeline.save_pretrained(target, safe_serialization=True)
         write_bytes_atomic(target / STUDENT_FILE, canonical_json({"format": FORMAT, "timestep": timestep} | facts))
-        if extras.picture is not None:
-            write_bytes_atomic(target / PICTURE, extras.picture)
-        write_bytes_atomic(target / "README.md", card.encode())
+        _write_card(target, card, extras)
+
+
+def _write_card(folder: Path, card: str, extras: CardExtras) -> None:
+    if extras.picture is not None:
+        write_bytes_atomic(folder / PICTURE, extras.picture)
+    write_bytes_atomic(folder / "README.md", card.encode())
 
 
 def export_single_file(
@@ -128,7 +131,7 @@ def export_single_file(
     metadata = {
         "format": "pt",
         "diffusion2gan": canonical_json({"format": FORMAT, "timestep": timestep} | facts).decode(),
-        "usage": "one step, DDIM with trailing (sgm_uniform) spacing, guidance (CFG) 1",
+        "usage": "one step, sampler euler or ddim with scheduler sgm_uniform (trailing spacing), guidance (CFG) 1",
     }
     with disk_errors(path), atomic_path(path) as draft:
         save_file(weights, draft, metadata)
@@ -160,12 +163,10 @@ def export_lora(
         ")\n"
         'image = pipeline("red heart", num_inference_steps=1, guidance_scale=1).images[0]'
     )
+    card = student_card(facts, dtype, usage, extras, _family(pipeline).task, _gain(pipeline))
     with atomic_folder(folder) as target:
         pipeline.save_lora_weights(target, unet_lora_layers=weights, unet_lora_adapter_metadata=metadata)
-        if extras.picture is not None:
-            write_bytes_atomic(target / PICTURE, extras.picture)
-        card = student_card(facts, dtype, usage, extras, _family(pipeline).task, _gain(pipeline))
-        write_bytes_atomic(target / "README.md", card.encode())
+        _write_card(target, card, extras)
 
 
 def push_to_hub(folder: Path, repository: str, private: bool) -> str:

@@ -25,6 +25,7 @@ from diffusion2gan.teachers.ode import OdeSolver
 from diffusion2gan.teachers.protocol import TeacherConfig
 
 STUDENT_FILE = "diffusion2gan.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"
 FORMAT = "diffusion2gan-student-1"
 
 
@@ -164,7 +165,7 @@ def _student_folder(source: str | Path, revision: str | None) -> Path:
 
 def _student_facts(folder: Path, source: str | Path) -> dict[str, Any]:
     path = folder / STUDENT_FILE
-    if not path.is_file() and (folder / "pytorch_lora_weights.safetensors").is_file():
+    if not path.is_file() and (folder / LORA_FILE).is_file():
         raise UserError(f"{source}: a LoRA, not a whole student; load it into the teacher's pipeline, or export --format folder")
     if not path.is_file():
         raise UserError(f"{source}: no student here (no {STUDENT_FILE}); name a folder written by `diffusion2gan export`")
