@@ -35,7 +35,9 @@ class Ema:
         """Moves the average towards the weights after step number `step` (counted from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, values = [], []
-        for name, value in trained_state(model).items():
+        current = model.state_dict()
+        for name in self.state:
+            value = current[name]
             if value.is_floating_point():
                 averages.append(self.state[name])
                 values.append(value)

@@ -31,6 +31,7 @@ from diffusion2gan.teachers.load import FAMILIES, teacher_folder
 from diffusion2gan.teachers.ode import evaluations_per_pair
 from diffusion2gan.teachers.protocol import TeacherConfig, TextCondition
 from diffusion2gan.teachers.published import PUBLISHED
+from diffusion2gan.teachers.stable_diffusion import decoded_at_once
 
 TOKENS = 77
 
@@ -240,11 +241,6 @@ _DECODING = 0.5
 EVALUATED = 30_000
 
 
-def _decoded_at_once(latent: tuple[int, int, int]) -> int:
-    """As many pictures as `decode` takes at once."""
-    return max(1, 4 * 64 * 64 // (latent[1] * latent[2]))
-
-
 def stages(recipe: Recipe, gpus: int, counted: Networks | None = None) -> list[StagePlan]:
     """simulate, phase 1, phase 2 and an evaluation on 30,000 pictures. `counted`: what `networks(recipe)` returned.
     Raises UserError when the batch does not divide."""
@@ -295,7 +291,7 @@ def stages(recipe: Recipe, gpus: int, counted: Networks | None = None) -> list[S
             f"{EVALUATED:,} pictures",
             EVALUATED,
             EVALUATED * (g.flops + (n.decoder.flops if n.decoder else 0)),
-            4 * g.parameters + _DECODING * _decoded_at_once(n.latent) * (n.decoder.activations if n.decoder else 0),
+            4 * g.parameters + _DECODING * decoded_at_once(*n.latent[1:]) * (n.decoder.activations if n.decoder else 0),
         )
     )
     return plan

@@ -14,6 +14,10 @@ from typing import Any
 
 import yaml
 
+from diffusion2gan.recipe import parse_recipe
+from diffusion2gan.run import simulate_recipe, train_recipe
+from diffusion2gan.training.trainer import Trainer
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -36,6 +40,13 @@ def recipe_values(teacher: Path, prompts: Path, /, **changes: Any) -> dict[str, 
         else:
             values[section] = value
     return values
+
+
+def trained_from_scratch(values: dict[str, Any], folder: Path) -> Trainer:
+    """Simulates the pairs of a recipe into FOLDER/store and trains it in FOLDER/run."""
+    recipe = parse_recipe(values, values["name"])
+    simulate_recipe(recipe, folder / "store", progress=False)
+    return train_recipe(recipe, folder / "store", folder / "run", progress=False)
 
 
 def write_recipe(path: Path, values: dict[str, Any]) -> Path:

@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from diffusion2gan.recipe import parse_recipe
-from diffusion2gan.run import simulate_recipe, train_recipe
 from tests.conftest import tiny_pipeline, tiny_pixel_pipeline, tiny_sdxl_pipeline
-from tests.helpers import metrics, recipe_values
+from tests.helpers import metrics, recipe_values, trained_from_scratch
 
 GUIDED = {"steps": 4, "guidance": 2.0}
 FAMILIES: dict[str, tuple[str, Any, dict[str, Any]]] = {
@@ -39,9 +37,7 @@ def test_both_phases_learn(name: str, tmp_path: Path, prompts_file: Path) -> Non
         "steps": 30, "learning_rate": 1e-12, "discriminator_learning_rate": 3e-3, "warmup_steps": 1, "r1_every": 8,
         "other_latent": 0.0, "other_text": 0.0, "other_noise": 0.0,
     }  # fmt: skip
-    recipe = parse_recipe(values, name)
-    simulate_recipe(recipe, tmp_path / "store", progress=False)
-    trainer = train_recipe(recipe, tmp_path / "store", tmp_path / "run", progress=False)
+    trainer = trained_from_scratch(values, tmp_path)
     rows = metrics(tmp_path / "run")
     held_out = {r["step"]: r["validation_loss"] for r in rows if "validation_loss" in r}
     assert held_out[24] < 0.95 * held_out[4], held_out

@@ -14,6 +14,11 @@ from diffusion2gan.teachers.folders import DiffusersTeacher, token_ids, tokenize
 from diffusion2gan.teachers.protocol import TextCondition
 
 
+def decoded_at_once(height: int, width: int) -> int:
+    """At most as many latents of that size as make four pictures of 512 x 512: a decoder's activations are far larger than its input."""
+    return max(1, 4 * 64 * 64 // (height * width))
+
+
 class StableDiffusionTeacher(DiffusersTeacher):
     """Implements `Teacher` for `StableDiffusionPipeline` folders; epsilon- and v-prediction."""
 
@@ -64,7 +69,6 @@ class StableDiffusionTeacher(DiffusersTeacher):
         )[0]
 
     def decode(self, latent: Tensor) -> Tensor:
-        # At most as many pictures at once as make four of 512 x 512: a decoder's activations are far larger than its input.
-        at_once = max(1, 4 * 64 * 64 // (latent.shape[2] * latent.shape[3]))
+        at_once = decoded_at_once(*latent.shape[2:])
         scaled = latent.to(self.vae.dtype) / self.vae.config.scaling_factor
         return torch.cat([self.vae.decode(part, return_dict=False)[0] for part in scaled.split(at_once)])

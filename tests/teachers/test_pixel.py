@@ -19,15 +19,15 @@ from diffusion2gan.evaluation.accounting import heun_evaluations
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.pipeline import OneStepPipeline
-from diffusion2gan.recipe import load_recipe, parse_recipe
-from diffusion2gan.run import export_run, simulate_recipe, train_recipe
+from diffusion2gan.recipe import load_recipe
+from diffusion2gan.run import export_run
 from diffusion2gan.teachers.folders import _files_digest, family_of
 from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig, evaluations_per_pair, solve_ode
 from diffusion2gan.teachers.pixel import PixelTeacher
 from diffusion2gan.teachers.protocol import TeacherConfig
 from tests.conftest import tiny_pixel_pipeline, tiny_pixel_unet
-from tests.helpers import recipe_values
+from tests.helpers import recipe_values, trained_from_scratch
 
 SHAPE = (3, 8, 8)
 
@@ -178,9 +178,7 @@ def test_every_stage(edm: bool, tmp_path: Path, prompts_file: Path) -> None:
     values["teacher"] = {"family": "pixel", "source": str(tmp_path / "teacher")}
     values["pairs"]["prompts"] = {"source": "empty"}
     values["adversarial"] = {"steps": 4, "learning_rate": 1e-3, "discriminator_learning_rate": 1e-3, "r1_every": 2}
-    recipe = parse_recipe(values, "pixel")
-    simulate_recipe(recipe, tmp_path / "store", progress=False)
-    trainer = train_recipe(recipe, tmp_path / "store", tmp_path / "run", progress=False)
+    trainer = trained_from_scratch(values, tmp_path)
     assert trainer.adversary is not None
     assert len(trainer.adversary.statistics.columns) == 1 + 6
     assert list((tmp_path / "run" / "samples").glob("*.png"))

@@ -14,15 +14,14 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.pipeline import OneStepPipeline
-from diffusion2gan.recipe import parse_recipe
-from diffusion2gan.run import export_run, simulate_recipe, train_recipe
+from diffusion2gan.run import export_run
 from diffusion2gan.run_log import read_scalars
 from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig, solve_ode
 from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.teachers.sdxl import SDXLTeacher
 from tests.conftest import tiny_sdxl_pipeline
-from tests.helpers import recipe_values
+from tests.helpers import recipe_values, trained_from_scratch
 
 PROMPTS = ["red heart", "blue cat", "a very long prompt that is cut"]
 
@@ -100,9 +99,7 @@ def test_every_stage(tmp_path: Path, prompts_file: Path) -> None:
     values = recipe_values(tmp_path / "teacher", prompts_file, training__steps=6)
     values["teacher"] = {"family": "sdxl", "source": str(tmp_path / "teacher")}
     values["adversarial"] = {"steps": 4, "learning_rate": 1e-3, "discriminator_learning_rate": 1e-3, "r1_every": 2}
-    recipe = parse_recipe(values, "xl")
-    simulate_recipe(recipe, tmp_path / "store", progress=False)
-    trainer = train_recipe(recipe, tmp_path / "store", tmp_path / "run", progress=False)
+    trainer = trained_from_scratch(values, tmp_path)
     assert trainer.adversary is not None
     assert len(trainer.adversary.statistics.columns) == 1 + 9
     assert any("r1" in row for row in read_scalars(tmp_path / "run" / "metrics.jsonl"))
