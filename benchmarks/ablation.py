@@ -81,12 +81,14 @@ def one_row(name: str, seed: int, overrides: list[str], store: Path, out: Path, 
     result = json.loads(scores.read_text()) if scores.exists() else evaluate_student(folder / "student", scores.parent, shared, list_name)
     told = read_scalars(folder / "run" / "metrics.jsonl")
     held_out = [r["validation_mse"] for r in told if "validation_mse" in r]
-    seconds = [recipe.training.batch_size / r["images_per_second"] for r in told if "images_per_second" in r]
+    seconds = [
+        (recipe.samples(r["step"]) - recipe.samples(r["step"] - 1)) / r["images_per_second"] for r in told if "images_per_second" in r
+    ]
     whole, kept = result["scores"]["all"], result["preservation"]
     row = [
         row_name(name),
         seed,
-        recipe.total_steps * recipe.training.batch_size,
+        recipe.samples(recipe.total_steps),
         statistics.median(seconds),
         whole["gap_closed"],
         whole["fd_student_TB"],

@@ -31,9 +31,9 @@ class Ema:
         self.state = {k: v.detach().clone() for k, v in trained_state(model).items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Moves the average towards the weights after step number `step` (counted from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+    def update(self, model: nn.Module, step: int, decay: float | None = None) -> None:
+        """Moves the average towards the weights after step number `step` (counted from 0), by another `decay` if one is given."""
+        decay = min(self.decay if decay is None else decay, (1 + step) / (10 + step))
         averages, values = [], []
         current = model.state_dict()
         for name in self.state:

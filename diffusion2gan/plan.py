@@ -32,6 +32,7 @@ from diffusion2gan.teachers.ode import evaluations_per_pair
 from diffusion2gan.teachers.protocol import TeacherConfig, TextCondition
 from diffusion2gan.teachers.published import PUBLISHED
 from diffusion2gan.teachers.stable_diffusion import decoded_at_once
+from diffusion2gan.training.batches import BatchShare
 
 TOKENS = 77
 
@@ -244,10 +245,9 @@ EVALUATED = 30_000
 def stages(recipe: Recipe, gpus: int, counted: Networks | None = None) -> list[StagePlan]:
     """simulate, phase 1, phase 2 and an evaluation on 30,000 pictures. `counted`: what `networks(recipe)` returned.
     Raises UserError when the batch does not divide."""
-    batch, pairs = recipe.training.batch_size, recipe.pairs
-    micro = recipe.training.micro_batch_size or max(1, batch // gpus)
-    if batch % (gpus * micro):
-        raise UserError(f"training.batch_size is {batch}, expected a multiple of GPUs x micro_batch_size ({gpus} x {micro}); change either")
+    pairs, training = recipe.pairs, recipe.training
+    of_phase_1 = BatchShare.of(training.batch_size, training.micro_batch_size, gpus, "training.batch_size")
+    of_phase_2 = BatchShare.of(recipe.phase_2_batch_size, training.micro_batch_size, gpus, "adversarial.batch_size")
     n = counted or networks(recipe)
     g, loss = n.generator, _loss_flops(recipe, n)
     again = 1 if recipe.generator.gradient_checkpointing else 0
@@ -265,26 +265,26 @@ def stages(recipe: Recipe, gpus: int, counted: Networks | None = None) -> list[S
         g.parameters * (half + (4 if half == 2 else 0)) + _ALIVE * pairs.batch_size * guided * g.activations, pairs.count * stored,
     )  # fmt: skip
 
-    images = recipe.training.steps * batch
+    images = recipe.samples(training.steps)
     # The teacher's own network stays loaded; a LoRA changes a second frozen one.
     frozen = _BYTES[recipe.teacher.dtype] * g.parameters * (1 if whole else 2)
     resident = frozen + n.trained * (_TRAINED + _AVERAGE)
     kept = (n.perceptual.activations if n.perceptual else 0) + g.activations
     checkpoint = 16 * n.trained  # weights, average, moments
     phase_1 = StagePlan(
-        "phase 1", images, images * (passes * g.flops + loss), resident + micro * kept, recipe.training.keep_checkpoints * checkpoint
+        "phase 1", images, images * (passes * g.flops + loss), resident + of_phase_1.micro * kept, training.keep_checkpoints * checkpoint
     )
     plan = [simulate, phase_1]
     if recipe.adversarial is not None:
-        images = recipe.adversarial.steps * batch
+        images = recipe.samples(recipe.total_steps) - images
         per_image = passes * g.flops + loss
-        memory, disk = resident + micro * kept, float(recipe.training.keep_checkpoints * checkpoint)
+        memory, disk = resident + of_phase_2.micro * kept, float(training.keep_checkpoints * checkpoint)
         if n.discriminator is not None:
             d = n.discriminator
             # D's step: real and fake, forward and backward; G's step: forward, and backward to the latent alone.
             per_image += g.flops + 2 * (3 + again) * d.flops + (2 + again) * d.flops
-            memory += d.parameters * _TRAINED + micro * d.activations
-            disk += recipe.training.keep_checkpoints * 12 * d.parameters
+            memory += d.parameters * _TRAINED + of_phase_2.micro * d.activations
+            disk += training.keep_checkpoints * 12 * d.parameters
         plan.append(StagePlan("phase 2", images, images * per_image, memory, disk))
     plan.append(
         StagePlan(

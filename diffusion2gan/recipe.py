@@ -7,6 +7,7 @@ loss: {distance: mse}
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -45,6 +46,15 @@ class Recipe(Section):
         """Optimiser steps of both phases."""
         return self.training.steps + (self.adversarial.steps if self.adversarial else 0)
 
+    @property
+    def phase_2_batch_size(self) -> int:
+        return (self.adversarial and self.adversarial.batch_size) or self.training.batch_size
+
+    def samples(self, steps: int) -> int:
+        """Training samples seen in the first so many steps of the run."""
+        in_phase_2 = max(0, steps - self.training.steps)
+        return (steps - in_phase_2) * self.training.batch_size + in_phase_2 * self.phase_2_batch_size
+
     @model_validator(mode="after")
     def _across_sections(self) -> Recipe:
         if self.training.holdout >= self.pairs.count:
@@ -61,8 +71,12 @@ class Recipe(Section):
         return self
 
     def _check_phase_2(self) -> None:
-        adversarial, batch = self.adversarial, self.training.batch_size
-        if adversarial is None or not adversarial.weight:
+        adversarial, batch, micro = self.adversarial, self.phase_2_batch_size, self.training.micro_batch_size
+        if adversarial is None:
+            return
+        if micro and batch % micro:
+            raise ValueError(f"adversarial.batch_size is {batch}, expected a multiple of training.micro_batch_size ({micro})")
+        if not adversarial.weight:
             return
         if adversarial.other_noise and not self.discriminator.noise:
             raise ValueError(
@@ -70,7 +84,18 @@ class Recipe(Section):
                 "not see the noise would be told that a real latent is fake"
             )
         if adversarial.r1 != "none" and adversarial.r1_count is not None and batch % adversarial.r1_count:
-            raise ValueError(f"adversarial.r1_count is {adversarial.r1_count}, expected a divisor of training.batch_size ({batch})")
+            raise ValueError(f"adversarial.r1_count is {adversarial.r1_count}, expected a divisor of phase 2's batch size ({batch})")
+
+
+class _Yaml(yaml.SafeLoader):
+    """A safe loader whose numbers may be written 3e-4 too: PyYAML, which keeps to YAML 1.1, reads that as text."""
+
+
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _Yaml)
 
 
 def builtin_recipes() -> dict[str, Path]:
@@ -96,7 +121,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise UserError(f"{path}: base recipes go round in a circle; remove one `base:` line")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())[:120]}); mend the file") from None
     if not isinstance(values, dict):
@@ -126,7 +151,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise UserError(f"--set {override}: {section} is not a section; name a key inside a section")
     try:
-        target[last] = yaml.safe_load(text)
+        target[last] = _yaml(text)
     except yaml.YAMLError:
         raise UserError(f"--set {override}: {text!r} is not a YAML value; quote it") from None
 

@@ -309,7 +309,7 @@ def _evaluations(recipe: Recipe, pairs: dict[str, Any], steps: int) -> Evaluatio
     `generator.start` cost is in its own card."""
     counted = Evaluations()
     counted.add("data_teacher", pairs["count"] * evaluations_per_pair(SolverConfig.model_validate(pairs["ode"])))
-    counted.add("student", steps * recipe.training.batch_size)
+    counted.add("student", recipe.samples(steps))
     return counted
 
 
@@ -319,6 +319,7 @@ def _adversarial_facts(recipe: Recipe, step: int) -> dict[str, Any]:
         return {}
     return {
         "adversarial_steps": step - recipe.training.steps,
+        "adversarial_batch_size": recipe.phase_2_batch_size,
         "lambda_GAN": recipe.adversarial.weight,
         "discriminator": recipe.discriminator.model_dump(include={"kind", "noise", "multi_scale"}),
     }

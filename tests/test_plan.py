@@ -101,7 +101,7 @@ def test_what_cannot_be_planned_is_said(sd15: Recipe, monkeypatch: pytest.Monkey
         plan_table(sd15, "tpu", 1, 0.3)
     with pytest.raises(UserError, match="utilisation 2"):
         plan_table(sd15, "h100", 1, 2.0)
-    with pytest.raises(UserError, match="expected a multiple of GPUs x micro_batch_size"):
+    with pytest.raises(UserError, match="expected a multiple of processes x micro_batch_size"):
         stages(sd15, 7)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     unknown = sd15.model_copy(update={"teacher": sd15.teacher.model_copy(update={"source": "nobody/nothing"})})

@@ -73,13 +73,14 @@ def test_rows_of_table_2_differ_from_their_neighbour_by_one_line() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("adversarial.stepz=5", r"unknown key adversarial.stepz; did you mean steps\? allowed here: steps, weight"),
+        ("adversarial.stepz=5", r"unknown key adversarial.stepz; did you mean steps\? allowed here: steps, batch_size"),
         ("adversarial.weight=-1", "adversarial.weight is -1: input should be greater than or equal to 0"),
         ("adversarial.loss=wgan", "adversarial.loss is 'wgan': input should be 'logistic', 'hinge' or 'relativistic'"),
         ("adversarial.other_text=0.85", "other_latent \\+ other_text \\+ other_noise is 1.05, expected at most 0.9"),
         ("adversarial.stop_accuracy=[0.9,0.6]", "stop_accuracy is \\[0.9, 0.6\\], expected the lower limit first"),
         ("discriminator.noise=false", "other_noise is 0.1 and discriminator.noise is false, expected 0"),
-        ("adversarial.r1_count=5", r"r1_count is 5, expected a divisor of training.batch_size \(64\)"),
+        ("adversarial.r1_count=5", r"r1_count is 5, expected a divisor of phase 2's batch size \(64\)"),
+        ("adversarial={batch_size: 6, steps: 1, r1_count: 4}", r"r1_count is 4, expected a divisor of phase 2's batch size \(6\)"),
         ("discriminator={kind: scratch, gradient_checkpointing: true}", "gradient_checkpointing is true with kind scratch, expected false"),
         ("discriminator.kind=vgg", "discriminator.kind is 'vgg': input should be 'diffusion' or 'scratch'"),
         ("adversarial=null", "training.steps is 0 and there is no adversarial section"),
@@ -144,3 +145,24 @@ def test_a_run_belongs_to_one_experiment(tiny: Path) -> None:
 
 def test_no_is_no_in_yaml() -> None:
     assert load_recipe("emoji", ["training.mixed_precision=no"]).training.mixed_precision == "no"
+
+
+@pytest.mark.parametrize(("text", "value"), [("3e-4", 3e-4), ("1E-4", 1e-4), ("2.e-3", 2e-3), ("3.0e-4", 3e-4), ("0.5", 0.5), ("1", 1)])
+def test_numbers_are_read_as_people_write_them(text: str, value: float) -> None:
+    """PyYAML alone reads 3e-4 as text."""
+    assert load_recipe("emoji", [f"training.learning_rate={text}"]).training.learning_rate == value
+
+
+def test_text_stays_text(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("base: emoji\nname: 1e4b\ndescription: '1e4'\n")
+    recipe = load_recipe(str(tmp_path / "r.yaml"))
+    assert (recipe.name, recipe.description) == ("1e4b", "1e4")
+
+
+def test_samples_of_two_phases() -> None:
+    recipe = load_recipe(
+        "emoji", ["training.steps=10", "training.decay_steps=0", "training.batch_size=4", "adversarial={steps: 5, batch_size: 6}"]
+    )
+    assert [recipe.samples(n) for n in (0, 10, 11, 15)] == [0, 40, 46, 70]
+    with pytest.raises(UserError, match=r"adversarial.batch_size is 6, expected a multiple of training.micro_batch_size \(4\)"):
+        load_recipe("emoji", ["training.batch_size=4", "training.micro_batch_size=4", "adversarial={steps: 5, batch_size: 6}"])

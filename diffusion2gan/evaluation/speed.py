@@ -225,7 +225,7 @@ def train_throughput(recipe: Recipe, store: Path, warmup: int = 50, steps: int =
     seconds = times[warmup + steps] - times[warmup]
     result: dict[str, Any] = {
         "recipe": recipe.name, "distance": recipe.loss.distance, "steps": steps, "warmup": warmup,
-        "batch": recipe.training.batch_size, "processes": trainer.accelerator.num_processes, "micro_batch": trainer.micro,
+        "batch": recipe.training.batch_size, "processes": trainer.accelerator.num_processes, "micro_batch": trainer.share(0).micro,
         "mixed_precision": recipe.training.mixed_precision, "compile": recipe.training.compile,
         "images_per_second": recipe.training.batch_size * steps / seconds, "seconds_per_step": seconds / steps,
     }  # fmt: skip

@@ -39,6 +39,10 @@ class AdversarialConfig(Section):
 
     steps: int = Field(ge=1)
     """Optimiser steps after those of `training.steps`."""
+    batch_size: int | None = Field(None, ge=1)
+    """Global, in phase 2; without a number `training.batch_size`."""
+    ema_decay: float | None = Field(None, ge=0, lt=1)
+    """Of the generator's average, in phase 2; without a number `training.ema_decay`."""
     weight: float = Field(0.25, ge=0)
     """lambda_GAN. With 0 there is no discriminator: the regression loss alone, trained on."""
     loss: Literal["logistic", "hinge", "relativistic"] = "logistic"
@@ -218,7 +222,7 @@ class Adversary:
         if config.r1 != "none" and (self.r1_count % world or batch_size % self.r1_count):
             raise UserError(
                 f"adversarial.r1_count is {self.r1_count}, expected a multiple of the processes ({world}) that divides "
-                f"training.batch_size ({batch_size})"
+                f"phase 2's batch size ({batch_size})"
             )
         self.bare = discriminator.to(accelerator.device).to(memory_format=torch.channels_last)
         network = getattr(discriminator, "network", None)

@@ -12,7 +12,25 @@ import torch
 from torch import Tensor
 
 from diffusion2gan.discriminator.regularization import OTHER_LATENT, OTHER_NOISE, OTHER_TEXT
+from diffusion2gan.errors import UserError
 from diffusion2gan.pairs.dataset import PairDataset
+
+
+@dataclass(frozen=True)
+class BatchShare:
+    """How a global batch of `size` samples goes through the network in each process: `accumulation` micro-batches of `micro`."""
+
+    size: int
+    micro: int
+    accumulation: int
+
+    @classmethod
+    def of(cls, size: int, micro: int | None, world: int, key: str) -> BatchShare:
+        """`key` names the recipe's setting. Raises UserError for a batch that the processes can't share."""
+        micro = micro or max(1, size // world)
+        if size % (world * micro):
+            raise UserError(f"{key} is {size}, expected a multiple of processes x micro_batch_size ({world} x {micro})")
+        return cls(size, micro, size // (world * micro))
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,9 @@ class SampleOrder:
         self.size, self.seed = size, seed
         self._epoch, self._permutation = -1, np.empty(0, np.int64)
 
-    def rows(self, step: int, batch: int) -> np.ndarray:
-        """Pair indices of a step's whole batch, (batch,) int64."""
-        numbers = np.arange(step * batch, (step + 1) * batch)
-        return np.array([self._row(int(n)) for n in numbers], np.int64)
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """Pair indices of `count` global samples from number `first` on, (count,) int64."""
+        return np.array([self._row(n) for n in range(first, first + count)], np.int64)
 
     def _row(self, number: int) -> int:
         epoch, position = divmod(number, self.size)

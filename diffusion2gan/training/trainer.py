@@ -39,7 +39,7 @@ from diffusion2gan.schedule import warmup_and_decay
 from diffusion2gan.teachers.attention import plain_attention_on_cpu
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
 from diffusion2gan.training.adversarial import AdversarialConfig, Adversary, Guard
-from diffusion2gan.training.batches import OdePairBatch, mixed_fakes, pair_batch
+from diffusion2gan.training.batches import BatchShare, OdePairBatch, mixed_fakes, pair_batch
 from diffusion2gan.training.distance import Distance
 from diffusion2gan.training.order import SampleOrder, augmentation_uniforms, mix_uniforms
 from diffusion2gan.training.state import TrainingState, checkpoint_path, checkpoints, environment, load_state, save_state
@@ -128,12 +128,9 @@ class Trainer:
         if len(pairs) <= config.holdout:
             raise UserError(f"training.holdout is {config.holdout} but the store has {len(pairs)} pairs; simulate more, or hold out fewer")
         world = self.accelerator.num_processes
-        self.micro = config.micro_batch_size or max(1, config.batch_size // world)
-        if config.batch_size % (world * self.micro):
-            raise UserError(
-                f"training.batch_size is {config.batch_size}, expected a multiple of processes x micro_batch_size ({world} x {self.micro})"
-            )
-        self.accumulation = config.batch_size // (world * self.micro)
+        self._phase_1 = self._phase_2 = BatchShare.of(config.batch_size, config.micro_batch_size, world, "training.batch_size")
+        if adversarial is not None and adversarial.batch_size is not None:
+            self._phase_2 = BatchShare.of(adversarial.batch_size, config.micro_batch_size, world, "adversarial.batch_size")
         available = len(pairs) - config.holdout
         if config.first_pairs is not None and config.first_pairs > available:
             raise UserError(
@@ -177,8 +174,8 @@ class Trainer:
             self.teacher,
             adversarial,
             self.accelerator,
-            batch_size=config.batch_size,
-            micro=self.micro,
+            batch_size=self._phase_2.size,
+            micro=self._phase_2.micro,
             seed=config.seed,
             weight_decay=config.weight_decay,
             compiled=config.compile,
@@ -191,6 +188,10 @@ class Trainer:
     @property
     def in_phase_2(self) -> bool:
         return self.guard is not None
+
+    def share(self, step: int) -> BatchShare:
+        """How the batch of step `step` of the run is split."""
+        return self._phase_1 if step < self.config.steps else self._phase_2
 
     def rate(self, step: int) -> float:
         """G's learning rate at step `step` of the run."""
@@ -224,7 +225,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         # Phase 2 begins from a good average, and an average that forgets quickly would lose it.
-        self.ema.update(self.bare_generator, self.step if not self.in_phase_2 else _LATE)
+        decay = self.adversarial.ema_decay if self.in_phase_2 and self.adversarial else None
+        self.ema.update(self.bare_generator, _LATE if self.in_phase_2 else self.step, decay)
         self.step += 1
         self.stopping = stops.item() > 0
         scalars = {"loss": loss.item(), "gradient_norm": norm, "learning_rate": self.rate(self.step - 1)}
@@ -252,10 +254,11 @@ class Trainer:
             fake = self.generator(pairs.noise, condition)
         with self.accelerator.autocast():
             distance = self._distance_in_training(fake, pairs.latent, pairs.uniform)
-        regression = distance.float().mean() / self.accumulation
+        accumulation = self.share(self.step).accumulation
+        regression = distance.float().mean() / accumulation
         adversarial = torch.zeros_like(regression)
         if adversary is not None:
-            adversarial = adversary.config.weight * adversary.generator_term(fake, pairs, condition).mean() / self.accumulation
+            adversarial = adversary.config.weight * adversary.generator_term(fake, pairs, condition).mean() / accumulation
         self.accelerator.backward(regression + adversarial)
         return torch.stack([regression, adversarial]).detach()
 
@@ -297,25 +300,25 @@ class Trainer:
 
     def _load(self, step: int) -> list[OdePairBatch]:
         """This process' micro-batches of a step. Runs in a thread one step ahead; it draws nothing that depends on when it runs."""
-        rows = self.order.rows(step, self.config.batch_size)
-        share = self.accumulation * self.micro
-        first = self.accelerator.process_index * share
-        starts = range(first, first + share, self.micro)
-        batches = self._micro_batches(rows, step, starts)
+        share = self.share(step)
+        seen = min(step, self.config.steps) * self._phase_1.size + max(0, step - self.config.steps) * self._phase_2.size
+        rows = self.order.rows(seen, share.size)
+        mine = share.accumulation * share.micro
+        first = self.accelerator.process_index * mine
+        parts = [slice(i, i + share.micro) for i in range(first, first + mine, share.micro)]
+        batches = self._micro_batches(rows, step, parts)
         if self.adversary is None or step < self.config.steps or not any(self.adversary.config.mix_shares):
             return batches
         # Partners come from the whole batch, so that two processes swap as one does.
         uniform = mix_uniforms(self.config.seed, step, len(rows))
         prompts = [self.pairs.prompt(int(r)) for r in rows]
         kind, partner = mix_and_match(uniform, self.adversary.config.mix_shares, rows, prompts, self.adversary.sees_noise)
-        parts = [slice(i, i + self.micro) for i in starts]
         return [replace(b, mixed=mixed_fakes(b, self.pairs, kind[p], rows[partner[p]])) for b, p in zip(batches, parts, strict=True)]
 
-    def _micro_batches(self, rows: np.ndarray, step: int, starts: range) -> list[OdePairBatch]:
-        """The micro-batches of `rows` that begin at `starts`, augmented by the draws of `step`."""
+    def _micro_batches(self, rows: np.ndarray, step: int, parts: list[slice]) -> list[OdePairBatch]:
+        """The micro-batches `parts` of `rows`, augmented by the draws of `step`."""
         width = self.distance.n_uniform
         uniform = augmentation_uniforms(self.config.seed, step, len(rows), width) if width else None
-        parts = [slice(i, i + self.micro) for i in starts]
         return [pair_batch(self.pairs, rows[p], None if uniform is None else uniform[p], self.device) for p in parts]
 
     # --- The run ----------------------------------------------------------------------------------------------------
@@ -348,7 +351,7 @@ class Trainer:
                 scalars = self.train_step(micro_batches, stop() or bool(deadline and deadline()))
                 done = self.step in (config.steps, self.total_steps)
                 if self.step % config.log_every == 0 or done:
-                    rate = config.batch_size / (time.perf_counter() - started)
+                    rate = self.share(self.step - 1).size / (time.perf_counter() - started)
                     of_d = self.adversary.tell() if self.adversary is not None and self.in_phase_2 else {}
                     self.log.scalars(self.step, scalars, images_per_second=round(rate, 2), **of_d)
                     bar.set_postfix(loss=f"{scalars['loss']:.4f}", img_s=f"{rate:.0f}")
@@ -379,7 +382,8 @@ class Trainer:
         first = len(self.pairs) - self.config.holdout
         rows = np.arange(first, first + min(count, self.config.holdout))
         # A step that no training reaches: always the same draws.
-        return self._micro_batches(rows, _LATE, range(0, len(rows), self.micro))
+        micro = self._phase_1.micro
+        return self._micro_batches(rows, _LATE, [slice(i, i + micro) for i in range(0, len(rows), micro)])
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

@@ -211,36 +211,6 @@ def test_other_teacher_or_guidance_is_refused(
         simulate(other, _config(prompts_file), store, progress=False)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("p.txt", "a cat\n\na dog\n", "line 2: empty prompt"),
-        ("p.txt", "a cat\n" + "x" * 10_000 + "\n", "line 2: a prompt of 10,000 characters"),
-        ("p.txt", "", "no prompts"),
-        ("p.txt", b"\xff\xfe", "not UTF-8"),
-        ("p.csv", "a", "expected .txt, .jsonl or .parquet"),
-        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2: expected a JSON object with 'prompt'"),
-        ("p.jsonl", '{"prompt": 3}\n', "is a int, expected a string"),
-        ("p.parquet", "no parquet", "cannot read column"),
-    ],
-)
-def test_bad_prompt_files(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=message):
-        read_prompts(PromptsConfig(source=str(path)), 4, 0)
-
-
-def test_prompts_from_parquet_and_jsonl(tmp_path: Path) -> None:
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    pq.write_table(pa.table({"TEXT": ["a", "b"], "url": ["", ""]}), tmp_path / "p.parquet")
-    assert read_prompts(PromptsConfig(source=str(tmp_path / "p.parquet"), column="TEXT"), 3, 0) == ["a", "b", "a"]
-    with pytest.raises(UserError, match="no column|cannot read column"):
-        read_prompts(PromptsConfig(source=str(tmp_path / "p.parquet")), 3, 0)
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
-    assert read_prompts(PromptsConfig(source=str(tmp_path / "p.jsonl")), 2, 0) == ["a", "b"]
-
-
 def test_precision_is_in_the_manifest(tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path, store: Path) -> None:
     """As is what the text was encoded in; a store of the teacher's own precision is as it was before there was a choice."""
     simulate(tiny_teacher, _config(prompts_file, precision="bfloat16"), tmp_path / "half", progress=False)
@@ -325,10 +295,3 @@ def test_every_setting_of_a_store_is_compared(store: Path, tmp_path: Path, promp
     assert {a.split(".")[0] for a in accepted} == {"batch_size", "shard_size", "noise_storage", "precision", "noise_recipe"}
     assert settings["ode"].keys() == {"solver", "steps", "spacing", "guidance"}
     assert {"weights", "tokenizer", "schedule", "prediction_type", "latent_scaling"} <= settings["teacher"].keys()
-
-
-def test_parquet_of_numbers_is_no_prompt_list(tmp_path: Path) -> None:
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    pq.write_table(pa.table({"prompt": [1, 2, 3]}), tmp_path / "p.parquet")
-    with pytest.raises(UserError, match="holds int64, expected strings"):
-        read_prompts(PromptsConfig(source=str(tmp_path / "p.parquet"), column="prompt"), 3, 0)

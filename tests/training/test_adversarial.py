@@ -218,7 +218,7 @@ def test_what_d_sees(store: Path, tmp_path: Path) -> None:
     pairs = PairDataset(store)
     seen = set()
     for step in range(12):
-        rows = trainer.order.rows(step, 8)
+        rows = trainer.order.rows(8 * step, 8)
         (batch,) = trainer._load(step)
         mixed = batch.mixed
         assert mixed is not None
@@ -309,7 +309,7 @@ def test_accumulated_micro_batches_equal_the_whole_batch(store: Path, tmp_path: 
     whole = _trainer(store, tmp_path / "a", config, batch_size=8)
     whole.run(progress=False)
     parts = _trainer(store, tmp_path / "b", config, batch_size=8, micro_batch_size=2)
-    assert parts.accumulation == 4
+    assert parts.share(2).accumulation == 4
     parts.run(progress=False)
     assert whole.adversary is not None
     assert parts.adversary is not None
@@ -318,6 +318,31 @@ def test_accumulated_micro_batches_equal_the_whole_batch(store: Path, tmp_path: 
         for key in ("loss", "gradient_norm", "adversarial_loss", "discriminator_loss", "discriminator_gradient_norm", "r1"):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=2e-3), (a["step"], key)
         assert a.get("discriminator", {}).get("real", {}).get("count") == b.get("discriminator", {}).get("real", {}).get("count")
+
+
+def test_phase_2_has_a_batch_and_an_average_of_its_own(store: Path, tmp_path: Path) -> None:
+    own = {"batch_size": 2, "ema_decay": 0.25}
+    trainer = _trainer(store, tmp_path / "a", own, ema_decay=0.9)
+    assert [len(batch.prompts) for step in (1, 2) for batch in trainer._load(step)] == [4, 2]
+    # No pair is left out between the phases, and none seen twice.
+    prompts = [p for step in range(8) for batch in trainer._load(step) for p in batch.prompts]
+    pairs = PairDataset(store)
+    assert prompts == [pairs.prompt(int(r)) for r in trainer.order.rows(0, 2 * 4 + 6 * 2)]
+    for step in range(2):
+        trainer.train_step(trainer._load(step))
+    trainer._enter_phase_2()
+    before = {k: v.clone() for k, v in trainer.ema.state.items()}
+    trainer.train_step(trainer._load(2))
+    now, name = trainer.bare_generator.state_dict(), "network.conv_in.weight"
+    torch.testing.assert_close(trainer.ema.state[name], 0.25 * before[name] + 0.75 * now[name])
+    whole = _trainer(store, tmp_path / "b", own | {"r1_count": 2})
+    whole.run(progress=False)
+    parts = _trainer(store, tmp_path / "c", own | {"r1_count": 2}, micro_batch_size=1)
+    assert [parts.share(s).accumulation for s in (1, 2)] == [4, 2]
+    parts.run(progress=False)
+    assert (_weights(whole.bare_generator) - _weights(parts.bare_generator)).abs().max() < 2e-4
+    with pytest.raises(UserError, match=r"adversarial.batch_size is 3, expected a multiple of processes x micro_batch_size \(1 x 2\)"):
+        _trainer(store, tmp_path / "d", {"batch_size": 3}, micro_batch_size=2)
 
 
 def test_a_batch_of_one_works(store: Path, tmp_path: Path) -> None:
@@ -539,7 +564,7 @@ def test_a_weight_without_a_discriminator_is_an_error(store: Path, tmp_path: Pat
 
 def test_r1_count_must_fit(store: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"adversarial.r1_count is 3, expected a multiple of the processes \(1\) that divides training.batch_size"
+        UserError, match=r"adversarial.r1_count is 3, expected a multiple of the processes \(1\) that divides phase 2.s batch size"
     ):
         _trainer(store, tmp_path, {"r1_count": 3})
 

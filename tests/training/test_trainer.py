@@ -18,6 +18,7 @@ from diffusion2gan.perceptual.augmentations import Augmentation
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.run_log import read_scalars
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+from diffusion2gan.training.batches import BatchShare
 from diffusion2gan.training.distance import Distance, LossConfig, build_distance
 from diffusion2gan.training.order import SampleOrder, augmentation_uniforms
 from diffusion2gan.training.state import checkpoints, environment, load_state
@@ -111,7 +112,7 @@ def test_accumulated_micro_batches_equal_the_whole_batch(store: Path, tmp_path: 
     whole = _trainer(store, tmp_path / "a", batch_size=8)
     whole.run(progress=False)
     parts = _trainer(store, tmp_path / "b", batch_size=8, micro_batch_size=2)
-    assert parts.accumulation == 4
+    assert parts.share(0).accumulation == 4
     parts.run(progress=False)
     assert (_weights(whole) - _weights(parts)).abs().max().item() < 2e-4
     # AdamW and the relative clip forgive a wrong scale of the gradient; the log does not.
@@ -158,7 +159,7 @@ def test_ema_is_the_formula(store: Path, tmp_path: Path) -> None:
 
 def test_held_out_pairs_are_never_trained_on(store: Path, tmp_path: Path) -> None:
     trainer = _trainer(store, tmp_path)
-    rows = np.concatenate([trainer.order.rows(s, 4) for s in range(40)])
+    rows = np.concatenate([trainer.order.rows(4 * s, 4) for s in range(40)])
     assert rows.max() == 15
     assert {tuple(b.prompts) for b in trainer._held_out(2)} == {tuple(PairDataset(store).prompt(i) for i in (16, 17))}
 
@@ -190,15 +191,15 @@ def test_a_damaged_or_hostile_checkpoint_is_one_clear_line(store: Path, tmp_path
 class TestOrder:
     def test_every_pair_once_an_epoch(self) -> None:
         order = SampleOrder(10, seed=3)
-        rows = np.concatenate([order.rows(s, 4) for s in range(5)])
+        rows = np.concatenate([order.rows(4 * s, 4) for s in range(5)])
         assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
         assert rows[:10].tolist() != rows[10:].tolist()
 
     def test_a_function_of_the_step_alone(self) -> None:
-        fresh = SampleOrder(10, seed=3).rows(4, 4)
+        fresh = SampleOrder(10, seed=3).rows(16, 4)
         used = SampleOrder(10, seed=3)
         for step in (0, 9, 4):
-            rows = used.rows(step, 4)
+            rows = used.rows(4 * step, 4)
         np.testing.assert_array_equal(fresh, rows)
         assert augmentation_uniforms(1, 2, 3, 4).tolist() == augmentation_uniforms(1, 2, 3, 4).tolist()
         assert augmentation_uniforms(1, 2, 3, 4).tolist() != augmentation_uniforms(1, 3, 3, 4).tolist()
@@ -234,7 +235,7 @@ def test_what_would_split_the_weights_is_refused(kind: str, store: Path, tmp_pat
 
 def test_only_the_first_pairs(store: Path, tmp_path: Path) -> None:
     trainer = _trainer(store, tmp_path, first_pairs=5)
-    assert {int(r) for step in range(20) for r in trainer.order.rows(step, 4)} == set(range(5))
+    assert {int(r) for step in range(20) for r in trainer.order.rows(4 * step, 4)} == set(range(5))
     with pytest.raises(UserError, match="first_pairs is 17, expected at most 16"):
         _trainer(store, tmp_path, first_pairs=17)
 
@@ -262,7 +263,7 @@ def test_each_sample_keeps_its_pair_and_draw(world: int, micro: int, store: Path
     loss = LossConfig(distance="e_latent_lpips", perceptual=str(perceptual_folder))
     (whole,) = _trainer(store, tmp_path / "whole", loss)._load(5)
     trainer = _trainer(store, tmp_path / "parts", loss, micro_batch_size=micro)
-    trainer.accumulation = 4 // (world * micro)
+    trainer._phase_1 = BatchShare(4, micro, 4 // (world * micro))
     parts = []
     for rank in range(world):
         trainer.accelerator = SimpleNamespace(process_index=rank, device=torch.device("cpu"))  # type: ignore[assignment]

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.pairs.prompts import PromptsConfig, read_prompts
+from diffusion2gan.recipe import load_recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", "a cat\n\na dog\n", "line 2: empty prompt"),
+        ("p.txt", "a cat\n" + "x" * 10_000 + "\n", "line 2: a prompt of 10,000 characters"),
+        ("p.txt", "", "no prompts"),
+        ("p.txt", b"\xff\xfe", "not UTF-8"),
+        ("p.csv", "a", r"ends in '.csv', expected .txt, .jsonl, .parquet, .tar"),
+        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2: expected a JSON object with 'prompt'"),
+        ("p.jsonl", '{"prompt": 3}\n', "is a int, expected a string"),
+        ("p.parquet", "no parquet", "cannot be read as Parquet"),
+    ],
+)
+def test_bad_prompt_files(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        read_prompts(PromptsConfig(source=str(path)), 4, 0)
+
+
+def test_prompts_from_parquet_and_jsonl(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"TEXT": ["a", "b"], "url": ["", ""]}), tmp_path / "p.parquet")
+    assert read_prompts(PromptsConfig(source=str(tmp_path / "p.parquet"), column="TEXT"), 3, 0) == ["a", "b", "a"]
+    with pytest.raises(UserError, match=r"no column 'prompt'; set pairs.prompts.column to one of \['TEXT', 'url'\]"):
+        read_prompts(PromptsConfig(source=str(tmp_path / "p.parquet")), 3, 0)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert read_prompts(PromptsConfig(source=str(tmp_path / "p.jsonl")), 2, 0) == ["a", "b"]
+
+
+def test_parquet_of_numbers_is_no_prompt_list(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"prompt": [1, 2, 3]}), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match="holds int64, expected strings"):
+        read_prompts(PromptsConfig(source=str(tmp_path / "p.parquet"), column="prompt"), 3, 0)
+
+
+ROWS: list[dict[str, Any]] = [
+    {"TEXT": "a cat", "score": 6.5, "language": "en", "wide": True},
+    {"TEXT": "A  Cat ", "score": 6.4, "language": "en", "wide": True},
+    {"TEXT": "", "score": 7.0, "language": "en", "wide": True},
+    {"TEXT": "ein Hund", "score": 6.9, "language": "de", "wide": True},
+    {"TEXT": "a dog", "score": 6.0, "language": "en", "wide": True},
+    {"TEXT": "a fish", "score": None, "language": "en", "wide": True},
+    {"TEXT": None, "score": 6.3, "language": "en", "wide": True},
+    {"TEXT": "a bird\u2028in two lines", "score": 6.25, "language": "en", "wide": False},
+    {"TEXT": "x" * 3000, "score": 9.0, "language": "en", "wide": True},
+]
+
+
+def _tar(path: Path, rows: list[dict[str, Any]], folder: str = "") -> None:
+    """A WebDataset shard as img2dataset writes it: picture, caption and metadata of each sample beside each other."""
+    with tarfile.open(path, "w") as archive:
+        for number, row in enumerate(rows):
+            members = {"jpg": b"\xff\xd8", "txt": (row["TEXT"] or "").encode(), "json": json.dumps(row).encode()}
+            for suffix, content in members.items():
+                info = tarfile.TarInfo(f"{folder}{number:05d}.{suffix}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+
+
+def _write(kind: str, path: Path, rows: list[dict[str, Any]]) -> None:
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        _tar(path, rows)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "tar"])
+def test_an_index_of_the_web(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LAION's way: shards of a folder, a score to choose by, captions that are missing, endless, or there twice."""
+    _write(kind, tmp_path / f"00000.{kind}", ROWS[:4])
+    _write(kind, tmp_path / f"00001.{kind}", ROWS[4:])
+    (tmp_path / "README.md").write_text("of no interest")
+    config = {"source": str(tmp_path), "column": "TEXT", "where": ("score >= 6.25", 'language == "en"')}
+    with pytest.raises(UserError, match=rf"00000.{kind}, line 3: empty prompt.*or set pairs.prompts.drop_unusable"):
+        read_prompts(PromptsConfig.model_validate(config), 3, 0)
+    config |= {"drop_unusable": True}
+    bird = "a bird\u2028in two lines"
+    assert read_prompts(PromptsConfig.model_validate(config), 3, 0) == ["a cat", "A  Cat", bird]
+    assert "3 prompts of 6 rows (3 unusable, 0 there before)" in capsys.readouterr().err
+    assert read_prompts(PromptsConfig.model_validate(config | {"unique": True}), 3, 0) == ["a cat", bird, "a cat"]
+    assert "2 prompts of 6 rows (3 unusable, 1 there before)" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"none of its rows is left \(0 met the conditions"):
+        read_prompts(PromptsConfig.model_validate(config | {"where": ("score > 10",)}), 3, 0)
+
+
+def test_captions_of_a_web_dataset(tmp_path: Path) -> None:
+    rows = [{"TEXT": t, "score": s} for t, s in (("a cat", 1), ("a dog", 2), ("a fish", 3))]
+    _tar(tmp_path / "a.tar", rows, "part.0/")
+    assert read_prompts(PromptsConfig(source=str(tmp_path / "a.tar"), column="txt"), 3, 0) == ["a cat", "a dog", "a fish"]
+    chosen = PromptsConfig(source=str(tmp_path / "a.tar"), column="txt", where=("score != 2",))
+    assert read_prompts(chosen, 2, 0) == ["a cat", "a fish"]
+    with pytest.raises(UserError, match=r"sample 'part.0/00000': expected a .json with 'caption'; set pairs.prompts.column \(`txt`"):
+        read_prompts(PromptsConfig(source=str(tmp_path / "a.tar"), column="caption"), 3, 0)
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:1600])
+    with pytest.raises(UserError, match="not a whole .tar"):
+        read_prompts(PromptsConfig(source=str(tmp_path / "cut.tar"), column="txt"), 3, 0)
+    with tarfile.open(tmp_path / "big.tar", "w") as archive:
+        info = tarfile.TarInfo("0.txt")
+        info.size = 2 << 20
+        archive.addfile(info, io.BytesIO(bytes(info.size)))
+    with pytest.raises(UserError, match="'0.txt' has 2,097,152 bytes, expected at most 1,048,576"):
+        read_prompts(PromptsConfig(source=str(tmp_path / "big.tar"), column="txt"), 3, 0)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "tar"])
+def test_conditions_that_make_no_sense(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"p.{kind}"
+    _write(kind, path, ROWS[:1])
+    with pytest.raises(UserError, match=r"'language' is a (str|column of string), not to be compared with 3.0; mend pairs.prompts.where"):
+        read_prompts(PromptsConfig(source=str(path), column="TEXT", where=("language > 3",)), 1, 0)
+    if kind == "parquet":
+        with pytest.raises(UserError, match=r"no column 'socre'; set pairs.prompts.where to one of"):
+            read_prompts(PromptsConfig(source=str(path), column="TEXT", where=("socre > 3",)), 1, 0)
+
+
+def test_what_is_wrong_with_a_source_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"pairs.prompts.where: where: 'score', expected `column OPERATOR value`"):
+        load_recipe("emoji", ["pairs.prompts.where=[score]"])
+    (tmp_path / "p.txt").write_text("a cat\n")
+    with pytest.raises(UserError, match=r"p.txt has no columns, expected a .jsonl, .parquet or .tar; drop the conditions"):
+        read_prompts(PromptsConfig(source=str(tmp_path), where=("score > 1",)), 1, 0)
+    (tmp_path / "p.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"files of several kinds \(.jsonl, .txt\), expected files of one kind"):
+        read_prompts(PromptsConfig(source=str(tmp_path)), 1, 0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty has no file of prompts"):
+        read_prompts(PromptsConfig(source=str(tmp_path / "empty")), 1, 0)
