@@ -124,12 +124,12 @@ def torch_save_atomic(path: Path, value: Any) -> None:
             raise cause or error from None
 
 
-def torch_load_safe(path: Path) -> Any:
-    """What `torch_save_atomic` wrote, on the CPU; no pickled code is run. Raises UserError for a damaged file or another's."""
+def torch_load_safe(path: Path, by_page: bool = False) -> Any:
+    """What `torch_save_atomic` wrote, on the CPU, read at once or `by_page` when it is used; no pickled code is run. Raises UserError for a damaged file or another's."""
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=by_page)
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
         raise UserError(f"{path}: cannot be read as a checkpoint ({reason}); delete it to go on from the one before, or anew") from None

@@ -268,7 +268,9 @@ def stages(recipe: Recipe, gpus: int, counted: Networks | None = None) -> list[S
     images = recipe.samples(training.steps)
     # The teacher's own network stays loaded; a LoRA changes a second frozen one.
     frozen = _BYTES[recipe.teacher.dtype] * g.parameters * (1 if whole else 2)
-    resident = frozen + n.trained * (_TRAINED + _AVERAGE)
+    # What is trained is copied to every GPU, or split over them.
+    parts = gpus if training.shard else 1
+    resident = frozen + n.trained * (_TRAINED + _AVERAGE) / parts
     kept = (n.perceptual.activations if n.perceptual else 0) + g.activations
     checkpoint = 16 * n.trained  # weights, average, moments
     phase_1 = StagePlan(
@@ -283,7 +285,7 @@ def stages(recipe: Recipe, gpus: int, counted: Networks | None = None) -> list[S
             d = n.discriminator
             # D's step: real and fake, forward and backward; G's step: forward, and backward to the latent alone.
             per_image += g.flops + 2 * (3 + again) * d.flops + (2 + again) * d.flops
-            memory += d.parameters * _TRAINED + of_phase_2.micro * d.activations
+            memory += d.parameters * _TRAINED / parts + of_phase_2.micro * d.activations
             disk += training.keep_checkpoints * 12 * d.parameters
         plan.append(StagePlan("phase 2", images, images * per_image, memory, disk))
     plan.append(

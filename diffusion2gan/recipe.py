@@ -65,10 +65,24 @@ class Recipe(Section):
             raise ValueError(
                 "teacher.dtype is float16 with generator.lora_rank, expected bfloat16 or float32: small gradients vanish in float16"
             )
+        if self.training.shard:
+            self._check_sharding()
         self._check_phase_2()
         if self.training.steps == 0 and self.adversarial is None:
             raise ValueError("training.steps is 0 and there is no adversarial section, expected at least 1: nothing would be trained")
         return self
+
+    def _check_sharding(self) -> None:
+        """What was tried with FSDP2, and what cannot work: double backward through it."""
+        adversarial = self.adversarial
+        if self.training.compile:
+            raise ValueError("training.compile is true with training.shard, expected false: choose one")
+        if self.generator.lora_rank is not None:
+            raise ValueError("generator.lora_rank is set with training.shard, expected one of them: a LoRA's optimiser is small without it")
+        if adversarial is not None and adversarial.weight and adversarial.r1 == "exact":
+            raise ValueError(
+                "adversarial.r1 is exact with training.shard, expected finite_difference: split weights have no double backward"
+            )
 
     def _check_phase_2(self) -> None:
         adversarial, batch, micro = self.adversarial, self.phase_2_batch_size, self.training.micro_batch_size

@@ -54,10 +54,8 @@ class TextCondition:
         )
 
     @staticmethod
-    def cat(first: TextCondition, second: TextCondition) -> TextCondition:
-        return TextCondition(
-            torch.cat([first.embeddings, second.embeddings]), {k: torch.cat([v, second.added[k]]) for k, v in first.added.items()}
-        )
+    def cat(*parts: TextCondition) -> TextCondition:
+        return TextCondition(torch.cat([p.embeddings for p in parts]), {k: torch.cat([p.added[k] for p in parts]) for k in parts[0].added})
 
 
 class Teacher(Protocol):

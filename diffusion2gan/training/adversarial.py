@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ from diffusion2gan.teachers.attention import plain_attention_on_cpu, twice_diffe
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
 from diffusion2gan.training.batches import OdePairBatch
 from diffusion2gan.training.order import r1_generator
+from diffusion2gan.training.sharding import exchanging, gathered, shard, split_like, split_optimizer_state, whole
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -195,6 +197,10 @@ class Statistics:
         return told
 
 
+# Of R1's samples: x, z, c, and the directions of finite differences.
+R1Input = tuple[Tensor, Tensor, TextCondition, Tensor | None]
+
+
 class Adversary:
     """D with its optimiser, regularisation and statistics. `batch_size` and `micro` as the trainer splits its batches.
 
@@ -213,6 +219,7 @@ class Adversary:
         seed: int,
         weight_decay: float,
         compiled: bool,
+        sharded: bool,
     ):
         self.config, self.accelerator, self.teacher, self.seed = config, accelerator, teacher, seed
         self.batch_size, self.micro = batch_size, micro
@@ -224,11 +231,16 @@ class Adversary:
                 f"adversarial.r1_count is {self.r1_count}, expected a multiple of the processes ({world}) that divides "
                 f"phase 2's batch size ({batch_size})"
             )
-        self.bare = discriminator.to(accelerator.device).to(memory_format=torch.channels_last)
+        self.bare = discriminator.to(accelerator.device)
+        self.sharded = sharded
         network = getattr(discriminator, "network", None)
         if network is not None:
             plain_attention_on_cpu(network, teacher.latent_shape[1] * teacher.latent_shape[2], accelerator.device)
-        raw = torch.optim.AdamW(
+        if sharded:
+            shard(self.bare, accelerator.device, world)
+        else:
+            self.bare.to(memory_format=torch.channels_last)
+        self._raw_optimizer = torch.optim.AdamW(
             discriminator.parameters(),
             config.discriminator_learning_rate,
             config.discriminator_betas,
@@ -236,7 +248,8 @@ class Adversary:
             fused=True,
         )
         self._called: nn.Module = compile_for_one_shape(self.bare, accelerator.device, "training.compile") if compiled else self.bare
-        self._trained, self.optimizer = accelerator.prepare(self._called, raw)
+        self._trained: nn.Module = self._called if sharded else accelerator.prepare(self._called)
+        self.optimizer = accelerator.prepare(self._raw_optimizer)
         described: Discriminator = discriminator  # type: ignore[assignment]
         self.sees_noise = described.config.noise
         self.statistics = Statistics(described.map_names, accelerator.device)
@@ -255,36 +268,34 @@ class Adversary:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.discriminator_learning_rate * self.config.schedule(step - first_step)
-        r1_rows, directions = self._r1_rows(step, first_step)
+        r1 = self._r1_input(batches, conditions, *self._r1_rows(step, first_step))
         loss = torch.zeros((), device=self.accelerator.device)
-        penalty, answers = torch.zeros_like(loss), torch.zeros(2, 2, device=loss.device)
+        penalties, answers = torch.zeros_like(loss), torch.zeros(2, 2, device=loss.device)
         for number, (pairs, condition, fake) in enumerate(zip(batches, conditions, fakes, strict=True)):
-            mine = [k for k, row in enumerate(r1_rows) if row // self.micro == number]
+            last = number + 1 == len(batches)
             # Gradients are exchanged once, with the last micro-batch.
-            with self.accelerator.no_sync(self._trained) if number + 1 < len(batches) else nullcontext():
-                value, r1, right = self._step(pairs, condition, fake, [r1_rows[k] % self.micro for k in mine], directions, mine)
-            loss, penalty, answers = loss + value, penalty + r1, answers + right
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.bare.parameters() if p.grad is not None])
+            with exchanging(self._trained, self.accelerator, last):
+                value, penalty, right = self._step(pairs, condition, fake, r1 if last else None)
+            loss, penalties, answers = loss + value, penalties + penalty, answers + right
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.bare.parameters() if p.grad is not None]))
         world = self.accelerator.num_processes
-        summed = self.accelerator.reduce(torch.cat([torch.stack([loss, penalty]) / world, answers.flatten()]), "sum")
-        total, r1, *counts, length = torch.cat([summed, norm.reshape(1).to(summed)]).tolist()
+        summed = self.accelerator.reduce(torch.cat([torch.stack([loss, penalties]) / world, answers.flatten()]), "sum")
+        total, told_r1, *counts, length = torch.cat([summed, norm.reshape(1).to(summed)]).tolist()
         self.told = {"discriminator_loss": total, "discriminator_gradient_norm": length}
-        for name, value in (("discriminator loss", total), ("R1 penalty", r1), ("discriminator's gradient norm", length)):
+        for name, value in (("discriminator loss", total), ("R1 penalty", told_r1), ("discriminator's gradient norm", length)):
             if not math.isfinite(value):
                 return f"the {name} is {value}, expected a finite number"
         wrong = guard.follow_accuracy(counts, self.config)
         if wrong:
             return wrong
         if self._r1_due(step, first_step):
-            self._r1_told = [self._r1_told[0] + r1, self._r1_told[1] + 1]
+            self._r1_told = [self._r1_told[0] + told_r1, self._r1_told[1] + 1]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return None
 
-    def _step(
-        self, pairs: OdePairBatch, condition: TextCondition, fake: Tensor, r1_rows: list[int], directions: Tensor | None, mine: list[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Forward and backward of one micro-batch: its share of Eq. 5, of R1, and D's answers (`Statistics.add`)."""
+    def _step(self, pairs: OdePairBatch, condition: TextCondition, fake: Tensor, r1: R1Input | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Forward and backward of one micro-batch, and of R1: its share of Eq. 5, R1's penalty, and D's answers (`Statistics.add`)."""
         fake_latent, fake_noise, fake_condition = fake.detach().to(pairs.latent), pairs.noise, condition
         kind = torch.full((len(fake),), GENERATED, device=fake.device)
         if pairs.mixed is not None:
@@ -298,9 +309,8 @@ class Adversary:
         of_fakes = {k: v[len(fake) :].float() for k, v in maps.items()}
         loss = losses.discriminator_loss(real, of_fakes, self.config.loss).mean() / self.accumulation
         penalty = torch.zeros_like(loss)
-        if r1_rows:
-            rows = torch.tensor(r1_rows, device=fake.device)
-            found = self._r1(pairs.latent[rows], pairs.noise[rows], condition[rows], None if directions is None else directions[mine])
+        if r1 is not None:
+            found = self._r1(*r1)
             # Every process' gradient is divided by their number; the mean is over all of R1's samples.
             penalty = found.sum() * self.accelerator.num_processes / self.r1_count
         # R1 goes through one backward with the loss: alone it leaves the last biases without a gradient, and DDP waiting.
@@ -325,13 +335,26 @@ class Adversary:
             directions = torch.from_numpy(drawn).to(self.accelerator.device)
         return (chosen[mine] - first).tolist(), directions
 
+    def _r1_input(
+        self, batches: list[OdePairBatch], conditions: list[TextCondition], rows: list[int], directions: Tensor | None
+    ) -> R1Input | None:
+        """What R1 looks at: the samples `rows` of this process' share. It goes with the last micro-batch, in whichever they lie: networks
+        that are split over processes must be evaluated by all as often."""
+        if not rows:
+            return None
+        at = [divmod(row, self.micro) for row in rows]
+        latent, noise = (torch.stack([getattr(batches[n], name)[i] for n, i in at]) for name in ("latent", "noise"))
+        condition = TextCondition.cat(*(conditions[n][torch.tensor([i], device=latent.device)] for n, i in at))
+        return latent, noise, condition, directions
+
     def _r1(self, latent: Tensor, noise: Tensor, condition: TextCondition, direction: Tensor | None) -> Tensor:
         """|grad s|^2 of real samples (n, C, H, W) -> (n,), in float32: rounded logits have no slope."""
-        # The class' own forward: without the autocast that accelerate has put around the module's.
-        forward = type(self.bare).forward
+        # The class' own forward: without the autocast that accelerate has put around the module's. What is split is gathered by the
+        # module's own call, and has none around it.
+        forward = self.bare if self.sharded else partial(type(self.bare).forward, self.bare)
 
         def s(x: Tensor) -> Tensor:
-            return score(forward(self.bare, x, noise, condition))
+            return score(forward(x, noise, condition))
 
         with torch.autocast(latent.device.type, enabled=False), no_tf32():
             if direction is not None:
@@ -344,6 +367,11 @@ class Adversary:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Around forward and backward of G's step: it leaves no gradient in D. The backward too, for it may recompute."""
+        if self.sharded:
+            # Its gathered parameters would not hear of it: their gradients are thrown away instead.
+            yield
+            self.bare.zero_grad(set_to_none=True)
+            return
         self.bare.requires_grad_(False)
         try:
             yield
@@ -372,11 +400,13 @@ class Adversary:
     def state(self) -> dict[str, Any]:
         """All that an exact resume needs. To be called by every process: the statistics are of all of them."""
         sums = self.accelerator.reduce(self.statistics.sums.clone(), "sum")
-        return {"model": self.bare.state_dict(), "optimizer": self.optimizer.state_dict(), "statistics": sums, "r1": self._r1_told}
+        main = self.accelerator.is_main_process
+        model, optimizer = (gathered(s, main) for s in (self.bare.state_dict(), self.optimizer.state_dict()))
+        return {"model": model, "optimizer": optimizer, "statistics": sums, "r1": self._r1_told}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.bare.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.bare.load_state_dict(split_like(state["model"], self.bare.state_dict()))
+        self.optimizer.load_state_dict(split_optimizer_state(state["optimizer"], self._raw_optimizer))
         self._r1_told = state["r1"]
         if self.accelerator.is_main_process:
             self.statistics.sums.copy_(state["statistics"])

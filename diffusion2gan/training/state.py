@@ -18,7 +18,7 @@ from diffusion2gan.files import sweep_temporaries, torch_load_safe, torch_save_a
 FORMAT = "diffusion2gan-state-1"
 
 
-def environment(compiled: bool, world: int) -> dict[str, str]:
+def environment(compiled: bool, world: int, memory_format: str = "channels_last") -> dict[str, str]:
     """What "identical" depends on beside the settings: threads, versions, memory format, compilation, processes."""
     names = ("torch", "numpy", "diffusers", "transformers", "accelerate")
     found = {name: version(name) for name in names}
@@ -26,7 +26,7 @@ def environment(compiled: bool, world: int) -> dict[str, str]:
         "python": platform.python_version(),
         "threads": str(torch.get_num_threads()),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "memory_format": "channels_last",
+        "memory_format": memory_format,
         "compile": str(compiled),
         "processes": str(world),
     }
@@ -73,9 +73,12 @@ def save_state(state: TrainingState, folder: Path, keep: int, also_keep: Sequenc
     return path
 
 
-def load_state(path: Path, here: dict[str, str] | None = None) -> TrainingState:
-    """Reads a checkpoint (no pickled code is run). Warns, naming each, of differences between its environment and `here`."""
-    saved = torch_load_safe(path)
+def load_state(path: Path, here: dict[str, str] | None = None, by_page: bool = False) -> TrainingState:
+    """Reads a checkpoint (no pickled code is run). Warns, naming each, of differences between its environment and `here`.
+
+    by_page: tensors are read when they are used, so that several processes of a host don't each hold the whole file.
+    """
+    saved = torch_load_safe(path, by_page)
     if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT:
         raise UserError(f"{path}: not a checkpoint of format {FORMAT}; delete it to go on from the one before")
     state = TrainingState(**saved)

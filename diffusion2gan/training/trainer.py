@@ -42,6 +42,7 @@ from diffusion2gan.training.adversarial import AdversarialConfig, Adversary, Gua
 from diffusion2gan.training.batches import BatchShare, OdePairBatch, mixed_fakes, pair_batch
 from diffusion2gan.training.distance import Distance
 from diffusion2gan.training.order import SampleOrder, augmentation_uniforms, mix_uniforms
+from diffusion2gan.training.sharding import exchanging, gathered, shard, split_like, split_optimizer_state, whole
 from diffusion2gan.training.state import TrainingState, checkpoint_path, checkpoints, environment, load_state, save_state
 
 
@@ -65,6 +66,8 @@ class TrainingConfig(Section):
     """Relative: the gradient is cut to this many times its running norm, so that no loss is favoured by its scale."""
     mixed_precision: Literal["no", "bf16"] = "no"
     compile: bool = False
+    shard: bool = False
+    """FSDP2: weights, gradients, optimisers and average of G and D are split over the processes, instead of copied to each."""
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     log_every: int = Field(10, ge=1)
@@ -124,7 +127,9 @@ class Trainer:
         known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
         if self.accelerator.distributed_type not in known:
             kind = str(self.accelerator.distributed_type).rpartition(".")[2]
-            raise UserError(f"training by {kind} is asked for and not supported yet; use DDP (`torchrun -m diffusion2gan train`)")
+            raise UserError(
+                f"training by {kind} is asked for and not supported; use `torchrun -m diffusion2gan train`, with training.shard=true for FSDP2"
+            )
         if len(pairs) <= config.holdout:
             raise UserError(f"training.holdout is {config.holdout} but the store has {len(pairs)} pairs; simulate more, or hold out fewer")
         world = self.accelerator.num_processes
@@ -137,8 +142,13 @@ class Trainer:
                 f"training.first_pairs is {config.first_pairs}, expected at most {available} ({len(pairs)} pairs, {config.holdout} held out)"
             )
         self.order = SampleOrder(config.first_pairs or available, config.seed)
-        generator.to(self.device).to(memory_format=torch.channels_last)
+        self.sharded = config.shard and world > 1
+        generator.to(self.device)
         plain_attention_on_cpu(generator.network, teacher.latent_shape[1] * teacher.latent_shape[2], self.device)
+        if self.sharded:
+            shard(generator, self.device, world)
+        else:
+            generator.to(memory_format=torch.channels_last)
         self.ema = Ema(generator, config.ema_decay)
         self.bare_generator = generator
         parameters = [p for p in generator.parameters() if p.requires_grad]
@@ -152,7 +162,8 @@ class Trainer:
             # A distance without a network of its own is too small to compile.
             if distance.network is not None:
                 self._distance_in_training = compile_for_one_shape(distance, self.device, "training.compile")
-        self.generator, self.optimizer = self.accelerator.prepare(trained, self._raw_optimizer)
+        self.generator: nn.Module = trained if self.sharded else self.accelerator.prepare(trained)
+        self.optimizer = self.accelerator.prepare(self._raw_optimizer)
         self.adversarial, self.adversary = adversarial, self._adversary(adversarial, discriminator)
         self.guard: Guard | None = None
         self.total_steps = config.steps + (adversarial.steps if adversarial else 0)
@@ -179,6 +190,7 @@ class Trainer:
             seed=config.seed,
             weight_decay=config.weight_decay,
             compiled=config.compile,
+            sharded=self.sharded,
         )
 
     @property
@@ -217,7 +229,7 @@ class Trainer:
         with adversary.frozen() if adversary is not None else nullcontext():
             for number, (micro_batch, condition, fake) in enumerate(zip(micro_batches, conditions, fakes, strict=True)):
                 # Gradients are exchanged once, with the last micro-batch.
-                with self.accelerator.no_sync(self.generator) if number + 1 < len(micro_batches) else nullcontext():
+                with exchanging(self.generator, self.accelerator, number + 1 == len(micro_batches)):
                     told[:2] += self.generator_step(micro_batch, condition, fake, adversary)
         told[2] = float(stop)
         loss, adversarial_loss, stops = self.accelerator.reduce(told, "mean")
@@ -238,21 +250,21 @@ class Trainer:
         """D's update; returns G's latents where they can still be used for G's own."""
         assert self.guard is not None
         # Of several micro-batches, not all can be held with their graph: G's step computes them again.
-        whole = len(micro_batches) == 1
-        with torch.set_grad_enabled(whole):
+        whole_batch = len(micro_batches) == 1
+        with torch.set_grad_enabled(whole_batch), self.accelerator.autocast():
             fakes = [self.generator(p.noise, c) for p, c in zip(micro_batches, conditions, strict=True)]
         wrong = adversary.update(micro_batches, conditions, fakes, self.step, self.config.steps, self.guard)
         if wrong:
             raise self._stopped(wrong)
-        return fakes if whole else [None] * len(fakes)
+        return fakes if whole_batch else [None] * len(fakes)
 
     def generator_step(
         self, pairs: OdePairBatch, condition: TextCondition, fake: Tensor | None = None, adversary: Adversary | None = None
     ) -> Tensor:
         """Forward and backward of d(G(z, c), x) + lambda_GAN L_GAN; returns this micro-batch's share of both means, (2,)."""
-        if fake is None:
-            fake = self.generator(pairs.noise, condition)
         with self.accelerator.autocast():
+            if fake is None:
+                fake = self.generator(pairs.noise, condition)
             distance = self._distance_in_training(fake, pairs.latent, pairs.uniform)
         accumulation = self.share(self.step).accumulation
         regression = distance.float().mean() / accumulation
@@ -282,7 +294,7 @@ class Trainer:
         when phase 2 has gone wrong by its regression loss."""
         parameters = [p for p in self.bare_generator.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        value, scale = norm.item(), self.gradient_scale
+        value, scale = whole(norm).item(), self.gradient_scale
         for name, term in (terms | {"gradient norm": value}).items():
             if not math.isfinite(term):
                 raise self._stopped(f"the {name} is {term}, expected a finite number")
@@ -294,7 +306,7 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.gradient_clip * scale, norm)
             value = min(value, self.config.gradient_clip * scale)
         self.gradient_scale = value if math.isnan(scale) else _NORM_DECAY * scale + (1 - _NORM_DECAY) * value
-        return norm.item()
+        return whole(norm).item()
 
     # --- Data -------------------------------------------------------------------------------------------------------
 
@@ -401,7 +413,8 @@ class Trainer:
     @torch.no_grad()
     def _sample(self) -> None:
         """A grid of held-out pairs: the teacher's picture above the EMA student's, column by column."""
-        if not self.accelerator.is_main_process:
+        # A network that is split has to be evaluated by all.
+        if not self.accelerator.is_main_process and not self.sharded:
             return
         targets, fakes, prompts = [], [], []
         with self.ema.applied_to(self.bare_generator):
@@ -411,6 +424,8 @@ class Trainer:
                 fakes.append(self.teacher.decode(fake.to(self.teacher.dtype)))
                 targets.append(self.teacher.decode(pairs.latent.to(self.teacher.dtype)))
                 prompts += pairs.prompts
+        if not self.accelerator.is_main_process:
+            return
         images = np.concatenate([to_uint8(torch.cat(targets)), to_uint8(torch.cat(fakes))])
         picture = grid(images, columns=len(prompts), captions=prompts + [""] * len(prompts), row_labels=["teacher", "student"])
         self.log.picture(self.step, "held-out", picture)
@@ -420,7 +435,7 @@ class Trainer:
             self.log.picture(self.step, "discriminator", discriminator_picture(told))
 
     def _environment(self) -> dict[str, str]:
-        here = environment(self.config.compile, self.accelerator.num_processes)
+        here = environment(self.config.compile, self.accelerator.num_processes, "split" if self.sharded else "channels_last")
         return here | ({"r1_count": str(self.adversary.r1_count)} if self.adversary is not None else {})
 
     def _save(self) -> None:
@@ -428,17 +443,13 @@ class Trainer:
         # Who asked for a stop may not wait for a judgement.
         if not self.stopping:
             self._judge()
-        if self.accelerator.is_main_process:
-            state = TrainingState(
-                self.step,
-                trained_state(self.bare_generator),
-                self.ema.state,
-                self.optimizer.state_dict(),
-                self.gradient_scale,
-                self._environment(),
-                adversary,
-                None if guard is None else asdict(guard),
-            )
+        main = self.accelerator.is_main_process
+        model, average, optimizer = (
+            gathered(s, main) for s in (trained_state(self.bare_generator), self.ema.state, self.optimizer.state_dict())
+        )
+        if main:
+            told = None if guard is None else asdict(guard)
+            state = TrainingState(self.step, model, average, optimizer, self.gradient_scale, self._environment(), adversary, told)
             # Phase 1's end stays too: other runs may start from it.
             kept = () if guard is None else (guard.good_step, self.config.steps)
             save_state(state, self.folder / "checkpoints", self.config.keep_checkpoints, kept)
@@ -458,10 +469,10 @@ class Trainer:
     def _resume(self) -> None:
         found = checkpoints(self.folder / "checkpoints")
         if found:
-            state = load_state(found[-1], self._environment())
-            load_trained(self.bare_generator, state.model)
-            self.ema.load(state.ema)
-            self.optimizer.load_state_dict(state.optimizer)
+            state = load_state(found[-1], self._environment(), by_page=self.sharded)
+            load_trained(self.bare_generator, split_like(state.model, self.ema.state))
+            self.ema.load(split_like(state.ema, self.ema.state))
+            self.optimizer.load_state_dict(split_optimizer_state(state.optimizer, self._raw_optimizer))
             self.step, self.gradient_scale = state.step, state.gradient_scale
             self.guard = None if state.guard is None else Guard(**state.guard)
             if self.adversary is not None and state.adversary is not None:

@@ -292,9 +292,8 @@ def test_r1_is_scaled_for_its_interval_and_count(r1: str, store: Path, tmp_path:
                 penalty = ((s(x + 1e-3 * directions.double()) - s(x)) / 1e-3).square()
             weights = [p for p in adversary.bare.parameters() if p.ndim > 1]
             expected = torch.autograd.grad(4 * 3.0 * penalty.mean(), weights, allow_unused=True)
-        adversary._step(
-            batch, condition, torch.zeros_like(batch.latent), rows, None if directions is None else directions.double(), [0, 1][: len(rows)]
-        )
+        r1_input = adversary._r1_input([batch], [condition], rows, None if directions is None else directions.double())
+        adversary._step(batch, condition, torch.zeros_like(batch.latent), r1_input)
         gradients[form] = [p.grad.clone() for p in adversary.bare.parameters() if p.ndim > 1]
         # Not at the steps between.
         assert adversary._r1_rows(3, 0) == ([], None)

@@ -229,7 +229,7 @@ def test_compiled_training_is_one_graph_and_the_same(
 def test_what_would_split_the_weights_is_refused(kind: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`accelerate launch` may ask for it; the average and the checkpoints would be of a part."""
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda _: DistributedType[kind]))
-    with pytest.raises(UserError, match=rf"training by {kind} is asked for and not supported yet; use DDP"):
+    with pytest.raises(UserError, match=rf"training by {kind} is asked for and not supported; use `torchrun .*training.shard=true"):
         _trainer(store, tmp_path)
 
 

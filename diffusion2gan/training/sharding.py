@@ -1,0 +1,80 @@
+"""FSDP2 (`training.shard`): weights, gradients, optimiser state and average of G and D, split over the processes.
+
+PyTorch's own `fully_shard` and not accelerate's `prepare`, which takes one model at a time and on a CPU silently gives DDP.
+Checkpoints hold whole tensors and do not know how many processes wrote them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def shard(module: nn.Module, device: torch.device, world: int) -> None:
+    """Splits the parameters of `module` over all processes, in place: a unit for each residual and attention block of a U-Net, and
+    one for the rest. To be called before its optimiser is made."""
+    mesh = init_device_mesh(device.type, (world,))
+    for child in module.modules():
+        for name in ("resnets", "transformer_blocks"):
+            for block in getattr(child, name, None) or ():
+                fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+@contextmanager
+def exchanging(module: nn.Module, accelerator: Accelerator, exchange: bool) -> Iterator[None]:
+    """Around forward and backward of one micro-batch: whether the processes exchange its gradients, and all before it, or keep them."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(exchange)
+        yield
+    elif exchange:
+        yield
+    else:
+        with accelerator.no_sync(module):
+            yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is in one process. Every process has to call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(value: Any, keep: bool) -> Any:
+    """`value`, a state dict or any part of one, with whole tensors. Every process has to call this; those that do not `keep` get None
+    for what was split, and hold one whole tensor at a time."""
+    if isinstance(value, DTensor):
+        found = value.full_tensor()
+        return found.cpu() if keep else None
+    if isinstance(value, Mapping):
+        return {k: gathered(v, keep) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(gathered(v, keep) for v in value)
+    return value
+
+
+def _like(value: Any, parameter: Tensor) -> Any:
+    """A whole tensor, split as `parameter` is; anything else as it is."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    # Every process has read the whole: nobody has to send it.
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def split_like(state: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors of a checkpoint, split as those of the same names in `current` are."""
+    return {name: _like(value, current[name]) if name in current else value for name, value in state.items()}
+
+
+def split_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimiser's state of a checkpoint, split as its parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {i: {k: _like(v, parameters[i]) for k, v in of_one.items()} for i, of_one in state["state"].items()}
+    return state | {"state": moments}

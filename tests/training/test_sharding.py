@@ -1,0 +1,77 @@
+"""FSDP2 in two processes over gloo, through the trainer's own way. Equal runs: tests/test_crashes.py."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
+
+from diffusion2gan.discriminator.build import build_discriminator
+from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig
+from diffusion2gan.errors import UserError
+from diffusion2gan.generator import OneStepGenerator
+from diffusion2gan.pairs.dataset import PairDataset
+from diffusion2gan.recipe import load_recipe
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+from diffusion2gan.training.adversarial import AdversarialConfig
+from diffusion2gan.training.distance import LossConfig, build_distance
+from diffusion2gan.training.trainer import Trainer, TrainingConfig
+from tests.conftest import tiny_pipeline, tiny_store
+
+WORLD = 2
+
+
+def _worker(rank: int, store: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+    teacher = StableDiffusionTeacher.from_pipeline(tiny_pipeline())
+    config = TrainingConfig(steps=1, batch_size=8, micro_batch_size=2, holdout=8, shard=True, sample_count=2, warmup_steps=0)
+    adversarial = AdversarialConfig(steps=2, r1="finite_difference", r1_every=1)
+    d, g = build_discriminator(DiscriminatorConfig(), teacher), OneStepGenerator.from_teacher(teacher)
+    size = {n: sum(p.numel() for p in m.parameters()) for n, m in (("g", g), ("d", d))}
+    distance = build_distance(LossConfig(distance="mse"), teacher)
+    trainer = Trainer(teacher, PairDataset(Path(store)), g, distance, config, Path(folder) / "run", Accelerator(cpu=True), adversarial, d)
+    assert trainer.sharded
+    trainer.run(progress=False)
+    adversary = trainer.adversary
+    assert adversary is not None
+    assert trainer.step == 3
+    for name, module, optimizer in (("g", trainer.bare_generator, trainer._raw_optimizer), ("d", adversary.bare, adversary._raw_optimizer)):
+        parameters = list(module.parameters())
+        assert all(isinstance(p, DTensor) for p in parameters)
+        # The moments are split as the weights are, and nothing is left behind by the other network's step.
+        assert all(isinstance(optimizer.state[p]["exp_avg"], DTensor) for p in parameters)
+        assert all(p.grad is None for p in parameters)
+        mine = torch.tensor(sum(p.to_local().numel() for p in parameters))
+        dist.all_reduce(mine)
+        assert mine == size[name]
+    assert all(isinstance(v, DTensor) for v in trainer.ema.state.values())
+    dist.barrier()
+    # Not through the interpreter's end: a gloo thread that lets go of a tensor there aborts the process, once in many runs.
+    os._exit(0)
+
+
+def test_everything_of_both_networks_is_split(tmp_path: Path, prompts_file: Path) -> None:
+    store = tiny_store(tmp_path / "store", prompts_file, count=32, shard_size=16)
+    mp.spawn(_worker, args=(str(store), str(tmp_path)), nprocs=WORLD)
+    assert (tmp_path / "run" / "samples" / "held-out-00000003.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.compile=true"], "training.compile is true with training.shard, expected false"),
+        (["training.compile=false", "generator.lora_rank=4"], "generator.lora_rank is set with training.shard"),
+        (["training.compile=false", "adversarial={steps: 2}"], "adversarial.r1 is exact with training.shard, expected finite_difference"),
+    ],
+)
+def test_what_split_weights_cannot_do_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe("emoji", ["training.shard=true", *overrides])
