@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -26,9 +27,11 @@ def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
 class Ema:
     """Average of trained parameters and buffers; early on it forgets faster: min(decay, (1 + step) / (10 + step))."""
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float, device: torch.device | None = None):
+        """`device`: where the average is kept, if not beside the weights."""
         self.decay = decay
-        self.state = {k: v.detach().clone() for k, v in trained_state(model).items()}
+        copies = {k: v.detach().clone() for k, v in trained_state(model).items()}
+        self.state = copies if device is None else {k: v.to(device) for k, v in copies.items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, decay: float | None = None) -> None:
@@ -40,7 +43,7 @@ class Ema:
             value = current[name]
             if value.is_floating_point():
                 averages.append(self.state[name])
-                values.append(value)
+                values.append(value if isinstance(value, DTensor) else value.to(self.state[name].device))
             else:
                 self.state[name].copy_(value)
         torch._foreach_lerp_(averages, values, 1 - decay)

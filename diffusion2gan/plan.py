@@ -233,8 +233,8 @@ class StagePlan:
 
 # Bytes a number of the frozen networks.
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-# Bytes a parameter: float32 weight, gradient, Adam's two moments; the generator's average.
-_TRAINED, _AVERAGE = 16, 4
+# Bytes a parameter: float32 weight and gradient; Adam's two moments; the generator's average.
+_TRAINED, _MOMENTS, _AVERAGE = 8, {"adamw": 8, "adamw_8bit": 2}, 4
 # Without a backward pass little more than the widest layers is alive at once: about this share of what one would keep.
 _ALIVE = 0.1
 # A decoder's last layers are its widest, and it decodes in float32: a quarter of what it would keep, twice as wide.
@@ -270,9 +270,11 @@ def stages(recipe: Recipe, gpus: int, counted: Networks | None = None) -> list[S
     frozen = _BYTES[recipe.teacher.dtype] * g.parameters * (1 if whole else 2)
     # What is trained is copied to every GPU, or split over them.
     parts = gpus if training.shard else 1
-    resident = frozen + n.trained * (_TRAINED + _AVERAGE) / parts
+    trained = (_TRAINED + _MOMENTS[training.optimizer]) / parts
+    resident = frozen + n.trained * (trained + (0 if training.ema_on_cpu else _AVERAGE / parts))
     kept = (n.perceptual.activations if n.perceptual else 0) + g.activations
-    checkpoint = 16 * n.trained  # weights, average, moments
+    saved = 4 + _MOMENTS[training.optimizer]
+    checkpoint = (saved + 4) * n.trained  # weights, moments, average
     phase_1 = StagePlan(
         "phase 1", images, images * (passes * g.flops + loss), resident + of_phase_1.micro * kept, training.keep_checkpoints * checkpoint
     )
@@ -285,8 +287,8 @@ def stages(recipe: Recipe, gpus: int, counted: Networks | None = None) -> list[S
             d = n.discriminator
             # D's step: real and fake, forward and backward; G's step: forward, and backward to the latent alone.
             per_image += g.flops + 2 * (3 + again) * d.flops + (2 + again) * d.flops
-            memory += d.parameters * _TRAINED / parts + of_phase_2.micro * d.activations
-            disk += training.keep_checkpoints * 12 * d.parameters
+            memory += d.parameters * trained + of_phase_2.micro * d.activations
+            disk += training.keep_checkpoints * saved * d.parameters
         plan.append(StagePlan("phase 2", images, images * per_image, memory, disk))
     plan.append(
         StagePlan(

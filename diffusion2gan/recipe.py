@@ -77,6 +77,9 @@ class Recipe(Section):
         adversarial = self.adversarial
         if self.training.compile:
             raise ValueError("training.compile is true with training.shard, expected false: choose one")
+        for key, unlike in (("optimizer", "adamw"), ("ema_on_cpu", False)):
+            if getattr(self.training, key) != unlike:
+                raise ValueError(f"training.{key} is {getattr(self.training, key)} with training.shard, expected {unlike}: choose one")
         if self.generator.lora_rank is not None:
             raise ValueError("generator.lora_rank is set with training.shard, expected one of them: a LoRA's optimiser is small without it")
         if adversarial is not None and adversarial.weight and adversarial.r1 == "exact":

@@ -30,6 +30,7 @@ from diffusion2gan.schedule import warmup_and_decay
 from diffusion2gan.teachers.attention import plain_attention_on_cpu, twice_differentiable_attention
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
 from diffusion2gan.training.batches import OdePairBatch
+from diffusion2gan.training.optimizer import OptimizerName, adamw
 from diffusion2gan.training.order import r1_generator
 from diffusion2gan.training.sharding import exchanging, gathered, shard, split_like, split_optimizer_state, whole
 
@@ -218,6 +219,7 @@ class Adversary:
         micro: int,
         seed: int,
         weight_decay: float,
+        optimizer: OptimizerName,
         compiled: bool,
         sharded: bool,
     ):
@@ -238,15 +240,10 @@ class Adversary:
             plain_attention_on_cpu(network, teacher.latent_shape[1] * teacher.latent_shape[2], accelerator.device)
         if sharded:
             shard(self.bare, accelerator.device, world)
-        else:
+        elif optimizer == "adamw":
             self.bare.to(memory_format=torch.channels_last)
-        self._raw_optimizer = torch.optim.AdamW(
-            discriminator.parameters(),
-            config.discriminator_learning_rate,
-            config.discriminator_betas,
-            weight_decay=weight_decay,
-            fused=True,
-        )
+        rate, betas = config.discriminator_learning_rate, config.discriminator_betas
+        self._raw_optimizer = adamw(optimizer, self.bare.parameters(), rate, betas, weight_decay)
         self._called: nn.Module = compile_for_one_shape(self.bare, accelerator.device, "training.compile") if compiled else self.bare
         self._trained: nn.Module = self._called if sharded else accelerator.prepare(self._called)
         self.optimizer = accelerator.prepare(self._raw_optimizer)

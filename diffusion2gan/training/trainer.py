@@ -41,6 +41,7 @@ from diffusion2gan.teachers.protocol import Teacher, TextCondition
 from diffusion2gan.training.adversarial import AdversarialConfig, Adversary, Guard
 from diffusion2gan.training.batches import BatchShare, OdePairBatch, mixed_fakes, pair_batch
 from diffusion2gan.training.distance import Distance
+from diffusion2gan.training.optimizer import OptimizerName, adamw
 from diffusion2gan.training.order import SampleOrder, augmentation_uniforms, mix_uniforms
 from diffusion2gan.training.sharding import exchanging, gathered, shard, split_like, split_optimizer_state, whole
 from diffusion2gan.training.state import TrainingState, checkpoint_path, checkpoints, environment, load_state, save_state
@@ -66,6 +67,10 @@ class TrainingConfig(Section):
     """Relative: the gradient is cut to this many times its running norm, so that no loss is favoured by its scale."""
     mixed_precision: Literal["no", "bf16"] = "no"
     compile: bool = False
+    optimizer: OptimizerName = "adamw"
+    """Of G and D. `adamw_8bit` (bitsandbytes) keeps its moments in 2 bytes a parameter instead of 8; tensors under 4,096 elements as before."""
+    ema_on_cpu: bool = False
+    """Keeps the average in the host's memory: 4 bytes a parameter less on the GPU, one copy of the weights to the host a step."""
     shard: bool = False
     """FSDP2: weights, gradients, optimisers and average of G and D are split over the processes, instead of copied to each."""
     checkpoint_every: int = Field(500, ge=1)
@@ -147,14 +152,12 @@ class Trainer:
         plain_attention_on_cpu(generator.network, teacher.latent_shape[1] * teacher.latent_shape[2], self.device)
         if self.sharded:
             shard(generator, self.device, world)
-        else:
+        elif config.optimizer == "adamw":  # the other keeps weights contiguous
             generator.to(memory_format=torch.channels_last)
-        self.ema = Ema(generator, config.ema_decay)
+        self.ema = Ema(generator, config.ema_decay, torch.device("cpu") if config.ema_on_cpu else None)
         self.bare_generator = generator
         parameters = [p for p in generator.parameters() if p.requires_grad]
-        self._raw_optimizer = torch.optim.AdamW(
-            parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
+        self._raw_optimizer = adamw(config.optimizer, parameters, config.learning_rate, config.betas, config.weight_decay)
         trained: nn.Module = generator
         self._distance_in_training: nn.Module = distance
         if config.compile:
@@ -189,6 +192,7 @@ class Trainer:
             micro=self._phase_2.micro,
             seed=config.seed,
             weight_decay=config.weight_decay,
+            optimizer=config.optimizer,
             compiled=config.compile,
             sharded=self.sharded,
         )
@@ -196,6 +200,10 @@ class Trainer:
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
+
+    @property
+    def _memory_format(self) -> str:
+        return "split" if self.sharded else "channels_last" if self.config.optimizer == "adamw" else "contiguous"
 
     @property
     def in_phase_2(self) -> bool:
@@ -435,7 +443,7 @@ class Trainer:
             self.log.picture(self.step, "discriminator", discriminator_picture(told))
 
     def _environment(self) -> dict[str, str]:
-        here = environment(self.config.compile, self.accelerator.num_processes, "split" if self.sharded else "channels_last")
+        here = environment(self.config.compile, self.accelerator.num_processes, self._memory_format)
         return here | ({"r1_count": str(self.adversary.r1_count)} if self.adversary is not None else {})
 
     def _save(self) -> None:

@@ -68,6 +68,8 @@ def test_everything_of_both_networks_is_split(tmp_path: Path, prompts_file: Path
     ("overrides", "message"),
     [
         (["training.compile=true"], "training.compile is true with training.shard, expected false"),
+        (["training.compile=false", "training.ema_on_cpu=true"], "training.ema_on_cpu is True with training.shard, expected False"),
+        (["training.compile=false", "training.optimizer=adamw_8bit"], "training.optimizer is adamw_8bit with training.shard"),
         (["training.compile=false", "generator.lora_rank=4"], "generator.lora_rank is set with training.shard"),
         (["training.compile=false", "adversarial={steps: 2}"], "adversarial.r1 is exact with training.shard, expected finite_difference"),
     ],

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,6 +107,39 @@ def test_resume_equals_an_unbroken_run(store: Path, tmp_path: Path, perceptual_f
     assert all(torch.equal(v, b.ema[k]) for k, v in a.ema.items())
     assert a.ema["network.conv_in.weight"].stride() == b.ema["network.conv_in.weight"].stride()
     assert a.gradient_scale == b.gradient_scale
+
+
+def test_moments_of_8_bits(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near AdamW's own steps, a quarter of its state for what is not small, and resumed exactly."""
+    pytest.importorskip("bitsandbytes")
+    small = {"optimizer": "adamw_8bit", "batch_size": 8}
+    unbroken = _trainer(store, tmp_path / "a", **small)
+    start = _weights(unbroken).clone()
+    unbroken.run(progress=False)
+    exact = _trainer(store, tmp_path / "exact", batch_size=8)
+    exact.run(progress=False)
+    moved, expected = _weights(unbroken) - start, _weights(exact) - start
+    assert torch.cosine_similarity(moved, expected, 0) > 0.98
+    state = unbroken._raw_optimizer.state
+    large = [p for p in unbroken.bare_generator.parameters() if p.numel() >= 4096]
+    assert large
+    assert {state[p]["state1"].dtype for p in large} == {torch.uint8}
+    _trainer(store, tmp_path / "b", **small, steps=3).run(progress=False)
+    resumed = _trainer(store, tmp_path / "b", **small)
+    assert resumed.step == 3
+    resumed.run(progress=False)
+    assert torch.equal(_weights(unbroken), _weights(resumed))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match=r"needs bitsandbytes: pip install 'diffusion2gan\[8bit\]'"):
+        _trainer(store, tmp_path / "c", **small)
+
+
+def test_the_average_in_the_hosts_memory_is_the_same(store: Path, tmp_path: Path) -> None:
+    beside, host = (_trainer(store, tmp_path / str(at), ema_on_cpu=at) for at in (False, True))
+    assert all(v.device.type == "cpu" for v in host.ema.state.values())
+    for trainer in (beside, host):
+        trainer.run(progress=False)
+    assert all(torch.equal(v, host.ema.state[k]) for k, v in beside.ema.state.items())
 
 
 def test_accumulated_micro_batches_equal_the_whole_batch(store: Path, tmp_path: Path) -> None:
