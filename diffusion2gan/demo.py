@@ -293,4 +293,15 @@ def write_report(out: Path, recipe: Recipe, judged: SolverConfig, results: dict[
 
 def _shipped_facts() -> str:
     facts = json.loads((embedded_student() / STUDENT_FILE).read_text())
-    return f"recipe `{facts['recipe']}`, {facts['pairs']} pairs, {facts['steps']} steps of {facts['batch_size']}, {facts['distance']}"
+    return f"recipe `{facts['recipe']}`, {facts['pairs']} pairs, {facts['distance']}, {_history(facts)}"
+
+
+def _history(facts: dict[str, Any]) -> str:
+    """The steps behind a student, with those of the student that it started from."""
+    in_phase_2 = facts.get("adversarial_steps", 0)
+    parts = [_history(facts["start"])] if "start" in facts else []
+    if facts["steps"] > in_phase_2:
+        parts.append(f"{facts['steps'] - in_phase_2} steps of {facts['batch_size']}")
+    if in_phase_2:
+        parts.append(f"{in_phase_2} steps of {facts['adversarial_batch_size']} against the discriminator")
+    return ", then ".join(parts)

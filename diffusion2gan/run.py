@@ -24,7 +24,7 @@ from diffusion2gan.pairs.dataset import PairDataset, canonical_json
 from diffusion2gan.pairs.measure_solver import measure_recipe
 from diffusion2gan.pairs.prompts import prompts_digest, read_prompts
 from diffusion2gan.pairs.simulate import simulate, store_settings
-from diffusion2gan.pipeline import OneStepPipeline
+from diffusion2gan.pipeline import STUDENT_FILE, OneStepPipeline
 from diffusion2gan.recipe import Recipe, check_pairs, check_same_experiment, dump_recipe, load_recipe
 from diffusion2gan.teachers.folders import load_pipeline, stored_weights, weights_digest
 from diffusion2gan.teachers.load import load_teacher, teacher_folder
@@ -113,7 +113,8 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     with disk_errors(folder):
         if accelerator.is_main_process:
             open_run(recipe, folder)
-            _check_inputs(folder, pairs, distance, None if start is None else weights_digest(generator))
+            begun_from = None if start is None else (weights_digest(generator), _start_facts(Path(start)))
+            _check_inputs(folder, pairs, distance, begun_from)
         accelerator.wait_for_everyone()
         trainer = Trainer(teacher, pairs, generator, distance, recipe.training, folder, accelerator, adversarial, discriminator)
         trainer.run(progress, deadline)
@@ -169,7 +170,17 @@ def load_start(generator: OneStepGenerator, weights: dict[str, Tensor], config: 
     assert not missing.unexpected_keys, missing.unexpected_keys
 
 
-def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance, start_weights: str | None) -> None:
+def _start_facts(start: Path) -> dict[str, Any]:
+    """What the run or student that a generator starts from had behind it: recipe, steps, batch size."""
+    if (start / STUDENT_FILE).exists():
+        facts = json.loads((start / STUDENT_FILE).read_text())
+        return {k: facts[k] for k in ("recipe", "steps", "batch_size", *_PHASE_2_FACTS, "start") if k in facts}
+    recipe = load_recipe(str(start / "recipe.yaml"))
+    steps = min(checkpoint_step(checkpoints(start / "checkpoints")[-1]), recipe.training.steps)
+    return {"recipe": recipe.name, "steps": steps, "batch_size": recipe.training.batch_size}
+
+
+def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance, start: tuple[str, dict[str, Any]] | None) -> None:
     """Writes what the run was fed with to `RUN/inputs.json`, or raises UserError when it was fed with something else before."""
     perceptual = None if distance.network is None else weights_digest(distance.network)
     inputs = {
@@ -180,7 +191,8 @@ def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance, start_we
     path = folder / "inputs.json"
     saved = json.loads(path.read_text()) if path.exists() and _begun(folder) else None
     # Of a run that goes on with weights of its own, only the record tells where it started.
-    inputs["start_weights"] = start_weights if saved is None or start_weights is not None else saved.get("start_weights")
+    weights, facts = start if start is not None else ((saved or {}).get("start_weights"), None)
+    inputs["start_weights"] = weights
     written = canonical_json(inputs)
     if saved is not None:
         # The same pairs may be kept otherwise: noise stored or not, shards of another size.
@@ -194,10 +206,11 @@ def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance, start_we
             "pairs.text_precision",
             "pairs.compile",
         )
-        for key, ours, theirs in settings_difference(json.loads(written), saved):
+        for key, ours, theirs in settings_difference(json.loads(written), {k: v for k, v in saved.items() if k != "start"}):
             if key not in kept:
                 raise UserError(f"{folder}: this run was begun with {key} {theirs!r}, now it is {ours!r}; choose a new --out")
-    write_bytes_atomic(path, written)
+    inputs["start"] = facts if facts is not None else (saved or {}).get("start")
+    write_bytes_atomic(path, canonical_json(inputs))
 
 
 def _prompts_digest(recipe: Recipe, pairs: PairDataset) -> str:
@@ -232,7 +245,8 @@ def export_run(
         raise UserError(f"{folder}: no checkpoint of step {step}; there are {', '.join(str(checkpoint_step(p)) for p in found)}")
     state = load_state(found[-1] if step is None else checkpoint_path(folder / "checkpoints", step))
     pipeline = load_pipeline(recipe.teacher, teacher_folder(recipe.teacher), torch.float32)
-    pairs = json.loads((folder / "inputs.json").read_text())["pairs"]
+    inputs = json.loads((folder / "inputs.json").read_text())
+    pairs = inputs["pairs"]
     stored = stored_weights(recipe.teacher, teacher_folder(recipe.teacher))
     if stored != pairs["teacher"]["weights"]:
         raise UserError(
@@ -252,6 +266,7 @@ def export_run(
         "steps": state.step,
         "batch_size": recipe.training.batch_size,
         **_adversarial_facts(recipe, state.step),
+        **({"start": inputs["start"]} if inputs.get("start") else {}),
         "weights": "ema" if use_ema else "last",
         "evaluations": _evaluations(recipe, pairs, state.step).by_role,
     }
@@ -311,6 +326,9 @@ def _evaluations(recipe: Recipe, pairs: dict[str, Any], steps: int) -> Evaluatio
     counted.add("data_teacher", pairs["count"] * evaluations_per_pair(SolverConfig.model_validate(pairs["ode"])))
     counted.add("student", recipe.samples(steps))
     return counted
+
+
+_PHASE_2_FACTS = ("adversarial_steps", "adversarial_batch_size", "lambda_GAN", "discriminator")
 
 
 def _adversarial_facts(recipe: Recipe, step: int) -> dict[str, Any]:

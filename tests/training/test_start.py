@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from diffusion2gan.demo import _history
 from diffusion2gan.errors import UserError
 from diffusion2gan.pipeline import OneStepPipeline
 from diffusion2gan.recipe import Recipe, parse_recipe
@@ -68,6 +69,9 @@ def test_phase_2_starts_from(of: str, phase_1: dict[str, Path], tmp_path: Path, 
     assert facts["lambda_GAN"] == 0.5
     assert facts["adversarial_steps"] == 4
     assert facts["discriminator"] == {"kind": "diffusion", "noise": True, "multi_scale": True}
+    # What lies behind the start is told too, also when the start is gone.
+    assert facts["start"] == {"recipe": "tiny", "steps": 6, "batch_size": 4}
+    assert _history(facts) == "6 steps of 4, then 4 steps of 4 against the discriminator"
 
 
 def test_a_start_that_cannot_be_one_is_said(
