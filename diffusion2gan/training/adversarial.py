@@ -30,9 +30,10 @@ from diffusion2gan.schedule import warmup_and_decay
 from diffusion2gan.teachers.attention import plain_attention_on_cpu, twice_differentiable_attention
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
 from diffusion2gan.training.batches import OdePairBatch
+from diffusion2gan.training.clipping import RelativeClip
 from diffusion2gan.training.optimizer import OptimizerName, adamw
 from diffusion2gan.training.order import r1_generator
-from diffusion2gan.training.sharding import exchanging, gathered, shard, split_like, split_optimizer_state, whole
+from diffusion2gan.training.sharding import exchanging, gathered, shard, split_like, split_optimizer_state
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -54,6 +55,8 @@ class AdversarialConfig(Section):
     """Of the generator."""
     discriminator_learning_rate: float = Field(1e-4, gt=0)
     discriminator_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.0, 0.99)
+    discriminator_gradient_clip: float = Field(2.0, gt=0)
+    """Relative, as `training.gradient_clip`: a sample with a steep score would otherwise, with R1's weight, throw D back for good."""
     warmup_steps: int = Field(100, ge=0)
     decay_steps: int = Field(0, ge=0)
     """Both learning rates fall linearly to 0 over the last so many steps."""
@@ -250,6 +253,7 @@ class Adversary:
         described: Discriminator = discriminator  # type: ignore[assignment]
         self.sees_noise = described.config.noise
         self.statistics = Statistics(described.map_names, accelerator.device)
+        self.clip = RelativeClip(config.discriminator_gradient_clip)
         self.told: dict[str, float] = {}
         # Sum and number of R1's values since they were last told.
         self._r1_told: list[float] = [0.0, 0]
@@ -274,19 +278,20 @@ class Adversary:
             with exchanging(self._trained, self.accelerator, last):
                 value, penalty, right = self._step(pairs, condition, fake, r1 if last else None)
             loss, penalties, answers = loss + value, penalties + penalty, answers + right
-        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.bare.parameters() if p.grad is not None]))
+        length = self.clip.measure(self.bare.parameters())
         world = self.accelerator.num_processes
         summed = self.accelerator.reduce(torch.cat([torch.stack([loss, penalties]) / world, answers.flatten()]), "sum")
-        total, told_r1, *counts, length = torch.cat([summed, norm.reshape(1).to(summed)]).tolist()
+        total, told_r1, *counts = summed.tolist()
         self.told = {"discriminator_loss": total, "discriminator_gradient_norm": length}
-        for name, value in (("discriminator loss", total), ("R1 penalty", told_r1), ("discriminator's gradient norm", length)):
-            if not math.isfinite(value):
-                return f"the {name} is {value}, expected a finite number"
+        for name, found in (("discriminator loss", total), ("R1 penalty", told_r1), ("discriminator's gradient norm", length)):
+            if not math.isfinite(found):
+                return f"the {name} is {found}, expected a finite number"
         wrong = guard.follow_accuracy(counts, self.config)
         if wrong:
             return wrong
         if self._r1_due(step, first_step):
             self._r1_told = [self._r1_told[0] + told_r1, self._r1_told[1] + 1]
+        self.clip.apply(length)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return None
@@ -399,11 +404,12 @@ class Adversary:
         sums = self.accelerator.reduce(self.statistics.sums.clone(), "sum")
         main = self.accelerator.is_main_process
         model, optimizer = (gathered(s, main) for s in (self.bare.state_dict(), self.optimizer.state_dict()))
-        return {"model": model, "optimizer": optimizer, "statistics": sums, "r1": self._r1_told}
+        return {"model": model, "optimizer": optimizer, "statistics": sums, "r1": self._r1_told, "gradient_scale": self.clip.scale}
 
     def load(self, state: dict[str, Any]) -> None:
         self.bare.load_state_dict(split_like(state["model"], self.bare.state_dict()))
         self.optimizer.load_state_dict(split_optimizer_state(state["optimizer"], self._raw_optimizer))
         self._r1_told = state["r1"]
+        self.clip.scale = state["gradient_scale"]
         if self.accelerator.is_main_process:
             self.statistics.sums.copy_(state["statistics"])

@@ -40,10 +40,11 @@ from diffusion2gan.teachers.attention import plain_attention_on_cpu
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
 from diffusion2gan.training.adversarial import AdversarialConfig, Adversary, Guard
 from diffusion2gan.training.batches import BatchShare, OdePairBatch, mixed_fakes, pair_batch
+from diffusion2gan.training.clipping import RelativeClip
 from diffusion2gan.training.distance import Distance
 from diffusion2gan.training.optimizer import OptimizerName, adamw
 from diffusion2gan.training.order import SampleOrder, augmentation_uniforms, mix_uniforms
-from diffusion2gan.training.sharding import exchanging, gathered, shard, split_like, split_optimizer_state, whole
+from diffusion2gan.training.sharding import exchanging, gathered, shard, split_like, split_optimizer_state
 from diffusion2gan.training.state import TrainingState, checkpoint_path, checkpoints, environment, load_state, save_state
 
 
@@ -102,8 +103,6 @@ class TrainingConfig(Section):
         return self.learning_rate * warmup_and_decay(step, self.steps, self.warmup_steps, self.decay_steps)
 
 
-# The gradient norm's running mean forgets over about 100 steps.
-_NORM_DECAY = 0.99
 # A step at which an average forgets as slowly as it ever does.
 _LATE = 1 << 40
 
@@ -172,7 +171,7 @@ class Trainer:
         self.total_steps = config.steps + (adversarial.steps if adversarial else 0)
         self.step = 0
         self.stopping = False
-        self.gradient_scale = math.nan
+        self.clip = RelativeClip(config.gradient_clip)
         self._validated: tuple[int, dict[str, float]] = (-1, {})
         self.log = RunLog(folder, self.accelerator.is_main_process)
         self._resume()
@@ -300,21 +299,16 @@ class Trainer:
     def _clip(self, terms: dict[str, float]) -> float:
         """Cuts the gradient to `gradient_clip` times its running norm. Raises UserError before anything non-finite is applied, and
         when phase 2 has gone wrong by its regression loss."""
-        parameters = [p for p in self.bare_generator.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        value, scale = whole(norm).item(), self.gradient_scale
-        for name, term in (terms | {"gradient norm": value}).items():
+        norm = self.clip.measure(self.bare_generator.parameters())
+        for name, term in (terms | {"gradient norm": norm}).items():
             if not math.isfinite(term):
                 raise self._stopped(f"the {name} is {term}, expected a finite number")
         if self.guard is not None and self.adversarial is not None:
             wrong = self.guard.follow_regression(terms["regression loss"], self.adversarial)
             if wrong:
                 raise self._stopped(wrong)
-        if not math.isnan(scale):
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.gradient_clip * scale, norm)
-            value = min(value, self.config.gradient_clip * scale)
-        self.gradient_scale = value if math.isnan(scale) else _NORM_DECAY * scale + (1 - _NORM_DECAY) * value
-        return whole(norm).item()
+        self.clip.apply(norm)
+        return norm
 
     # --- Data -------------------------------------------------------------------------------------------------------
 
@@ -393,7 +387,7 @@ class Trainer:
         """From the average of phase 1, with a new optimiser; the loss there is what the guard compares with."""
         load_trained(self.bare_generator, self.ema.state)
         self._raw_optimizer.state.clear()
-        self.gradient_scale = math.nan
+        self.clip = RelativeClip(self.config.gradient_clip)
         start = self._validation()["validation_loss"]
         self.guard = Guard(start=start, regression=start, good_step=self.step, judged_step=self.step)
         self._save()
@@ -457,7 +451,7 @@ class Trainer:
         )
         if main:
             told = None if guard is None else asdict(guard)
-            state = TrainingState(self.step, model, average, optimizer, self.gradient_scale, self._environment(), adversary, told)
+            state = TrainingState(self.step, model, average, optimizer, self.clip.scale, self._environment(), adversary, told)
             # Phase 1's end stays too: other runs may start from it.
             kept = () if guard is None else (guard.good_step, self.config.steps)
             save_state(state, self.folder / "checkpoints", self.config.keep_checkpoints, kept)
@@ -481,7 +475,7 @@ class Trainer:
             load_trained(self.bare_generator, split_like(state.model, self.ema.state))
             self.ema.load(split_like(state.ema, self.ema.state))
             self.optimizer.load_state_dict(split_optimizer_state(state.optimizer, self._raw_optimizer))
-            self.step, self.gradient_scale = state.step, state.gradient_scale
+            self.step, self.clip.scale = state.step, state.gradient_scale
             self.guard = None if state.guard is None else Guard(**state.guard)
             if self.adversary is not None and state.adversary is not None:
                 self.adversary.load(state.adversary)
