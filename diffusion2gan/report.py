@@ -107,16 +107,18 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_labe
 
 
 def discriminator_picture(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
-    """How D did, from the rows of a run's metrics: accuracy by kind of sample; accuracy and logits by map; its loss and R1."""
+    """How D did, from the rows of a run's metrics: which fakes it tells from the real latent of their row; accuracy and logits by map;
+    its loss and R1."""
     told = [(r["step"], r["discriminator"]) for r in rows if "discriminator" in r]
     figure = new_figure(11, 7, 100)
     (by_kind, losses), (by_map, logits) = figure.subplots(2, 2)
-    for kind in ("real", "generated", "other_latent", "other_text", "other_noise"):
-        of_kind = [(step, t[kind]["accuracy"][0]) for step, t in told if kind in t]
+    for kind in ("generated", "other_latent", "other_text", "other_noise"):
+        of_kind = [(step, t[kind]["below_real"][0]) for step, t in told if "below_real" in t.get(kind, {})]
         if of_kind:
             by_kind.plot(*zip(*of_kind, strict=True), label=kind.replace("_", " "), linewidth=1.2)
     by_kind.set_ylim(-0.02, 1.02)
-    by_kind.set_ylabel("accuracy of D's score")
+    by_kind.axhline(0.5, color="grey", linewidth=0.8)
+    by_kind.set_ylabel("share scored below their real latent")
     for name, label in (
         ("discriminator_loss", "D, Eq. 5"),
         ("adversarial_loss", "G, weight x Eq. 6"),

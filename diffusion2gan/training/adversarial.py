@@ -157,14 +157,16 @@ class Guard:
 class Statistics:
     """Logits and accuracy of D by kind of sample and by map, summed on the device until they are told.
 
-    Rows: real latents, then KINDS. Columns: the score of the whole, then every map. Cells: sum of logits, of right answers, count.
+    Rows: real latents, then KINDS. Columns: the score of the whole, then every map. Cells: sum of logits, of right answers, count, and
+    of fakes that got less than the real latent of their row. That last share is 50 % for a D that sees no difference, whatever it thinks
+    of the share of fakes; in a row of OTHER_TEXT or OTHER_NOISE both latents are the same, and only the company differs.
     """
 
     ROWS = ("real", *KINDS)
 
     def __init__(self, map_names: list[str], device: torch.device):
         self.columns = ["score", *map_names]
-        self.sums = torch.zeros(len(self.ROWS), len(self.columns), 3, device=device)
+        self.sums = torch.zeros(len(self.ROWS), len(self.columns), 4, device=device)
 
     @torch.no_grad()
     def add(self, real: losses.Maps, fake: losses.Maps, kind: Tensor, relative: bool = False) -> Tensor:
@@ -177,10 +179,11 @@ class Statistics:
         row = torch.cat([torch.zeros_like(kind), 1 + kind])
         margin = torch.cat([of_real - of_fake] * 2) if relative else torch.cat([of_real, -of_fake])
         right = (margin > 0).float()
+        below = torch.cat([torch.zeros_like(of_real), (of_real > of_fake).float()])
         member = nn.functional.one_hot(row, len(self.ROWS)).float()
-        sums = torch.einsum("br,bck->rck", member, torch.stack([logits, right, torch.ones_like(right)], dim=2))
+        sums = torch.einsum("br,bck->rck", member, torch.stack([logits, right, torch.ones_like(right), below], dim=2))
         self.sums += sums
-        return sums[: 2 + GENERATED, 0, 1:]
+        return sums[: 2 + GENERATED, 0, 1:3]
 
     @staticmethod
     def _by_column(maps: losses.Maps) -> Tensor:
@@ -188,7 +191,7 @@ class Statistics:
         return torch.cat([of_map.mean(1, keepdim=True), of_map], dim=1)
 
     def tell(self, sums: Tensor) -> dict[str, Any]:
-        """kind -> {"count", "logit": [by column], "accuracy": [by column]}, of the kinds that occurred."""
+        """kind -> {"count", "logit": [by column], "accuracy": [by column]}, of the kinds that occurred; of fakes also "below_real"."""
         told: dict[str, Any] = {"columns": self.columns}
         for name, row in zip(self.ROWS, sums.double().cpu(), strict=True):
             count = row[0, 2].item()
@@ -198,6 +201,8 @@ class Statistics:
                     "logit": [round(v, 5) for v in (row[:, 0] / count).tolist()],
                     "accuracy": [round(v, 5) for v in (row[:, 1] / count).tolist()],
                 }
+                if name != "real":
+                    told[name]["below_real"] = [round(v, 5) for v in (row[:, 3] / count).tolist()]
         return told
 
 

@@ -579,6 +579,6 @@ def test_statistics_by_hand() -> None:
     assert told == {
         "columns": ["score", "a", "b"],
         "real": {"count": 2, "logit": [1.5, 0.5, 2.5], "accuracy": [1.0, 0.5, 1.0]},
-        "generated": {"count": 1, "logit": [1.0, -2.0, 4.0], "accuracy": [0.0, 1.0, 0.0]},
-        "other_text": {"count": 1, "logit": [-2.0, 5.0, -9.0], "accuracy": [1.0, 0.0, 1.0]},
+        "generated": {"count": 1, "logit": [1.0, -2.0, 4.0], "accuracy": [0.0, 1.0, 0.0], "below_real": [1.0, 1.0, 0.0]},
+        "other_text": {"count": 1, "logit": [-2.0, 5.0, -9.0], "accuracy": [1.0, 0.0, 1.0], "below_real": [1.0, 0.0, 1.0]},
     }
