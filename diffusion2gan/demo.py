@@ -303,5 +303,6 @@ def _history(facts: dict[str, Any]) -> str:
     if facts["steps"] > in_phase_2:
         parts.append(f"{facts['steps'] - in_phase_2} steps of {facts['batch_size']}")
     if in_phase_2:
-        parts.append(f"{in_phase_2} steps of {facts['adversarial_batch_size']} against the discriminator")
-    return ", then ".join(parts)
+        of_d = " against the discriminator" if "lambda_GAN" in facts else ""
+        parts.append(f"{in_phase_2} steps of {facts.get('adversarial_batch_size', facts['batch_size'])}{of_d}")
+    return ", then ".join(p for p in parts if p)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -29,9 +28,10 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float, device: torch.device | None = None):
         """`device`: where the average is kept, if not beside the weights."""
-        self.decay = decay
-        copies = {k: v.detach().clone() for k, v in trained_state(model).items()}
-        self.state = copies if device is None else {k: v.to(device) for k, v in copies.items()}
+        self.decay, self.device = decay, device
+        self.state = {
+            k: v.detach().clone() if device is None else v.detach().to(device, copy=True) for k, v in trained_state(model).items()
+        }
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, decay: float | None = None) -> None:
@@ -39,14 +39,17 @@ class Ema:
         decay = min(self.decay if decay is None else decay, (1 + step) / (10 + step))
         averages, values = [], []
         current = model.state_dict()
-        for name in self.state:
+        for name, average in self.state.items():
             value = current[name]
-            if value.is_floating_point():
-                averages.append(self.state[name])
-                values.append(value if isinstance(value, DTensor) else value.to(self.state[name].device))
-            else:
-                self.state[name].copy_(value)
-        torch._foreach_lerp_(averages, values, 1 - decay)
+            if not value.is_floating_point():
+                average.copy_(value)
+            elif self.device is None:
+                averages.append(average)
+                values.append(value)
+            else:  # one at a time: elsewhere there may be no room for a second copy of all
+                average.lerp_(value.to(self.device), 1 - decay)
+        if averages:
+            torch._foreach_lerp_(averages, values, 1 - decay)
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Copies a saved average in place, so that each tensor keeps its memory format."""

@@ -286,7 +286,8 @@ def stages(recipe: Recipe, gpus: int, counted: Networks | None = None) -> list[S
         if n.discriminator is not None:
             d = n.discriminator
             # D's step: real and fake, forward and backward; G's step: forward, and backward to the latent alone.
-            per_image += g.flops + 2 * (3 + again) * d.flops + (2 + again) * d.flops
+            # What is split cannot leave D's gradients out in G's step.
+            per_image += g.flops + 2 * (3 + again) * d.flops + ((3 if training.shard else 2) + again) * d.flops
             memory += d.parameters * trained + of_phase_2.micro * d.activations
             disk += training.keep_checkpoints * saved * d.parameters
         plan.append(StagePlan("phase 2", images, images * per_image, memory, disk))

@@ -108,7 +108,12 @@ class _Yaml(yaml.SafeLoader):
     """A safe loader whose numbers may be written 3e-4 too: PyYAML, which keeps to YAML 1.1, reads that as text."""
 
 
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+class _Dumper(yaml.SafeDumper):
+    """Its counterpart: quotes text that looks like such a number."""
+
+
+for _side in (_Yaml, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def _yaml(text: str) -> Any:
@@ -228,7 +233,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 # What may differ when a run is continued: how far it goes, how often it reports, how it fits into memory. Everything else is
@@ -246,6 +251,8 @@ _FREE_TO_CHANGE |= {
     "pairs.precision",
     "pairs.compile",
     "training.micro_batch_size",
+    "training.shard",
+    "training.ema_on_cpu",
     "training.compile",
     "generator.gradient_checkpointing",
     "discriminator.gradient_checkpointing",

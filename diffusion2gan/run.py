@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
 from diffusion2gan.config import settings_difference
@@ -93,7 +95,10 @@ def _check_lengths(recipe: Recipe, saved: Recipe, folder: Path) -> None:
 
 def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = True, deadline: Callable[[], bool] | None = None) -> Trainer:
     """Trains `recipe` on the pairs of `store` in the run `folder`, going on from its last checkpoint."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=recipe.training.mixed_precision)
+    # The first process writes checkpoints while the others wait: of large networks longer than the usual 10 minutes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    precision = recipe.training.mixed_precision
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision, kwargs_handlers=[patience])
     if recipe.training.mixed_precision == "bf16":
         warn_of_slow_bf16(accelerator.device, "training.mixed_precision=no")
     pairs = PairDataset(store)
@@ -109,7 +114,12 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
         load_start(generator, generator_weights(Path(start), recipe), recipe.generator)
     adversarial = recipe.adversarial
     with_d = adversarial is not None and adversarial.weight > 0
+    if recipe.training.shard:
+        # Each is whole on the device only while it is being split.
+        generator.to("cpu")
     discriminator = build_discriminator(recipe.discriminator, teacher, recipe.training.seed) if with_d else None
+    if recipe.training.shard and discriminator is not None:
+        discriminator.to("cpu")
     with disk_errors(folder):
         if accelerator.is_main_process:
             open_run(recipe, folder)
@@ -172,12 +182,13 @@ def load_start(generator: OneStepGenerator, weights: dict[str, Tensor], config: 
 
 def _start_facts(start: Path) -> dict[str, Any]:
     """What the run or student that a generator starts from had behind it: recipe, steps, batch size."""
-    if (start / STUDENT_FILE).exists():
+    if not (start / "recipe.yaml").exists():
         facts = json.loads((start / STUDENT_FILE).read_text())
         return {k: facts[k] for k in ("recipe", "steps", "batch_size", *_PHASE_2_FACTS, "start") if k in facts}
     recipe = load_recipe(str(start / "recipe.yaml"))
     steps = min(checkpoint_step(checkpoints(start / "checkpoints")[-1]), recipe.training.steps)
-    return {"recipe": recipe.name, "steps": steps, "batch_size": recipe.training.batch_size}
+    before = json.loads((start / "inputs.json").read_text()).get("start")
+    return {"recipe": recipe.name, "steps": steps, "batch_size": recipe.training.batch_size} | ({"start": before} if before else {})
 
 
 def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance, start: tuple[str, dict[str, Any]] | None) -> None:
@@ -333,11 +344,12 @@ _PHASE_2_FACTS = ("adversarial_steps", "adversarial_batch_size", "lambda_GAN", "
 
 def _adversarial_facts(recipe: Recipe, step: int) -> dict[str, Any]:
     """What a student's card says of phase 2, if it came so far."""
-    if recipe.adversarial is None or step <= recipe.training.steps or not recipe.adversarial.weight:
+    if recipe.adversarial is None or step <= recipe.training.steps:
         return {}
-    return {
-        "adversarial_steps": step - recipe.training.steps,
-        "adversarial_batch_size": recipe.phase_2_batch_size,
+    facts = {"adversarial_steps": step - recipe.training.steps, "adversarial_batch_size": recipe.phase_2_batch_size}
+    if not recipe.adversarial.weight:
+        return facts
+    return facts | {
         "lambda_GAN": recipe.adversarial.weight,
         "discriminator": recipe.discriminator.model_dump(include={"kind", "noise", "multi_scale"}),
     }

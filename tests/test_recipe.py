@@ -79,7 +79,7 @@ def test_rows_of_table_2_differ_from_their_neighbour_by_one_line() -> None:
         ("adversarial.other_text=0.85", "other_latent \\+ other_text \\+ other_noise is 1.05, expected at most 0.9"),
         ("adversarial.stop_accuracy=[0.9,0.6]", "stop_accuracy is \\[0.9, 0.6\\], expected the lower limit first"),
         ("discriminator.noise=false", "other_noise is 0.1 and discriminator.noise is false, expected 0"),
-        ("adversarial.r1_count=5", r"r1_count is 5, expected a divisor of phase 2's batch size \(64\)"),
+        ("adversarial.r1_count=5", r"r1_count is 5, expected a divisor of phase 2's batch size \(32\)"),
         ("adversarial={batch_size: 6, steps: 1, r1_count: 4}", r"r1_count is 4, expected a divisor of phase 2's batch size \(6\)"),
         ("discriminator={kind: scratch, gradient_checkpointing: true}", "gradient_checkpointing is true with kind scratch, expected false"),
         ("discriminator.kind=vgg", "discriminator.kind is 'vgg': input should be 'diffusion' or 'scratch'"),
@@ -157,6 +157,8 @@ def test_text_stays_text(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("base: emoji\nname: 1e4b\ndescription: '1e4'\n")
     recipe = load_recipe(str(tmp_path / "r.yaml"))
     assert (recipe.name, recipe.description) == ("1e4b", "1e4")
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(str(tmp_path / "again.yaml")) == recipe
 
 
 def test_samples_of_two_phases() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import operator
 import re
 import sys
@@ -28,16 +29,17 @@ class PromptsConfig(Section):
     """Where prompts come from."""
 
     source: str = "embedded"
-    """`embedded`; a file or a folder of files of one kind, read in the order of their names: .txt (one a line), .jsonl, .parquet or
-    .tar (WebDataset shards); or `empty`: the empty prompt, for teachers that read none."""
+    """`embedded`; a file, a folder of files of one kind or a pattern (`FOLDER/*.tar`), read in the order of their names: .txt (one a
+    line), .jsonl, .parquet or .tar (WebDataset shards); or `empty`: the empty prompt, for teachers that read none."""
     column: str = "prompt"
     """Column of a .jsonl or .parquet file, key of a WebDataset sample's .json; `txt` for its .txt."""
     where: tuple[str, ...] = ()
-    """Rows to take: conditions on other columns that must all hold, as in `AESTHETIC_SCORE >= 6.25`. A row without a value fails."""
+    """Rows to take: conditions on columns that must all hold, as in `AESTHETIC_SCORE >= 6.25`, `language == "en"` or `safe == true`. A
+    row without a value fails."""
     unique: bool = False
-    """Takes a prompt once; letter case and spaces make no difference, and the first spelling stays."""
+    """Passes over prompts that were there before; letter case and spaces make no difference, and the first spelling stays."""
     drop_unusable: bool = False
-    """Passes over empty, endless and broken captions, which an index of the web has, instead of refusing the list."""
+    """Passes over missing, empty, endless and broken captions, which an index of the web has, instead of refusing the list."""
 
     @field_validator("where")
     @classmethod
@@ -53,30 +55,41 @@ class Condition:
 
     column: str
     operator: str
-    value: float | str
+    value: float | str | bool
 
     @classmethod
     def parse(cls, text: str) -> Condition:
         """Raises ValueError for what is no condition."""
-        match = re.fullmatch(r"\s*([^\s<>=!]+)\s*(>=|<=|==|!=|>|<)\s*(.+?)\s*", text)
+        match = re.fullmatch(r"""\s*([^\s<>=!]+)\s*(>=|<=|==|!=|>|<)\s*("[^"]*"|'[^']*'|[^\s<>=!"']+)\s*""", text)
         if match is None:
-            raise ValueError(f"where: {text!r}, expected `column OPERATOR value` with one of >= <= == != > <")
+            raise ValueError(f"where: {text!r}, expected `column OPERATOR value` with one of >= <= == != > < and text in quotes")
         column, sign, value = match.groups()
+        if value[0] in "'\"":
+            return cls(column, sign, value[1:-1])
+        if value in ("true", "false"):
+            return cls(column, sign, value == "true")
         try:
-            return cls(column, sign, float(value))
+            number = float(value)
         except ValueError:
-            return cls(column, sign, value[1:-1] if value[:1] == value[-1:] and value[:1] in "'\"" and len(value) > 1 else value)
+            return cls(column, sign, value)
+        if not math.isfinite(number):
+            raise ValueError(f"where: {text!r} compares with {value}, expected a finite number")
+        return cls(column, sign, number)
 
     def holds(self, value: Any) -> bool:
         """Raises TypeError for a value that cannot be compared with this one."""
-        if value is None:
+        if value is None or (isinstance(value, float) and math.isnan(value)):
             return False
-        if isinstance(value, str) != isinstance(self.value, str):
+        if _kind(value) != _kind(self.value):
             raise TypeError
         return bool(_PYTHON[self.operator](value, self.value))
 
     def refusal(self, where: str, kind: str) -> UserError:
         return UserError(f"{where}: {self.column!r} is {kind}, not to be compared with {self.value!r}; mend pairs.prompts.where")
+
+
+def _kind(value: Any) -> type:
+    return float if isinstance(value, int | float) and not isinstance(value, bool) else type(value)
 
 
 _PYTHON: dict[str, Callable[[Any, Any], Any]] = {
@@ -86,14 +99,15 @@ _ARROW = {">=": "greater_equal", "<=": "less_equal", "==": "equal", "!=": "not_e
 
 
 def read_prompts(config: PromptsConfig, count: int, seed: int) -> list[str]:
-    """`count` prompts; a shorter list is read round and round. Raises UserError naming the file and the line at fault."""
+    """`count` prompts, the first that are there; a shorter list is read round and round. Raises UserError naming the file and the line
+    at fault."""
     if config.source == "embedded":
         from diffusion2gan.evaluation.emoji10k import store_prompts
 
         return store_prompts(count, seed)
     if config.source == "empty":
         return [""] * count
-    prompts = _prompts_of(config)
+    prompts = _prompts_of(config, count)
     return [prompts[i % len(prompts)] for i in range(count)]
 
 
@@ -106,14 +120,16 @@ def prompts_digest(prompts: Sequence[str]) -> str:
 
 
 def _files(config: PromptsConfig) -> list[Path]:
-    """The file, or the folder's files in the order of their names."""
+    """The file, the folder's files or those of the pattern, in the order of their names."""
     path = Path(config.source)
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in _READERS)
+    if path.is_dir() or any(c in path.name for c in "*?["):
+        parent, pattern = (path, "*") if path.is_dir() else (path.parent, path.name)
+        files = sorted(p for p in parent.glob(pattern) if p.suffix in _READERS and p.is_file() and not p.name.startswith("."))
         kinds = sorted({p.suffix for p in files})
         if len(kinds) != 1:
             found = f"files of several kinds ({', '.join(kinds)})" if kinds else "no file of prompts"
-            raise UserError(f"pairs.prompts.source: {path} has {found}, expected files of one kind: {', '.join(_READERS)}")
+            expected = f"expected files of one kind, {', '.join(_READERS)}, or a pattern such as {parent}/*{(kinds or ['.parquet'])[-1]}"
+            raise UserError(f"pairs.prompts.source: {path} has {found}, {expected}")
         return files
     if not path.is_file():
         raise UserError(f"pairs.prompts.source: {path} does not exist; name a file or folder of prompts, `embedded` or `empty`")
@@ -122,41 +138,53 @@ def _files(config: PromptsConfig) -> list[Path]:
     return [path]
 
 
-def _prompts_of(config: PromptsConfig) -> list[str]:
-    conditions = [Condition.parse(text) for text in config.where]
+def _prompts_of(config: PromptsConfig, count: int) -> list[str]:
+    """At most `count` prompts; what comes after them is not read."""
     prompts: list[str] = []
     seen: set[str] = set()
     rows = unusable = repeated = 0
-    for path in _files(config):
-        if conditions and path.suffix == ".txt":
-            raise UserError(f"pairs.prompts.where: {path} has no columns, expected a .jsonl, .parquet or .tar; drop the conditions")
-        for number, text in _READERS[path.suffix](path, config.column, conditions):
-            rows += 1
-            prompt = text.strip()
-            wrong = _what_is_wrong(prompt)
-            if wrong and not config.drop_unusable:
-                raise UserError(f"{path}, line {number}: {wrong} (or set pairs.prompts.drop_unusable)")
-            unusable += bool(wrong)
-            if wrong:
+    for number, path, text in _rows_of(config):
+        rows += 1
+        prompt = (text or "").strip()
+        wrong = _what_is_wrong(prompt)
+        if wrong and not config.drop_unusable:
+            raise UserError(f"{path}, line {number}: {wrong} (or set pairs.prompts.drop_unusable)")
+        unusable += bool(wrong)
+        if wrong:
+            continue
+        if config.unique:
+            key = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+            if key in seen:
+                repeated += 1
                 continue
-            if config.unique:
-                key = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
-                if key in seen:
-                    repeated += 1
-                    continue
-                seen.add(key)
-            prompts.append(prompt)
+            seen.add(key)
+        prompts.append(prompt)
+        if len(prompts) == count:
+            break
     if not prompts:
         left = (
             f"none of its rows is left ({rows:,} met the conditions, {unusable:,} of them unusable)"
-            if conditions or rows
+            if config.where or rows
             else "no prompts in it"
         )
         raise UserError(f"{config.source}: {left}; write one a line, or loosen pairs.prompts")
     if unusable or repeated:
         dropped = f"{unusable:,} unusable, {repeated:,} there before"
         print(f"{config.source}: {len(prompts):,} prompts of {rows:,} rows ({dropped})", file=sys.stderr)
+    if len(prompts) < count and (config.where or config.unique or config.drop_unusable):
+        print(
+            f"{config.source}: {len(prompts):,} prompts for {count:,} pairs: each is used {count / len(prompts):.3g} times", file=sys.stderr
+        )
     return prompts
+
+
+def _rows_of(config: PromptsConfig) -> Iterator[tuple[int, Path, str | None]]:
+    conditions = [Condition.parse(text) for text in config.where]
+    for path in _files(config):
+        if conditions and path.suffix == ".txt":
+            raise UserError(f"pairs.prompts.where: {path} has no columns, expected a .jsonl, .parquet or .tar; drop the conditions")
+        for number, text in _READERS[path.suffix](path, config, conditions):
+            yield number, path, text
 
 
 def _what_is_wrong(prompt: str) -> str:
@@ -169,34 +197,43 @@ def _what_is_wrong(prompt: str) -> str:
     return ""
 
 
-# --- One file: (line or row, text) of what meets the conditions ---------------------------------------------------------
+# --- One file: (line or row, text) of what meets the conditions; None for a caption that is broken, if such are dropped --------
 
-_Rows = Iterator[tuple[int, str]]
+_Rows = Iterator[tuple[int, str | None]]
 
 
-def _text(path: Path, _column: str, _conditions: list[Condition]) -> _Rows:
+def _broken(config: PromptsConfig, message: str) -> None:
+    """A caption that cannot be read."""
+    if not config.drop_unusable:
+        raise UserError(message)
+
+
+def _text(path: Path, _config: PromptsConfig, _conditions: list[Condition]) -> _Rows:
     yield from enumerate(_lines(path), 1)
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> Iterator[str]:
     """Lines between newlines alone: `splitlines` would also split at U+2028 and other marks that stand inside real prompts."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    return text.removesuffix("\n").replace("\r\n", "\n").split("\n") if text else []
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            try:
+                yield line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8-sig" if number == 0 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}, line {number + 1}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
 
 
-def _jsonl(path: Path, column: str, conditions: list[Condition]) -> _Rows:
+def _jsonl(path: Path, config: PromptsConfig, conditions: list[Condition]) -> _Rows:
     for number, line in enumerate(_lines(path), 1):
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-            value = row[column]
+            value = row[config.column]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{where}: expected a JSON object with {column!r}; mend the line or set pairs.prompts.column") from None
+            _broken(config, f"{where}: expected a JSON object with {config.column!r}; mend the line or set pairs.prompts.column")
+            yield number, None
+            continue
         if _meets(row, conditions, where):
-            yield number, _as_text(value, column, where)
+            yield number, _as_text(value, config, where)
 
 
 def _meets(row: dict[str, Any], conditions: list[Condition], where: str) -> bool:
@@ -210,91 +247,130 @@ def _meets(row: dict[str, Any], conditions: list[Condition], where: str) -> bool
     return True
 
 
-def _as_text(value: object, column: str, where: str) -> str:
+def _as_text(value: object, config: PromptsConfig, where: str) -> str | None:
     """A missing caption is an empty one."""
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{where}: {column!r} is a {type(value).__name__}, expected a string")
+        _broken(config, f"{where}: {config.column!r} is a {type(value).__name__}, expected a string")
+        return None
     return value or ""
 
 
-def _parquet(path: Path, column: str, conditions: list[Condition]) -> _Rows:
+def _parquet(path: Path, config: PromptsConfig, conditions: list[Condition]) -> _Rows:
     import pyarrow as pa
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    wanted = list(dict.fromkeys([column, *(c.column for c in conditions)]))
+    wanted = list(dict.fromkeys([config.column, *(c.column for c in conditions)]))
+    first = 1
     try:
-        there = pq.read_schema(path).names
-        missing = [name for name in wanted if name not in there]
+        file = pq.ParquetFile(path)
+        there = file.schema_arrow
+        missing = [name for name in wanted if name not in there.names]
         if missing:
-            key = "column" if missing[0] == column else "where"
-            raise UserError(f"{path}: no column {missing[0]!r}; set pairs.prompts.{key} to one of {there}")
-        table = pq.read_table(path, columns=wanted)
+            key = "column" if missing[0] == config.column else "where"
+            raise UserError(f"{path}: no column {missing[0]!r}; set pairs.prompts.{key} to one of {there.names}")
+        kind = there.field(config.column).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+            raise UserError(f"{path}: column {config.column!r} holds {kind}, expected strings; set pairs.prompts.column to one that does")
+        for batch in file.iter_batches(columns=wanted):
+            numbers, texts = _chosen(batch, config.column, conditions, path, first)
+            first += len(batch)
+            yield from zip(numbers, texts, strict=True)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({' '.join(str(error).split())[:120]}); is it whole?") from None
-    kind = table.column(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-        raise UserError(f"{path}: column {column!r} holds {kind}, expected strings; set pairs.prompts.column to one that does")
-    numbers = pa.array(range(1, len(table) + 1), pa.int64())
+
+
+def _chosen(batch: Any, column: str, conditions: list[Condition], path: Path, first: int) -> tuple[list[int], list[str]]:
+    """The numbers and texts of the rows of an Arrow batch that meet the conditions."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    batch = batch.append_column("row number of this file", pa.array(range(first, first + len(batch)), pa.int64()))
     for condition in conditions:
-        values = table.column(condition.column)
+        values = batch.column(condition.column)
+        floating = pa.types.is_floating(values.type)
         try:
-            kept = pc.call_function(_ARROW[condition.operator], [values, pa.scalar(condition.value)])
-        except pa.ArrowException:
+            if pa.types.is_float16(values.type):
+                values = values.cast(pa.float32())
+            # In the column's own precision: 6.1 stored as float32 is 6.1.
+            value = pa.scalar(condition.value, values.type if floating else None)
+            if isinstance(condition.value, bool) != pa.types.is_boolean(values.type):
+                raise pa.ArrowInvalid("a truth value beside another")
+            if isinstance(condition.value, bool):
+                values, value = values.cast(pa.int8()), pa.scalar(int(condition.value), pa.int8())
+            kept = pc.call_function(_ARROW[condition.operator], [values, value])
+        except (pa.ArrowException, TypeError):
             raise condition.refusal(str(path), f"a column of {values.type}") from None
-        table, numbers = table.filter(kept), numbers.filter(kept.combine_chunks())
-    yield from zip(numbers.to_pylist(), (text or "" for text in table.column(column).to_pylist()), strict=True)
+        if floating:  # pandas' way of a missing value
+            kept = pc.and_(kept, pc.invert(pc.is_nan(values)))
+        batch = batch.filter(kept)
+    texts = [text or "" for text in batch.column(column).to_pylist()]
+    return batch.column("row number of this file").to_pylist(), texts
 
 
-def _web_dataset(path: Path, column: str, conditions: list[Condition]) -> _Rows:
+def _web_dataset(path: Path, config: PromptsConfig, conditions: list[Condition]) -> _Rows:
     """Samples of a shard: members of one name up to the first dot. Nothing is unpacked to disk."""
-    as_text = column == "txt"
+    as_text = config.column == "txt"
+    needed = {"txt"} if as_text else {"json"}
+    needed |= {"json"} if conditions else set()
     number, key = 0, None
-    sample: dict[str, bytes] = {}
+    sample: dict[str, bytes | None] = {}
 
     def finished() -> _Rows:
         where = f"{path}, sample {key!r}"
         row: Any = {}
-        if not as_text or conditions:
+        if "json" in needed:
             try:
-                row = json.loads(sample["json"])
-                value = row.get("") if as_text else row[column]
+                row = json.loads(sample["json"] or "")
+                value = row.get("") if as_text else row[config.column]
             except (ValueError, KeyError, TypeError, AttributeError):
                 hint = "mend pairs.prompts.where" if as_text else "set pairs.prompts.column (`txt` reads the caption of KEY.txt)"
-                raise UserError(f"{where}: expected a .json with {column!r}; {hint}") from None
+                _broken(config, f"{where}: expected a .json with {config.column!r}; {hint}")
+                yield number, None
+                return
         if not _meets(row, conditions, where):
             return
         if as_text:
             try:
-                value = sample["txt"].decode()
+                value = (sample["txt"] or b"").decode()
             except KeyError:
-                raise UserError(f"{where}: no .txt; set pairs.prompts.column to the key of its .json that holds the caption") from None
+                _broken(config, f"{where}: no .txt; set pairs.prompts.column to the key of its .json that holds the caption")
+                value = None
             except UnicodeDecodeError as error:
-                raise UserError(f"{where}: its .txt is not UTF-8 text (byte {error.start})") from None
-        yield number, _as_text(value, column, where)
+                _broken(config, f"{where}: its .txt is not UTF-8 text (byte {error.start})")
+                value = None
+        yield number, _as_text(value, config, where)
 
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
-                if not member.isfile():
+                # A name that begins with a dot is no sample, but what some systems keep beside one.
+                if not member.isfile() or not stem:
                     continue
                 if f"{folder}/{stem}" != key:
                     if key is not None:
                         yield from finished()
                     number, key, sample = number + 1, f"{folder}/{stem}", {}
-                if suffix in ("txt", "json"):
+                suffix = suffix.lower()
+                if suffix in needed:
+                    sample[suffix] = None
                     if member.size > _MAX_MEMBER:
-                        raise UserError(f"{path}: {member.name!r} has {member.size:,} bytes, expected at most {_MAX_MEMBER:,}")
+                        _broken(config, f"{path}: {member.name!r} has {member.size:,} bytes, expected at most {_MAX_MEMBER:,}")
+                        continue
                     held = archive.extractfile(member)
                     sample[suffix] = held.read() if held else b""
+            # An archive ends in zeros. `tarfile` takes one that was cut between two members, or within a header, for whole.
+            archive.fileobj.seek(archive.offset)  # type: ignore[union-attr]
+            end = archive.fileobj.read(tarfile.BLOCKSIZE)  # type: ignore[union-attr]
+            if len(end) < tarfile.BLOCKSIZE or any(end):
+                raise tarfile.ReadError("its end is missing")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{path}: not a whole .tar ({' '.join(str(error).split())[:120]}); fetch the shard again") from None
     if key is not None:
         yield from finished()
 
 
-_READERS: dict[str, Callable[[Path, str, list[Condition]], _Rows]] = {
+_READERS: dict[str, Callable[[Path, PromptsConfig, list[Condition]], _Rows]] = {
     ".txt": _text, ".jsonl": _jsonl, ".parquet": _parquet, ".tar": _web_dataset
 }  # fmt: skip

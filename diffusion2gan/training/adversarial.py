@@ -274,14 +274,17 @@ class Adversary:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.discriminator_learning_rate * self.config.schedule(step - first_step)
-        r1 = self._r1_input(batches, conditions, *self._r1_rows(step, first_step))
+        r1_rows, directions = self._r1_rows(step, first_step)
         loss = torch.zeros((), device=self.accelerator.device)
         penalties, answers = torch.zeros_like(loss), torch.zeros(2, 2, device=loss.device)
         for number, (pairs, condition, fake) in enumerate(zip(batches, conditions, fakes, strict=True)):
+            # Spread over the micro-batches, in whichever the samples lie: networks that are split must be evaluated by all as often.
+            mine = [k for k in range(len(r1_rows)) if k * len(batches) // len(r1_rows) == number]
+            r1 = self._r1_input(batches, conditions, [r1_rows[k] for k in mine], None if directions is None else directions[mine])
             last = number + 1 == len(batches)
             # Gradients are exchanged once, with the last micro-batch.
             with exchanging(self._trained, self.accelerator, last):
-                value, penalty, right = self._step(pairs, condition, fake, r1 if last else None)
+                value, penalty, right = self._step(pairs, condition, fake, r1)
             loss, penalties, answers = loss + value, penalties + penalty, answers + right
         length = self.clip.measure(self.bare.parameters())
         world = self.accelerator.num_processes
@@ -345,8 +348,7 @@ class Adversary:
     def _r1_input(
         self, batches: list[OdePairBatch], conditions: list[TextCondition], rows: list[int], directions: Tensor | None
     ) -> R1Input | None:
-        """What R1 looks at: the samples `rows` of this process' share. It goes with the last micro-batch, in whichever they lie: networks
-        that are split over processes must be evaluated by all as often."""
+        """What R1 looks at: the samples `rows` of this process' share."""
         if not rows:
             return None
         at = [divmod(row, self.micro) for row in rows]
@@ -415,6 +417,7 @@ class Adversary:
         self.bare.load_state_dict(split_like(state["model"], self.bare.state_dict()))
         self.optimizer.load_state_dict(split_optimizer_state(state["optimizer"], self._raw_optimizer))
         self._r1_told = state["r1"]
-        self.clip.scale = state["gradient_scale"]
-        if self.accelerator.is_main_process:
+        # Checkpoints from before there was one: as at the first step.
+        self.clip.scale = state.get("gradient_scale", math.nan)
+        if self.accelerator.is_main_process and state["statistics"].shape == self.statistics.sums.shape:
             self.statistics.sums.copy_(state["statistics"])

@@ -19,23 +19,23 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(module: nn.Module, device: torch.device, world: int) -> None:
-    """Splits the parameters of `module` over all processes, in place: a unit for each residual and attention block of a U-Net, and
-    one for the rest. To be called before its optimiser is made."""
+    """Splits the parameters of `module` over all processes, in place: a unit for each residual and attention block, and one for the
+    rest. To be called before its optimiser is made."""
     mesh = init_device_mesh(device.type, (world,))
-    for child in module.modules():
-        for name in ("resnets", "transformer_blocks"):
+    for child in list(module.modules()):
+        for name in ("resnets", "attentions", "transformer_blocks", "blocks"):
             for block in getattr(child, name, None) or ():
-                fully_shard(block, mesh=mesh)
+                # A transformer's own blocks are units; what is around them is small.
+                if block is not None and not hasattr(block, "transformer_blocks"):
+                    fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
 
 
 @contextmanager
 def exchanging(module: nn.Module, accelerator: Accelerator, exchange: bool) -> Iterator[None]:
-    """Around forward and backward of one micro-batch: whether the processes exchange its gradients, and all before it, or keep them."""
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(exchange)
-        yield
-    elif exchange:
+    """Around forward and backward of one micro-batch: whether the processes exchange its gradients, and all before it, or keep them.
+    What is split exchanges them always: kept, they would be whole on every process."""
+    if exchange or isinstance(module, FSDPModule):
         yield
     else:
         with accelerator.no_sync(module):

@@ -95,8 +95,17 @@ def test_an_index_of_the_web(kind: str, tmp_path: Path, capsys: pytest.CaptureFi
         read_prompts(PromptsConfig.model_validate(config), 3, 0)
     config |= {"drop_unusable": True}
     bird = "a bird\u2028in two lines"
-    assert read_prompts(PromptsConfig.model_validate(config), 3, 0) == ["a cat", "A  Cat", bird]
-    assert "3 prompts of 6 rows (3 unusable, 0 there before)" in capsys.readouterr().err
+    assert read_prompts(PromptsConfig.model_validate(config), 4, 0) == ["a cat", "A  Cat", bird, "a cat"]
+    told = capsys.readouterr().err
+    assert "3 prompts of 6 rows (3 unusable, 0 there before)" in told
+    assert "3 prompts for 4 pairs: each is used 1.33 times" in told
+    # What comes after the last prompt that is needed is not read.
+    assert read_prompts(PromptsConfig.model_validate(config), 2, 0) == ["a cat", "A  Cat"]
+    assert not capsys.readouterr().err
+    safe = config | {"where": ("wide == false",)}
+    assert read_prompts(PromptsConfig.model_validate(safe), 1, 0) == [bird]
+    pattern = config | {"source": f"{tmp_path}/*1.{kind}"}
+    assert read_prompts(PromptsConfig.model_validate(pattern), 1, 0) == [bird]
     assert read_prompts(PromptsConfig.model_validate(config | {"unique": True}), 3, 0) == ["a cat", bird, "a cat"]
     assert "2 prompts of 6 rows (3 unusable, 1 there before)" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"none of its rows is left \(0 met the conditions"):
@@ -111,15 +120,53 @@ def test_captions_of_a_web_dataset(tmp_path: Path) -> None:
     assert read_prompts(chosen, 2, 0) == ["a cat", "a fish"]
     with pytest.raises(UserError, match=r"sample 'part.0/00000': expected a .json with 'caption'; set pairs.prompts.column \(`txt`"):
         read_prompts(PromptsConfig(source=str(tmp_path / "a.tar"), column="caption"), 3, 0)
-    (tmp_path / "cut.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:1600])
-    with pytest.raises(UserError, match="not a whole .tar"):
-        read_prompts(PromptsConfig(source=str(tmp_path / "cut.tar"), column="txt"), 3, 0)
+    whole = (tmp_path / "a.tar").read_bytes()
+    # Within a member, within a header, and between two members; a header's damage.
+    for number, cut in enumerate((whole[:1600], whole[:1100], whole[:1024], whole[:1024] + b"x" * 512 + whole[1536:])):
+        (tmp_path / f"cut{number}.tar").write_bytes(cut)
+        with pytest.raises(UserError, match="not a whole .tar"):
+            read_prompts(PromptsConfig(source=str(tmp_path / f"cut{number}.tar"), column="txt"), 3, 0)
     with tarfile.open(tmp_path / "big.tar", "w") as archive:
         info = tarfile.TarInfo("0.txt")
         info.size = 2 << 20
         archive.addfile(info, io.BytesIO(bytes(info.size)))
     with pytest.raises(UserError, match="'0.txt' has 2,097,152 bytes, expected at most 1,048,576"):
         read_prompts(PromptsConfig(source=str(tmp_path / "big.tar"), column="txt"), 3, 0)
+
+
+def test_broken_captions_are_passed_over_when_asked(tmp_path: Path) -> None:
+    members = {
+        "0.txt": b"\xff\xfe",
+        "1.jpg": b"",
+        "2.txt": b"x" * (2 << 20),
+        "._3.txt": b"not a sample",
+        "3.json": b"x" * (2 << 20),
+        "3.TXT": b"a cat",
+    }
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    (tmp_path / "a.jsonl").write_text('{"txt": 3}\nno json\n{"other": "a"}\n{"txt": "a cat"}\n')
+    for name in ("a.tar", "a.jsonl"):
+        with pytest.raises(UserError):
+            read_prompts(PromptsConfig(source=str(tmp_path / name), column="txt"), 2, 0)
+        assert read_prompts(PromptsConfig(source=str(tmp_path / name), column="txt", drop_unusable=True), 2, 0) == ["a cat"] * 2
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_scores_of_half_precision_and_missing_ones(kind: str, tmp_path: Path) -> None:
+    """A float32 column's 6.1 is at least 6.1; pandas' nan is no value, also for `!=`."""
+    path = tmp_path / f"p.{kind}"
+    if kind == "parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        scores = pa.array([6.1, float("nan"), 5.0], pa.float32())
+        pq.write_table(pa.table({"prompt": ["a", "b", "c"], "score": scores}), path)
+    else:
+        path.write_text('{"prompt": "a", "score": 6.1}\n{"prompt": "b", "score": NaN}\n{"prompt": "c", "score": 5.0}\n')
+    assert read_prompts(PromptsConfig(source=str(path), where=("score >= 6.1",)), 1, 0) == ["a"]
+    assert read_prompts(PromptsConfig(source=str(path), where=("score != 6.1",)), 2, 0) == ["c"] * 2
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "tar"])
@@ -136,11 +183,14 @@ def test_conditions_that_make_no_sense(kind: str, tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_source_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"pairs.prompts.where: where: 'score', expected `column OPERATOR value`"):
         load_recipe("emoji", ["pairs.prompts.where=[score]"])
+    for text in ("score >= 5 and x < 3", "score === 5", "score >=", "score > nan"):
+        with pytest.raises(UserError, match="where"):
+            load_recipe("emoji", [f"pairs.prompts.where=['{text}']"])
     (tmp_path / "p.txt").write_text("a cat\n")
     with pytest.raises(UserError, match=r"p.txt has no columns, expected a .jsonl, .parquet or .tar; drop the conditions"):
         read_prompts(PromptsConfig(source=str(tmp_path), where=("score > 1",)), 1, 0)
     (tmp_path / "p.jsonl").write_text("{}")
-    with pytest.raises(UserError, match=r"files of several kinds \(.jsonl, .txt\), expected files of one kind"):
+    with pytest.raises(UserError, match=r"files of several kinds \(.jsonl, .txt\), expected files of one kind.*or a pattern such as .*txt"):
         read_prompts(PromptsConfig(source=str(tmp_path)), 1, 0)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty has no file of prompts"):
