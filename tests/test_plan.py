@@ -92,7 +92,7 @@ def test_pixels() -> None:
 
 def test_the_table_says_what_is_assumed() -> None:
     text = plan_table(load_recipe("emoji"), "rtx4090", 1, 0.3)
-    assert "640,000" in text and "an assumption" in text
+    assert "89,600" in text and "25,600" in text and "an assumption" in text
     assert "does not fit" in plan_table(load_recipe("sd15_cfg3_single_gpu"), "rtx4090", 1, 0.3)
 
 

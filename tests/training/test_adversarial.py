@@ -252,7 +252,7 @@ def test_d_is_given_g_only_where_nothing_was_swapped(store: Path, tmp_path: Path
     given: list[tuple[Tensor, Tensor]] = []
     adversary.bare.register_forward_pre_hook(lambda _m, a: given.append((a[0].clone(), a[1].clone())))
     fake = torch.full_like(batch.latent, 7.0)
-    adversary._step(batch, trainer.teacher.encode_prompts(batch.prompts), fake, [], None, [])
+    adversary._step(batch, trainer.teacher.encode_prompts(batch.prompts), fake, None)
     latent, noise = given[0]
     assert torch.equal(latent[:8], batch.latent)
     assert torch.equal(noise, torch.cat([batch.noise, mixed.noise]))
