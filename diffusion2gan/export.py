@@ -106,8 +106,18 @@ def export_student(
     with atomic_folder(folder) as target:
         with no_progress_bars():
             pipeline.save_pretrained(target, safe_serialization=True)
+        _forget_local_paths(target)
         write_bytes_atomic(target / STUDENT_FILE, canonical_json({"format": FORMAT, "timestep": timestep} | facts))
         _write_card(target, card, extras)
+
+
+def _forget_local_paths(folder: Path) -> None:
+    """diffusers notes in each configuration where it was loaded from; a folder of this machine is nobody's business."""
+    for path in folder.rglob("*.json"):
+        config = json.loads(path.read_text())
+        source = config.get("_name_or_path") if isinstance(config, dict) else None
+        if source and Path(source).exists():
+            write_bytes_atomic(path, json.dumps(config | {"_name_or_path": ""}, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def _write_card(folder: Path, card: str, extras: CardExtras) -> None:

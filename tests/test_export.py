@@ -147,8 +147,11 @@ def test_the_card(run: Path, tmp_path: Path) -> None:
     assert "float16" in card
     assert (tmp_path / "student" / "samples.png").read_bytes() == sorted((run / "samples").glob("held-out-*.png"))[-1].read_bytes()
     assert "](samples.png)" in card
-    # No path of this machine.
+    # No path of this machine, nor in any configuration.
     assert str(run.parent) not in card
+    texts = [p.read_text() for p in (tmp_path / "student").rglob("*.json")]
+    assert any("_name_or_path" in text for text in texts)
+    assert not any(str(run.parent) in text for text in texts)
 
 
 def test_one_file_from_the_command_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
