@@ -27,13 +27,14 @@ from diffusion2gan.discriminator.regularization import GENERATED, KINDS, r1_fini
 from diffusion2gan.errors import UserError
 from diffusion2gan.precision import no_tf32
 from diffusion2gan.schedule import warmup_and_decay
-from diffusion2gan.teachers.attention import plain_attention_on_cpu, twice_differentiable_attention
+from diffusion2gan.teachers.attention import twice_differentiable_attention
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
-from diffusion2gan.training.batches import OdePairBatch
+from diffusion2gan.training.batches import BatchShare, OdePairBatch
 from diffusion2gan.training.clipping import RelativeClip
-from diffusion2gan.training.optimizer import OptimizerName, adamw
+from diffusion2gan.training.optimizer import adamw
 from diffusion2gan.training.order import r1_generator
-from diffusion2gan.training.sharding import exchanging, gathered, shard, split_like, split_optimizer_state
+from diffusion2gan.training.placement import Placement
+from diffusion2gan.training.sharding import exchanging, gathered, split_like, split_optimizer_state
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -211,7 +212,7 @@ R1Input = tuple[Tensor, Tensor, TextCondition, Tensor | None]
 
 
 class Adversary:
-    """D with its optimiser, regularisation and statistics. `batch_size` and `micro` as the trainer splits its batches.
+    """D with its optimiser, regularisation and statistics. share: how phase 2's batches are split.
 
     Raises UserError for R1 samples that the processes cannot share.
     """
@@ -222,38 +223,28 @@ class Adversary:
         teacher: Teacher,
         config: AdversarialConfig,
         accelerator: Accelerator,
+        share: BatchShare,
+        placement: Placement,
         *,
-        batch_size: int,
-        micro: int,
         seed: int,
         weight_decay: float,
-        optimizer: OptimizerName,
         compiled: bool,
-        sharded: bool,
     ):
         self.config, self.accelerator, self.teacher, self.seed = config, accelerator, teacher, seed
-        self.batch_size, self.micro = batch_size, micro
+        self.share, self.sharded = share, placement.sharded
         world = accelerator.num_processes
-        self.accumulation = batch_size // (world * micro)
         self.r1_count = world if config.r1_count is None else config.r1_count
-        if config.r1 != "none" and (self.r1_count % world or batch_size % self.r1_count):
+        if config.r1 != "none" and (self.r1_count % world or share.size % self.r1_count):
             raise UserError(
                 f"adversarial.r1_count is {self.r1_count}, expected a multiple of the processes ({world}) that divides "
-                f"phase 2's batch size ({batch_size})"
+                f"phase 2's batch size ({share.size})"
             )
-        self.bare = discriminator.to(accelerator.device)
-        self.sharded = sharded
-        network = getattr(discriminator, "network", None)
-        if network is not None:
-            plain_attention_on_cpu(network, teacher.latent_shape[1] * teacher.latent_shape[2], accelerator.device)
-        if sharded:
-            shard(self.bare, accelerator.device, world)
-        elif optimizer == "adamw":
-            self.bare.to(memory_format=torch.channels_last)
+        self.bare = discriminator
+        placement.place(discriminator, getattr(discriminator, "network", None), teacher.latent_shape)
         rate, betas = config.discriminator_learning_rate, config.discriminator_betas
-        self._raw_optimizer = adamw(optimizer, self.bare.parameters(), rate, betas, weight_decay)
+        self._raw_optimizer = adamw(placement.optimizer, self.bare.parameters(), rate, betas, weight_decay)
         self._called: nn.Module = compile_for_one_shape(self.bare, accelerator.device, "training.compile") if compiled else self.bare
-        self._trained: nn.Module = self._called if sharded else accelerator.prepare(self._called)
+        self._trained: nn.Module = self._called if self.sharded else accelerator.prepare(self._called)
         self.optimizer = accelerator.prepare(self._raw_optimizer)
         described: Discriminator = discriminator  # type: ignore[assignment]
         self.sees_noise = described.config.noise
@@ -317,7 +308,7 @@ class Adversary:
             maps = self._trained(latent, noise, TextCondition.cat(condition, fake_condition))
         real = {k: v[: len(fake)].float() for k, v in maps.items()}
         of_fakes = {k: v[len(fake) :].float() for k, v in maps.items()}
-        loss = losses.discriminator_loss(real, of_fakes, self.config.loss).mean() / self.accumulation
+        loss = losses.discriminator_loss(real, of_fakes, self.config.loss).mean() / self.share.accumulation
         penalty = torch.zeros_like(loss)
         if r1 is not None:
             found = self._r1(*r1)
@@ -335,10 +326,10 @@ class Adversary:
         if not self._r1_due(step, first_step):
             return [], None
         generator = r1_generator(self.seed, step)
-        share = self.batch_size // self.accelerator.num_processes
-        first = self.accelerator.process_index * share
-        chosen = r1_samples(generator, self.batch_size, self.r1_count)
-        mine = np.flatnonzero((chosen >= first) & (chosen < first + share))
+        count = self.share.per_process
+        first = self.accelerator.process_index * count
+        chosen = r1_samples(generator, self.share.size, self.r1_count)
+        mine = np.flatnonzero((chosen >= first) & (chosen < first + count))
         directions = None
         if self.config.r1 == "finite_difference":
             drawn = generator.standard_normal((self.r1_count, *self.teacher.latent_shape), dtype=np.float32)[mine]
@@ -351,7 +342,7 @@ class Adversary:
         """What R1 looks at: the samples `rows` of this process' share."""
         if not rows:
             return None
-        at = [divmod(row, self.micro) for row in rows]
+        at = [divmod(row, self.share.micro) for row in rows]
         latent, noise = (torch.stack([getattr(batches[n], name)[i] for n, i in at]) for name in ("latent", "noise"))
         condition = TextCondition.cat(*(conditions[n][torch.tensor([i], device=latent.device)] for n, i in at))
         return latent, noise, condition, directions

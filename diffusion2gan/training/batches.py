@@ -24,6 +24,10 @@ class BatchShare:
     micro: int
     accumulation: int
 
+    @property
+    def per_process(self) -> int:
+        return self.accumulation * self.micro
+
     @classmethod
     def of(cls, size: int, micro: int | None, world: int, key: str) -> BatchShare:
         """`key` names the recipe's setting. Raises UserError for a batch that the processes can't share."""

@@ -36,7 +36,6 @@ from diffusion2gan.pairs.dataset import PairDataset
 from diffusion2gan.report import discriminator_picture
 from diffusion2gan.run_log import RunLog, read_scalars, refuse_lost_checkpoint
 from diffusion2gan.schedule import warmup_and_decay
-from diffusion2gan.teachers.attention import plain_attention_on_cpu
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
 from diffusion2gan.training.adversarial import AdversarialConfig, Adversary, Guard
 from diffusion2gan.training.batches import BatchShare, OdePairBatch, mixed_fakes, pair_batch
@@ -44,7 +43,8 @@ from diffusion2gan.training.clipping import RelativeClip
 from diffusion2gan.training.distance import Distance
 from diffusion2gan.training.optimizer import OptimizerName, adamw
 from diffusion2gan.training.order import SampleOrder, augmentation_uniforms, mix_uniforms
-from diffusion2gan.training.sharding import exchanging, gathered, shard, split_like, split_optimizer_state
+from diffusion2gan.training.placement import Placement
+from diffusion2gan.training.sharding import exchanging, gathered, split_like, split_optimizer_state
 from diffusion2gan.training.state import TrainingState, checkpoint_path, checkpoints, environment, load_state, save_state
 
 
@@ -146,13 +146,8 @@ class Trainer:
                 f"training.first_pairs is {config.first_pairs}, expected at most {available} ({len(pairs)} pairs, {config.holdout} held out)"
             )
         self.order = SampleOrder(config.first_pairs or available, config.seed)
-        self.sharded = config.shard and world > 1
-        generator.to(self.device)
-        plain_attention_on_cpu(generator.network, teacher.latent_shape[1] * teacher.latent_shape[2], self.device)
-        if self.sharded:
-            shard(generator, self.device, world)
-        elif config.optimizer == "adamw":  # the other keeps weights contiguous
-            generator.to(memory_format=torch.channels_last)
+        self.placement = Placement(self.device, world, config.shard and world > 1, config.optimizer)
+        self.placement.place(generator, generator.network, teacher.latent_shape)
         self.ema = Ema(generator, config.ema_decay, torch.device("cpu") if config.ema_on_cpu else None)
         self.bare_generator = generator
         parameters = [p for p in generator.parameters() if p.requires_grad]
@@ -164,7 +159,7 @@ class Trainer:
             # A distance without a network of its own is too small to compile.
             if distance.network is not None:
                 self._distance_in_training = compile_for_one_shape(distance, self.device, "training.compile")
-        self.generator: nn.Module = trained if self.sharded else self.accelerator.prepare(trained)
+        self.generator: nn.Module = trained if self.placement.sharded else self.accelerator.prepare(trained)
         self.optimizer = self.accelerator.prepare(self._raw_optimizer)
         self.adversarial, self.adversary = adversarial, self._adversary(adversarial, discriminator)
         self.guard: Guard | None = None
@@ -187,22 +182,16 @@ class Trainer:
             self.teacher,
             adversarial,
             self.accelerator,
-            batch_size=self._phase_2.size,
-            micro=self._phase_2.micro,
+            self._phase_2,
+            self.placement,
             seed=config.seed,
             weight_decay=config.weight_decay,
-            optimizer=config.optimizer,
             compiled=config.compile,
-            sharded=self.sharded,
         )
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
-
-    @property
-    def _memory_format(self) -> str:
-        return "split" if self.sharded else "channels_last" if self.config.optimizer == "adamw" else "contiguous"
 
     @property
     def in_phase_2(self) -> bool:
@@ -317,9 +306,8 @@ class Trainer:
         share = self.share(step)
         seen = min(step, self.config.steps) * self._phase_1.size + max(0, step - self.config.steps) * self._phase_2.size
         rows = self.order.rows(seen, share.size)
-        mine = share.accumulation * share.micro
-        first = self.accelerator.process_index * mine
-        parts = [slice(i, i + share.micro) for i in range(first, first + mine, share.micro)]
+        first = self.accelerator.process_index * share.per_process
+        parts = [slice(i, i + share.micro) for i in range(first, first + share.per_process, share.micro)]
         batches = self._micro_batches(rows, step, parts)
         if self.adversary is None or step < self.config.steps or not any(self.adversary.config.mix_shares):
             return batches
@@ -416,7 +404,7 @@ class Trainer:
     def _sample(self) -> None:
         """A grid of held-out pairs: the teacher's picture above the EMA student's, column by column."""
         # A network that is split has to be evaluated by all.
-        if not self.accelerator.is_main_process and not self.sharded:
+        if not self.accelerator.is_main_process and not self.placement.sharded:
             return
         targets, fakes, prompts = [], [], []
         with self.ema.applied_to(self.bare_generator):
@@ -437,7 +425,7 @@ class Trainer:
             self.log.picture(self.step, "discriminator", discriminator_picture(told))
 
     def _environment(self) -> dict[str, str]:
-        here = environment(self.config.compile, self.accelerator.num_processes, self._memory_format)
+        here = environment(self.config.compile, self.accelerator.num_processes, self.placement.memory_format)
         return here | ({"r1_count": str(self.adversary.r1_count)} if self.adversary is not None else {})
 
     def _save(self) -> None:
@@ -471,7 +459,7 @@ class Trainer:
     def _resume(self) -> None:
         found = checkpoints(self.folder / "checkpoints")
         if found:
-            state = load_state(found[-1], self._environment(), by_page=self.sharded)
+            state = load_state(found[-1], self._environment(), by_page=self.placement.sharded)
             load_trained(self.bare_generator, split_like(state.model, self.ema.state))
             self.ema.load(split_like(state.ema, self.ema.state))
             self.optimizer.load_state_dict(split_optimizer_state(state.optimizer, self._raw_optimizer))

@@ -38,7 +38,7 @@ def _worker(rank: int, store: str, folder: str) -> None:
     size = {n: sum(p.numel() for p in m.parameters()) for n, m in (("g", g), ("d", d))}
     distance = build_distance(LossConfig(distance="mse"), teacher)
     trainer = Trainer(teacher, PairDataset(Path(store)), g, distance, config, Path(folder) / "run", Accelerator(cpu=True), adversarial, d)
-    assert trainer.sharded
+    assert trainer.placement.sharded
     trainer.run(progress=False)
     adversary = trainer.adversary
     assert adversary is not None
