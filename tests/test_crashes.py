@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from diffusion2gan.training.state import checkpoint_step, checkpoints, load_state
+from diffusion2gan.training.state import checkpoint_path, checkpoint_step, checkpoints, load_state
 from tests.helpers import ROOT, Command, metrics, recipe_values, run_command, tree_digest, write_recipe
 
 KILLED = -signal.SIGKILL
@@ -72,9 +73,9 @@ def _start_slowly(*arguments: object) -> Command:
 
 
 def _final_weights(run: Path) -> dict[str, torch.Tensor]:
-    saved = torch.load(run / "checkpoints" / "step-00000012.pt", weights_only=True)
-    saved["discriminator"] = saved["adversary"]["model"] if saved["adversary"] else {}
-    return {f"{part}.{k}": v for part in ("model", "ema", "discriminator") for k, v in saved[part].items()}
+    saved = load_state(checkpoint_path(run / "checkpoints", 12))
+    parts = {"model": saved.model, "ema": saved.ema, "discriminator": saved.adversary["model"] if saved.adversary else {}}
+    return {f"{name}.{k}": v for name, part in parts.items() for k, v in part.items()}
 
 
 def _assert_same_run(run: Path, unbroken: Path) -> None:
@@ -172,13 +173,21 @@ def test_train_killed_at_random_times(tmp_path: Path, world: dict[str, Path]) ->
     _assert_same_run(run, world["run"])
 
 
-def _in_two_processes(*arguments: object) -> None:
-    """Runs the command line under torchrun, over gloo."""
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "diffusion2gan"]
+def _in_two_processes(*arguments: object, kill: tuple[int, str, int] | None = None) -> None:
+    """Runs the command line under torchrun, over gloo. kill: the rank that is killed, and where (`sabotage.kill_at`)."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    program.append("tests.sabotaged" if kill else "diffusion2gan")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if kill:
+        environment["KILL"] = ":".join(map(str, kill))
     command = [*program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    if not kill:
+        assert done.returncode == 0, done.stderr
+        return
+    assert done.returncode != 0, f"{kill} was never reached"
+    # torchrun's word for who went first.
+    assert re.search(rf"failed \(exitcode: -9\) local_rank: {kill[0]}\b", done.stderr), done.stderr
 
 
 def test_two_torchrun_workers_make_the_same_store(tmp_path: Path, world: dict[str, Path]) -> None:
@@ -296,21 +305,68 @@ def test_two_processes_play_as_one(tmp_path: Path, gan: dict[str, Path]) -> None
     _assert_near(tmp_path / "run", gan["run"])
 
 
-def test_two_processes_with_split_weights_train_as_one(tmp_path: Path, world: dict[str, Path], gan: dict[str, Path]) -> None:
+SPLIT = ("--set", "training.shard=true", "--set", "adversarial.r1=finite_difference")
+
+
+@pytest.fixture(scope="module")
+def split_gan(tmp_path_factory: pytest.TempPathFactory, gan: dict[str, Path]) -> Path:
+    """What split processes are compared with: the run of one, whose R1 is by finite differences."""
+    run = tmp_path_factory.mktemp("split") / "run"
+    done = run_command("train", gan["recipe"], "--pairs", gan["store"], *SPLIT, "--out", run)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def _rows_of_the_second(path: Path) -> dict[str, torch.Tensor]:
+    """What the second process saved of the average."""
+    return {k: v["rows of this process"] for k, v in torch.load(path, weights_only=True)["ema"].items()}
+
+
+def test_two_processes_with_split_weights_train_as_one(tmp_path: Path, gan: dict[str, Path], split_gan: Path) -> None:
     """FSDP2 over gloo, both phases, against one process with the whole batch; then on with one, and back."""
-    form = ("--set", "adversarial.r1=finite_difference", "--set", "adversarial.r1_count=2")
-    arguments = ("train", gan["recipe"], "--pairs", gan["store"], *form)
-    assert run_command(*arguments, "--out", tmp_path / "one").returncode == 0
-    split = (*arguments, "--set", "training.shard=true", "--out")
+    split = ("train", gan["recipe"], "--pairs", gan["store"], *SPLIT, "--out", tmp_path / "two")
     # From the middle of phase 2 on alone, and to its end together again.
-    _in_two_processes(*split, tmp_path / "two", "--set", "adversarial.steps=3")
-    assert load_state(checkpoints(tmp_path / "two" / "checkpoints")[-1]).environment["memory_format"] == "split"
-    alone = run_command(*split, tmp_path / "two", "--set", "adversarial.steps=5")
+    _in_two_processes(*split, "--set", "adversarial.steps=3")
+    folder = tmp_path / "two" / "checkpoints"
+    assert load_state(checkpoints(folder)[-1]).environment["memory_format"] == "split"
+    # Each process wrote its own half of every checkpoint.
+    rows = sorted(folder.glob("rows-step-*.pt"))
+    assert [int(r.name[10:18]) for r in rows] == [checkpoint_step(c) for c in checkpoints(folder)]
+    mine, everything = (
+        sum(t.numel() for t in m.values()) for m in (_rows_of_the_second(rows[-1]), load_state(checkpoints(folder)[-1]).ema)
+    )
+    assert 0.4 < mine / everything < 0.6
+    alone = run_command(*split, "--set", "adversarial.steps=5")
     assert alone.returncode == 0, alone.stderr
     assert "memory_format was split and is channels_last now" in alone.stderr
-    _in_two_processes(*split, tmp_path / "two")
+    _in_two_processes(*split)
+    # Nor does a process hold more than its rows of what it read.
+    last = _rows_of_the_second(sorted(folder.glob("rows-step-*.pt"))[-1])
+    assert sum(t.untyped_storage().nbytes() for t in last.values()) == 4 * sum(t.numel() for t in last.values())
     # Rounding differs three times over, and the game magnifies it.
-    _assert_near(tmp_path / "two", tmp_path / "one", 1e-2)
+    _assert_near(tmp_path / "two", split_gan, 1e-2)
+
+
+# Of the first process: recipe (1), inputs.json (2), picture (3), checkpoints of steps 3 and 4 (4, 5) and of the start of phase 2 (6). Of
+# the second, its rows of the same checkpoints (1, 2, 3).
+@pytest.mark.parametrize(
+    ("kill", "shard", "two_again"),
+    [((1, "step", 7), False, False), ((1, "mid-write", 2), True, True), ((0, "before-rename", 6), True, False)],
+)
+def test_one_of_two_processes_killed(
+    kill: tuple[int, str, int], shard: bool, two_again: bool, tmp_path: Path, gan: dict[str, Path], split_gan: Path
+) -> None:
+    """Whole or split weights; the same command again, in as many processes or in one."""
+    form = SPLIT if shard else ()
+    command = ("train", gan["recipe"], "--pairs", gan["store"], "--out", tmp_path / "run", *form)
+    _in_two_processes(*command, kill=kill)
+    if two_again:
+        _in_two_processes(*command)
+    else:
+        done = run_command(*command)
+        assert done.returncode == 0, done.stderr
+    _assert_near(tmp_path / "run", split_gan if shard else gan["run"], 1e-2)
+    assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
 def test_terminate_saves_before_it_stops(tmp_path: Path, world: dict[str, Path]) -> None:

@@ -34,7 +34,7 @@ from diffusion2gan.training.clipping import RelativeClip
 from diffusion2gan.training.optimizer import adamw
 from diffusion2gan.training.order import r1_generator
 from diffusion2gan.training.placement import Placement
-from diffusion2gan.training.sharding import exchanging, gathered, split_like, split_optimizer_state
+from diffusion2gan.training.sharding import exchanging, own_rows, split_like, split_optimizer_state
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -398,10 +398,10 @@ class Adversary:
         return {"discriminator": self.statistics.tell(sums)} | ({"r1": r1 / count} if count else {})
 
     def state(self) -> dict[str, Any]:
-        """All that an exact resume needs. To be called by every process: the statistics are of all of them."""
+        """What this process saves for an exact resume (`own_rows`). To be called by every process: the statistics are of all of them."""
         sums = self.accelerator.reduce(self.statistics.sums.clone(), "sum")
         main = self.accelerator.is_main_process
-        model, optimizer = (gathered(s, main) for s in (self.bare.state_dict(), self.optimizer.state_dict()))
+        model, optimizer = (own_rows(s, main) for s in (self.bare.state_dict(), self.optimizer.state_dict()))
         return {"model": model, "optimizer": optimizer, "statistics": sums, "r1": self._r1_told, "gradient_scale": self.clip.scale}
 
     def load(self, state: dict[str, Any]) -> None:

@@ -1,13 +1,14 @@
 """FSDP2 (`training.shard`): weights, gradients, optimiser state and average of G and D, split over the processes.
 
 PyTorch's own `fully_shard` and not accelerate's `prepare`, which takes one model at a time and on a CPU silently gives DDP.
-Checkpoints hold whole tensors and do not know how many processes wrote them.
+Each process saves its own rows of every tensor; joined again, they do not know how many processes wrote them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,29 +48,67 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(value: Any, keep: bool) -> Any:
-    """`value`, a state dict or any part of one, with whole tensors. Every process has to call this; those that do not `keep` get None
-    for what was split, and hold one whole tensor at a time."""
+# The one key of the mapping that stands for a process' rows of a tensor: files may hold no objects of ours.
+_ROWS = "rows of this process"
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor whose rows lie in several files; they are read when the whole is asked for."""
+
+    rows: Sequence[Tensor]
+
+    def whole(self) -> Tensor:
+        return torch.cat(list(self.rows))
+
+
+def own_rows(value: Any, rest: bool) -> Any:
+    """`value`, a state dict or any part of one, as this process saves it: its own rows of what is split, and of all else everything if
+    `rest`, else None. Where nothing is split, everything."""
     if isinstance(value, DTensor):
-        found = value.full_tensor()
-        return found.cpu() if keep else None
+        return {_ROWS: value.to_local()}
     if isinstance(value, Mapping):
-        return {k: gathered(v, keep) for k, v in value.items()}
+        return {k: own_rows(v, rest) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(gathered(v, keep) for v in value)
+        return type(value)(own_rows(v, rest) for v in value)
+    return value if rest else None
+
+
+def joined(values: Sequence[Any]) -> Any:
+    """What `own_rows` made in each process, in their order: the first one's, with `Pieces` for what was split."""
+    first = values[0]
+    if isinstance(first, Mapping):
+        if set(first) == {_ROWS}:
+            return Pieces([v[_ROWS] for v in values])
+        return {k: joined([v[k] for v in values]) for k in first}
+    if isinstance(first, list | tuple):
+        return type(first)(joined(each) for each in zip(*values, strict=True))
+    return first
+
+
+def with_whole_tensors(value: Any) -> Any:
+    """`value` with what was split put together."""
+    if isinstance(value, Pieces):
+        return value.whole()
+    if isinstance(value, Mapping):
+        return {k: with_whole_tensors(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(with_whole_tensors(v) for v in value)
     return value
 
 
 def _like(value: Any, parameter: Tensor) -> Any:
-    """A whole tensor, split as `parameter` is; anything else as it is."""
+    """A whole tensor or its pieces, split as `parameter` is; anything else as it is."""
+    if isinstance(value, Pieces):
+        value = value.whole()
     if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     # Every process has read the whole: nobody has to send it.
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def split_like(state: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors of a checkpoint, split as those of the same names in `current` are."""
+def split_like(state: Mapping[str, Any], current: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a checkpoint, split as those of the same names in `current` are."""
     return {name: _like(value, current[name]) if name in current else value for name, value in state.items()}
 
 

@@ -1,8 +1,14 @@
-"""Everything an exact resume needs, saved and loaded as one file."""
+"""Everything an exact resume needs, saved and loaded as one file, or, of a run whose weights are split, as one a process.
+
+step-00000100.pt                                  a checkpoint; of a split run, what the first process has, and the others' names
+rows-step-00000100-SAVE-00001-of-00004.pt         the second process' rows
+"""
 
 from __future__ import annotations
 
 import platform
+import re
+import secrets
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +20,7 @@ import torch
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import sweep_temporaries, torch_load_safe, torch_save_atomic
+from diffusion2gan.training.sharding import joined, with_whole_tensors
 
 FORMAT = "diffusion2gan-state-1"
 
@@ -62,25 +69,61 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"))
 
 
-def save_state(state: TrainingState, folder: Path, keep: int, also_keep: Sequence[int] = ()) -> Path:
-    """Writes a checkpoint atomically, then deletes all but the newest `keep` and those of the steps `also_keep`."""
+_PART = re.compile(r"rows-step-(\d{8})-([0-9a-f]{8})-\d{5}-of-\d{5}\.pt")
+
+
+def new_save() -> str:
+    """A name for one save, which no other of the same step has: a file of an earlier one is never replaced while it is in use."""
+    return secrets.token_hex(4)
+
+
+def part_names(step: int, save: str, world: int) -> list[str]:
+    """The files beside the checkpoint of a split run, of the processes after the first."""
+    return [f"rows-step-{step:08d}-{save}-{rank:05d}-of-{world:05d}.pt" for rank in range(1, world)]
+
+
+def save_part(state: TrainingState, path: Path) -> None:
+    """Writes the rows of a process other than the first."""
+    torch_save_atomic(path, {"format": FORMAT, **{name: getattr(state, name) for name in _SPLIT}})
+
+
+# What of a state may be split.
+_SPLIT = ("model", "ema", "optimizer", "adversary")
+
+
+def save_state(state: TrainingState, folder: Path, keep: int, also_keep: Sequence[int] = (), parts: Sequence[str] = ()) -> Path:
+    """Writes a checkpoint atomically, then deletes all but the newest `keep` and those of the steps `also_keep`.
+
+    parts: the files, already written, with the other processes' rows.
+    """
     path = checkpoint_path(folder, state.step)
-    torch_save_atomic(path, {"format": FORMAT, **state.__dict__})
+    torch_save_atomic(path, {"format": FORMAT, "parts": list(parts), **state.__dict__})
     for old in checkpoints(folder)[:-keep]:
         if checkpoint_step(old) not in also_keep:
             old.unlink(missing_ok=True)
+    steps = {checkpoint_step(p) for p in checkpoints(folder)}
+    for part in folder.glob("rows-step-*.pt"):
+        named = _PART.fullmatch(part.name)
+        # Of a checkpoint that is gone, or of an earlier save of this step.
+        if named and (int(named[1]) not in steps or (int(named[1]) == state.step and part.name not in parts)):
+            part.unlink(missing_ok=True)
     sweep_temporaries(folder)
     return path
 
 
-def load_state(path: Path, here: dict[str, str] | None = None, by_page: bool = False) -> TrainingState:
+def load_state(path: Path, here: dict[str, str] | None = None, in_pieces: bool = False) -> TrainingState:
     """Reads a checkpoint (no pickled code is run). Warns, naming each, of differences between its environment and `here`.
 
-    by_page: tensors are read when they are used, so that several processes of a host don't each hold the whole file.
+    in_pieces: tensors are read when they are used, so that several processes of a host don't each hold all of them, and those whose
+    rows lie in several files stay `Pieces`. Raises UserError for a file that is missing, damaged or another's.
     """
-    saved = torch_load_safe(path, by_page)
-    if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT:
-        raise UserError(f"{path}: not a checkpoint of format {FORMAT}; delete it to go on from the one before")
+    saved = _read(path, in_pieces)
+    names = saved.pop("parts", [])
+    if names:
+        others = [_read(_part_path(path, name), in_pieces) for name in names]
+        for key in _SPLIT:
+            value = joined([saved[key], *(part[key] for part in others)])
+            saved[key] = value if in_pieces else with_whole_tensors(value)
     state = TrainingState(**saved)
     for key, value in (here or {}).items():
         if state.environment.get(key) != value:
@@ -89,3 +132,19 @@ def load_state(path: Path, here: dict[str, str] | None = None, by_page: bool = F
                 stacklevel=2,
             )
     return state
+
+
+def _read(path: Path, by_page: bool) -> dict[str, Any]:
+    saved = torch_load_safe(path, by_page)
+    if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of format {FORMAT}; delete it to go on from the one before")
+    return saved
+
+
+def _part_path(path: Path, name: str) -> Path:
+    if not isinstance(name, str) or not _PART.fullmatch(name):
+        raise UserError(f"{path}: names {name!r} as a part of it, expected a file beside it; delete it to go on from the one before")
+    part = path.with_name(name)
+    if not part.exists():
+        raise UserError(f"{path}: its part {name} is missing; copy all files of the checkpoint, or delete it to go on from the one before")
+    return part

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -44,8 +44,18 @@ from diffusion2gan.training.distance import Distance
 from diffusion2gan.training.optimizer import OptimizerName, adamw
 from diffusion2gan.training.order import SampleOrder, augmentation_uniforms, mix_uniforms
 from diffusion2gan.training.placement import Placement
-from diffusion2gan.training.sharding import exchanging, gathered, split_like, split_optimizer_state
-from diffusion2gan.training.state import TrainingState, checkpoint_path, checkpoints, environment, load_state, save_state
+from diffusion2gan.training.sharding import exchanging, own_rows, split_like, split_optimizer_state
+from diffusion2gan.training.state import (
+    TrainingState,
+    checkpoint_path,
+    checkpoints,
+    environment,
+    load_state,
+    new_save,
+    part_names,
+    save_part,
+    save_state,
+)
 
 
 class TrainingConfig(Section):
@@ -435,14 +445,22 @@ class Trainer:
             self._judge()
         main = self.accelerator.is_main_process
         model, average, optimizer = (
-            gathered(s, main) for s in (trained_state(self.bare_generator), self.ema.state, self.optimizer.state_dict())
+            own_rows(s, main) for s in (trained_state(self.bare_generator), self.ema.state, self.optimizer.state_dict())
         )
+        told = None if guard is None else asdict(guard)
+        state = TrainingState(self.step, model, average, optimizer, self.clip.scale, self._environment(), adversary, told)
+        folder, parts = self.folder / "checkpoints", []
+        if self.placement.sharded:
+            (save,) = broadcast_object_list([new_save()])
+            parts = part_names(self.step, save, self.accelerator.num_processes)
+            if not main:
+                save_part(state, folder / parts[self.accelerator.process_index - 1])
+            # The first process' file comes last: with it, the checkpoint is there.
+            self.accelerator.wait_for_everyone()
         if main:
-            told = None if guard is None else asdict(guard)
-            state = TrainingState(self.step, model, average, optimizer, self.clip.scale, self._environment(), adversary, told)
             # Phase 1's end stays too: other runs may start from it.
             kept = () if guard is None else (guard.good_step, self.config.steps)
-            save_state(state, self.folder / "checkpoints", self.config.keep_checkpoints, kept)
+            save_state(state, folder, self.config.keep_checkpoints, kept, parts)
         self.accelerator.wait_for_everyone()
 
     def _judge(self) -> None:
@@ -459,7 +477,7 @@ class Trainer:
     def _resume(self) -> None:
         found = checkpoints(self.folder / "checkpoints")
         if found:
-            state = load_state(found[-1], self._environment(), by_page=self.placement.sharded)
+            state = load_state(found[-1], self._environment(), in_pieces=self.placement.sharded)
             load_trained(self.bare_generator, split_like(state.model, self.ema.state))
             self.ema.load(split_like(state.ema, self.ema.state))
             self.optimizer.load_state_dict(split_optimizer_state(state.optimizer, self._raw_optimizer))
