@@ -125,8 +125,8 @@ def _evaluate(a: argparse.Namespace) -> None:
     said = (
         evaluate_command(
             a.model, protocols, a.out, a.shared, options, data=a.data, weights=a.weights, teacher=a.teacher, teacher_options=teacher_options,
-            count=a.count, preservation_count=a.preservation_count, list_name=a.list, block=a.block, save_pictures=a.save_pictures,
-            allow_unknown_weights=a.allow_unknown_weights,
+            count=a.count, preservation_count=a.preservation_count, list_name=a.list, block=a.block, blocks=a.blocks,
+            save_pictures=a.save_pictures, allow_unknown_weights=a.allow_unknown_weights,
         )
     )  # fmt: skip
     if said:
@@ -379,6 +379,9 @@ def _add_evaluation(commands: Commands) -> None:
         "--list", choices=("test", "validation"), default="test", help="prompts of emoji10k-v1; settings are chosen on validation"
     )
     sub.add_argument("--block", type=int, default=0, help="noise block, 0 to 127: other noises, same prompts")
+    sub.add_argument(
+        "--blocks", type=_positive, default=None, help="mean, standard deviation and best over so many noise blocks (papers take three)"
+    )
     sub.add_argument("--save-pictures", action="store_true", help="keep every picture as a PNG")
     sub.add_argument("--allow-unknown-weights", action="store_true", help="scoring networks of other digests too; the result says so")
     _model_arguments(sub)

@@ -36,8 +36,10 @@ from diffusion2gan.perceptual import LatentLPIPS, LatentVGG
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+from tests.no_network import forbid
 
 torch.set_num_threads(1)
+forbid()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 

@@ -15,6 +15,7 @@ from diffusion2gan.benchmark import evaluate_student, evaluate_teacher, result_t
 from diffusion2gan.device import default_device
 from diffusion2gan.embedded.weights import embedded_folder, embedded_student
 from diffusion2gan.errors import UserError
+from diffusion2gan.evaluation.blocks import block_folder, pool_blocks
 from diffusion2gan.evaluation.comparison import read_evaluation, write_comparison
 from diffusion2gan.evaluation.emoji10k import PROTOCOL as EMOJI
 from diffusion2gan.evaluation.evaluate import FORMAT, Evaluation, describe, summary
@@ -48,13 +49,18 @@ def evaluate_command(
     preservation_count: int | None = None,
     list_name: str = "test",
     block: int = 0,
+    blocks: int | None = None,
     save_pictures: bool = False,
     allow_unknown_weights: bool = False,
 ) -> str:
-    """Runs the protocols and returns their table. Raises UserError at the end when any of them could not run."""
+    """Runs the protocols and returns their table; with `blocks`, from so many noise blocks after `block`, each in OUT/block-K, and their
+    means in OUT. Raises UserError at the end when any of them could not run."""
     known = [EMOJI, *PROTOCOLS, LATENCY]
     if not protocols or (unknown := [p for p in protocols if p not in known]):
         raise UserError(f"protocol {unknown[0] if protocols else ''!r}, expected some of {', '.join(known)}")
+    if blocks is not None and (blocks < 2 or EMOJI in protocols):
+        why = f"{EMOJI} has noises of its own" if EMOJI in protocols else "one block needs no mean"
+        raise UserError(f"--blocks {blocks}: {why}; expected 2 or more, and other protocols")
     worker = Worker.from_environment()
     shared, parts, skipped = shared or out, [], {}
     if EMOJI in protocols:
@@ -66,11 +72,23 @@ def evaluate_command(
             their, why = None, ""
             if any(PROTOCOLS[p].teacher for p in others):
                 their, why = _teacher_of(model, teacher, teacher_options)
+            several = [] if blocks is None else list(range(block, block + blocks))
+            if several and model.folder is not None:
+                raise UserError(f"--blocks {blocks}: {spec} is a folder of pictures, whose noises are past choosing; name a model")
+            if several:
+                describe(out, model.name, model.identity, {"blocks": several})
             evaluation = Evaluation(
-                model, out, shared, data, weights, their, why, count, block, options.device, save_pictures,
-                allow_unknown_weights, worker=worker,
+                model, block_folder(out, block) if several else out, shared, data, weights, their, why, count, block, options.device,
+                save_pictures, allow_unknown_weights, worker=worker,
             )  # fmt: skip
             skipped = evaluation.run(others)
+            for other in several[1:]:
+                # The scoring networks stay where they are.
+                evaluation = replace(evaluation, out=block_folder(out, other), block=other)
+                skipped |= evaluation.run(others)
+            if several and not worker.rank:
+                for protocol in pool_blocks(out, others, several):
+                    skipped.setdefault(protocol, ["a noise block has no result"])
             parts.append("" if worker.rank else summary(out, others))
         if LATENCY in protocols and not worker.rank:
             parts.append(_latency_result(model, out))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.emoji10k import PROTOCOL as EMOJI
-from diffusion2gan.evaluation.evaluate import FORMAT
+from diffusion2gan.evaluation.evaluate import FORMAT, spread
 from diffusion2gan.evaluation.metrics import bootstrap_interval
 from diffusion2gan.evaluation.protocols import PUBLISHED
 from diffusion2gan.evaluation.statistics import sign_test
@@ -224,7 +224,10 @@ def _shown(entry: Mapping[str, Any] | None, is_best: bool, bold: bool) -> str:
     text = f"**{text}**" if is_best and bold else f"{text} (best)" if is_best else text
     text += " (too few pictures)" if entry.get("debug") else ""
     low_high = entry.get("interval95")
-    return f"{text} [{low_high[0]:.4g}, {low_high[1]:.4g}]" if low_high else text
+    if low_high:
+        return f"{text} [{low_high[0]:.4g}, {low_high[1]:.4g}]"
+    of_blocks = spread(entry)
+    return f"{text} ({of_blocks})" if of_blocks else text
 
 
 def _rows(models: Sequence[Evaluated], table: Sequence[Line], bold: bool) -> list[list[Any]]:

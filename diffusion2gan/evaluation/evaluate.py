@@ -97,17 +97,18 @@ class Evaluation:
     allow_unknown_weights: bool = False
     progress: bool = True
     worker: Worker = field(default_factory=Worker.from_environment)
+    networks: dict[str, Network | UserError] = field(default_factory=dict)
+    """The scoring networks found so far; another evaluation may be given the same."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.block < BLOCKS // 2:
             raise UserError(f"noise block {self.block}, expected 0 to {BLOCKS // 2 - 1}")
-        self._networks: dict[str, Network | UserError] = {}
         self._prompts: dict[str, PromptList | UserError] = {}
         self._references: dict[str, PictureSet] = {}
 
     # --- What is needed ---------------------------------------------------------------------------------------------
     def _network(self, kind: str) -> Network:
-        return _found_or_raised(self._networks, kind, lambda: build_network(kind, self.weights, self.device, self.allow_unknown_weights))
+        return _found_or_raised(self.networks, kind, lambda: build_network(kind, self.weights, self.device, self.allow_unknown_weights))
 
     def _prompt_list(self, samples: str) -> PromptList:
         """The set's prompts; of a folder of pictures its own captions, picture by picture."""
@@ -438,8 +439,16 @@ def summary(out: Path, ids: Sequence[str]) -> str:
             result = json.loads(path.read_text())
             for entry in result["results"]:
                 low_high = entry.get("interval95")
-                interval = f"{low_high[0]:.4g} to {low_high[1]:.4g}" if low_high else None
+                interval = f"{low_high[0]:.4g} to {low_high[1]:.4g}" if low_high else spread(entry)
                 mark = " (partial)" if result["partial"] else ""
                 mark += " (debug: too few)" if entry.get("debug") else ""
                 rows.append([protocol, f"{entry['metric']}{mark}", entry["variant"], float(entry["value"]), interval, result["n"]])
     return markdown_table(["protocol", "metric", "variant", "value", "95 %", "pictures"], rows)
+
+
+def spread(entry: Mapping[str, Any]) -> str | None:
+    """How the values of several noise blocks lie around their mean, in words; None for a value of one block."""
+    if "blocks" not in entry:
+        return None
+    best = f", best {entry['best']:.4g}" if "best" in entry else ""
+    return f"standard deviation {entry['standard_deviation']:.2g} over {len(entry['blocks'])} noise blocks{best}"
