@@ -3,7 +3,8 @@
     python benchmarks/one_step.py --out benchmarks/results/one_step.json
     python benchmarks/one_step.py --network sd15 --precision float16 --compile        # a GPU; random weights, same cost
 
-Text encoder, network and decoder are timed together and apart; the two take turns.
+Text encoder, network and decoder are timed together and apart; all take turns. `pipeline` is `OneStepPipeline.generate`, from strings
+and seeds to uint8 pictures; its overhead is against those three alone.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from pathlib import Path
 import torch
 from random_teachers import random_sd15, random_sdxl
 
-from diffusion2gan.device import compile_for_one_shape, default_device
+from diffusion2gan.device import compile_in_place, default_device
 from diffusion2gan.embedded.weights import embedded_folder
 from diffusion2gan.evaluation.speed import device_name
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.pairs.seeds import draw_noise
+from diffusion2gan.pipeline import OneStepPipeline
 from diffusion2gan.report import markdown_table
 from diffusion2gan.teachers.attention import plain_attention_on_cpu
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
@@ -55,12 +57,11 @@ def main() -> None:
         torch.nn.Module.to(module, dtype, memory_format=torch.channels_last)
     student = OneStepGenerator.from_teacher(teacher).requires_grad_(False).eval()
     student = student.to(dtype).to(memory_format=torch.channels_last)
-    decode = teacher.vae.decode
-    network: torch.nn.Module = student
     if a.compile:
         plain_attention_on_cpu(student.network, teacher.latent_shape[1] * teacher.latent_shape[2], teacher.device)
-        network = compile_for_one_shape(student, teacher.device, "--compile")
-        decode = torch.compile(decode, dynamic=False)
+        for part in (student.network, teacher.vae.decoder):
+            compile_in_place(part, teacher.device, "--compile")
+    pipeline = OneStepPipeline(teacher, student)
     rows = []
     for batch in a.batches:
         solver = OdeSolver(teacher, SolverConfig(), batch, None if a.precision == "float32" else a.precision, a.compile)
@@ -68,12 +69,12 @@ def main() -> None:
 
         @torch.inference_mode()
         def pixels(x: torch.Tensor) -> torch.Tensor:
-            return decode(x.to(dtype) / teacher.vae.config.scaling_factor, return_dict=False)[0]
+            return teacher.vae.decode(x.to(dtype) / teacher.vae.config.scaling_factor, return_dict=False)[0]
 
         @torch.inference_mode()
         def one_step(noise=noise, prompts=prompts) -> torch.Tensor:  # type: ignore[no-untyped-def]
             z = torch.from_numpy(noise).to(device).contiguous(memory_format=torch.channels_last)
-            return network(z, teacher.encode_prompts(prompts))
+            return student(z, teacher.encode_prompts(prompts))
 
         def teacher_latents(solver=solver, noise=noise, prompts=prompts) -> torch.Tensor:  # type: ignore[no-untyped-def]
             return solver.solve(noise, prompts)
@@ -83,6 +84,7 @@ def main() -> None:
             "teacher": lambda act=teacher_latents: pixels(act()),
             "student": lambda act=one_step: pixels(act()),
             "decoder": lambda x=x: pixels(x),
+            "pipeline": lambda prompts=prompts: torch.from_numpy(pipeline.generate(prompts, range(len(prompts)), len(prompts))),
         }
         times: dict[str, list[float]] = {name: [] for name in acts}
         for act in acts.values():
@@ -92,7 +94,9 @@ def main() -> None:
                 times[name].append(timed(act))
         row = {name: statistics.median(seconds) / batch for name, seconds in times.items()}
         ratios = [t / s for t, s in zip(times["teacher"], times["student"], strict=True)]
-        rows.append({"batch": batch, **{f"{k}, s an image": v for k, v in row.items()}, "times as fast": statistics.median(ratios)})
+        overheads = [p / s - 1 for p, s in zip(times["pipeline"], times["student"], strict=True)]
+        row = {"batch": batch, **{f"{k}, s an image": v for k, v in row.items()}}
+        rows.append(row | {"times as fast": statistics.median(ratios), "pipeline's overhead": statistics.median(overheads)})
     print(markdown_table(list(rows[0]), [list(r.values()) for r in rows]))
     if a.out:
         result = {"device": device_name(device), "network": a.network, "precision": a.precision, "compile": a.compile, "rows": rows}

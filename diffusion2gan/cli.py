@@ -271,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     sub = _command(commands, "demo", _demo, "Distil the embedded teacher live, beside the shipped student, and write one HTML report")
     sub.add_argument("--out", type=Path, default=Path("runs/demo"))
-    sub.add_argument("--minutes", type=float, default=10, help="about how long the whole may take (default 10)")
+    sub.add_argument("--minutes", type=float, default=9, help="about how long the whole may take (default 9)")
     _add_stages(commands)
     _add_pairs(commands)
     _add_student(commands)
