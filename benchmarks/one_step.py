@@ -10,7 +10,6 @@ and seeds to uint8 pictures; its overhead is against those three alone.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from random_teachers import random_sd15, random_sdxl
 from diffusion2gan.device import compile_in_place, default_device
 from diffusion2gan.embedded.weights import embedded_folder
 from diffusion2gan.evaluation.speed import device_name
+from diffusion2gan.files import write_json
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.pipeline import OneStepPipeline
@@ -100,7 +100,7 @@ def main() -> None:
     print(markdown_table(list(rows[0]), [list(r.values()) for r in rows]))
     if a.out:
         result = {"device": device_name(device), "network": a.network, "precision": a.precision, "compile": a.compile, "rows": rows}
-        a.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(a.out, result)
 
 
 if __name__ == "__main__":

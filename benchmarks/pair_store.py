@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion2gan.files import write_json
 from diffusion2gan.pairs import maintain
 from diffusion2gan.pairs.dataset import (
     FORMAT,
@@ -87,10 +88,9 @@ def main() -> None:
             "pairs_per_second_stored_noise": rate(kept.batch, arguments.pairs, arguments.seconds),
             "machine": f"{platform.machine()}, one process",
         }
-    text = json.dumps(result, indent=1)
-    print(text)
+    print(json.dumps(result, indent=1))
     if arguments.out:
-        arguments.out.write_text(text + "\n")
+        write_json(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import sys
@@ -35,6 +34,7 @@ from torch import Tensor
 
 from diffusion2gan import losses
 from diffusion2gan.evaluation.speed import device_name, extra_memory, synchronise
+from diffusion2gan.files import write_json
 from diffusion2gan.perceptual import Augmentation, DecodedLPIPS, ELatentLPIPS, LatentLPIPS, LatentVGG
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.report import markdown_table
@@ -217,7 +217,7 @@ def main() -> None:
                         "rows": rows,
                         "ratios": ratios(rows),
                     }
-                    a.out.write_text(json.dumps(result, indent=1) + "\n")
+                    write_json(a.out, result)
     columns = ("shape", "batch", "precision", "method", "ms", "MB", "error")
     print(markdown_table(list(columns), [[r.get(c, "") for c in columns] for r in rows]))
     compared = ratios(rows)

@@ -18,6 +18,7 @@ import torch
 from diffusion2gan.device import default_device
 from diffusion2gan.embedded.weights import embedded_folder
 from diffusion2gan.evaluation.speed import device_name
+from diffusion2gan.files import write_json
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.precision import no_tf32
 from diffusion2gan.teachers.folders import load_pipeline
@@ -77,10 +78,9 @@ def main() -> None:
         "stock_pairs_per_second": a.batch / statistics.median(times["stock"]), "ours_pairs_per_second": a.batch / statistics.median(times["ours"]),
         "ratio_median": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
     }  # fmt: skip
-    text = json.dumps(result, indent=1)
-    print(text)
+    print(json.dumps(result, indent=1))
     if a.out:
-        a.out.write_text(text + "\n")
+        write_json(a.out, result)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python benchmarks/student_dtypes.py --student embedded --out benchmarks/results/
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 
 from diffusion2gan.embedded.weights import embedded_student
 from diffusion2gan.evaluation.emoji10k import drawn_prompt_list, noise_seeds
+from diffusion2gan.files import write_json
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.pipeline import OneStepPipeline
 from diffusion2gan.report import markdown_table
@@ -48,7 +48,7 @@ def main() -> None:
         }
     print(markdown_table(["dtype", *next(iter(rows.values()))], [[k, *v.values()] for k, v in rows.items()]))
     if a.out:
-        a.out.write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(a.out, rows)
 
 
 if __name__ == "__main__":
