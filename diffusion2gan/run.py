@@ -32,6 +32,7 @@ from diffusion2gan.teachers.folders import load_pipeline, stored_weights, weight
 from diffusion2gan.teachers.load import load_teacher, teacher_folder
 from diffusion2gan.teachers.ode import SolverConfig, evaluations_per_pair
 from diffusion2gan.training.distance import Distance, build_distance
+from diffusion2gan.training.sharding import with_whole_tensors
 from diffusion2gan.training.state import checkpoint_path, checkpoint_step, checkpoints, load_state
 from diffusion2gan.training.trainer import Trainer
 from diffusion2gan.worker import Worker
@@ -154,7 +155,7 @@ def generator_weights(start: Path, recipe: Recipe) -> dict[str, Tensor]:
                 raise UserError(
                     f"generator.start: {start} has no checkpoint of the end of its phase 1 ({at.name}); name an exported student"
                 )
-        weights = load_state(at).ema
+        weights = with_whole_tensors(load_state(at, in_pieces=True).ema)
         if begun_with.generator.lora_rank is not None:
             raise UserError(f"generator.start: {start} trained a LoRA; export its student and name that folder")
     else:
@@ -254,7 +255,8 @@ def export_run(
         raise UserError(f"{folder}: no checkpoint yet; run `diffusion2gan train` with this --out first")
     if step is not None and step not in map(checkpoint_step, found):
         raise UserError(f"{folder}: no checkpoint of step {step}; there are {', '.join(str(checkpoint_step(p)) for p in found)}")
-    state = load_state(found[-1] if step is None else checkpoint_path(folder / "checkpoints", step))
+    # By page: of all that a checkpoint holds, one set of weights is wanted.
+    state = load_state(found[-1] if step is None else checkpoint_path(folder / "checkpoints", step), in_pieces=True)
     pipeline = load_pipeline(recipe.teacher, teacher_folder(recipe.teacher), torch.float32)
     inputs = json.loads((folder / "inputs.json").read_text())
     pairs = inputs["pairs"]
@@ -281,7 +283,8 @@ def export_run(
         "weights": "ema" if use_ema else "last",
         "evaluations": _evaluations(recipe, pairs, state.step).by_role,
     }
-    weights, rank, alpha = state.ema if use_ema else state.model, recipe.generator.lora_rank, recipe.generator.lora_alpha
+    weights = with_whole_tensors(state.ema if use_ema else state.model)
+    rank, alpha = recipe.generator.lora_rank, recipe.generator.lora_alpha
     extras = _card_extras(recipe, folder, state.step, results)
     if kind == "lora":
         if rank is None:

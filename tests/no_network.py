@@ -1,8 +1,12 @@
-"""Nothing under test may reach for the network: a hidden download fails, instead of failing only where there is none."""
+"""Nothing under test may reach for the network: a hidden download fails, instead of failing only where there is none.
+
+Armed in the test processes and in those that `helpers.Command` starts. A guard against oversights, not a sandbox.
+"""
 
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 from typing import Any
 
@@ -23,17 +27,26 @@ def _is_near(host: Any) -> bool:
 
 def forbid() -> None:
     """From here on, this process can talk to itself and its neighbours alone."""
-    connect, resolve = socket.socket.connect, socket.getaddrinfo
+    for name in [n for n in os.environ if n.lower().endswith("_proxy")]:
+        del os.environ[name]  # a proxy may be on this very machine
 
-    def near_connect(self: socket.socket, address: Any) -> None:
-        if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_near(address[0]):
-            raise ReachedForTheNetworkError(f"connect to {address}")
-        connect(self, address)
+    def near_connect(connect: Any) -> Any:
+        def checked(self: socket.socket, address: Any) -> Any:
+            if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_near(address[0]):
+                raise ReachedForTheNetworkError(f"connect to {address}")
+            return connect(self, address)
 
-    def near_resolve(host: Any, *arguments: Any, **options: Any) -> Any:
-        if not _is_near(host):
-            raise ReachedForTheNetworkError(f"look-up of {host}")
-        return resolve(host, *arguments, **options)
+        return checked
 
-    socket.socket.connect = near_connect  # type: ignore[method-assign]
-    socket.getaddrinfo = near_resolve  # type: ignore[assignment]
+    def near_look_up(look_up: Any) -> Any:
+        def checked(host: Any, *arguments: Any, **options: Any) -> Any:
+            if not _is_near(host):
+                raise ReachedForTheNetworkError(f"look-up of {host}")
+            return look_up(host, *arguments, **options)
+
+        return checked
+
+    for name in ("connect", "connect_ex"):
+        setattr(socket.socket, name, near_connect(getattr(socket.socket, name)))
+    for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex"):
+        setattr(socket, name, near_look_up(getattr(socket, name)))

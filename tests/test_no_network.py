@@ -1,4 +1,4 @@
-"""The guard itself: what it lets through and what it does not. Armed in conftest.py and in the processes that tests start."""
+"""The guard itself: what it lets through and what it does not."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ def test_other_machines_are_out_of_reach() -> None:
         urllib.request.urlopen("http://example.org", timeout=1)
     with socket.socket() as one, pytest.raises(ReachedForTheNetworkError, match="connect to"):
         one.connect(("192.0.2.1", 80))
+    with socket.socket() as one, pytest.raises(ReachedForTheNetworkError, match="connect to"):
+        one.connect_ex(("192.0.2.1", 80))
+    with pytest.raises(ReachedForTheNetworkError, match="look-up of"):
+        socket.gethostbyname("example.org")
 
 
 def test_this_machine_is_not() -> None:

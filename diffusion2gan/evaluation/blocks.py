@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion2gan.files import write_json
+from diffusion2gan.files import write_bytes_atomic, write_json
 
 # Of one block's pictures, and without meaning for several.
 _OF_ONE = ("value", "values", "interval95", "interval", "standard_deviation_of_subsets")
@@ -19,20 +18,42 @@ def block_folder(out: Path, block: int) -> Path:
     return out / f"block-{block}"
 
 
-def pool_blocks(out: Path, protocols: Sequence[str], blocks: Sequence[int]) -> list[str]:
+def pool_blocks(out: Path, protocols: Sequence[str], blocks: Sequence[int]) -> dict[str, str]:
     """Writes OUT/PROTOCOL.json from those of OUT/block-K: each value the mean over the blocks, with their standard deviation and the
-    best. Returns the protocols that a block has no result of."""
-    missing = []
+    best. Returns why a protocol has none: a block without a result, or with one of other pictures, references or networks."""
+    for picture in sorted((block_folder(out, blocks[0]) / "samples").rglob("*.*")):
+        write_bytes_atomic(out / "samples" / picture.parent.name / picture.name, picture.read_bytes())
+    missing = {}
     for protocol in protocols:
-        paths = [block_folder(out, b) / f"{protocol}.json" for b in blocks]
-        if not all(p.exists() for p in paths):
-            missing.append(protocol)
-            continue
-        write_json(out / f"{protocol}.json", _pooled([json.loads(p.read_text()) for p in paths], blocks))
-    samples = block_folder(out, blocks[0]) / "samples"
-    if samples.exists():
-        shutil.copytree(samples, out / "samples", dirs_exist_ok=True)
+        path, of_blocks = out / f"{protocol}.json", [block_folder(out, b) / f"{protocol}.json" for b in blocks]
+        without = [str(b) for b, p in zip(blocks, of_blocks, strict=True) if not p.exists()]
+        if without:
+            why = f"noise block {', '.join(without)} has no result"
+        else:
+            results = [json.loads(p.read_text()) for p in of_blocks]
+            why = _what_differs(results)
+        if why:
+            missing[protocol] = why
+            # One from before would be taken for this one.
+            path.unlink(missing_ok=True)
+        else:
+            write_json(path, _pooled(results, blocks))
     return missing
+
+
+def _what_differs(results: Sequence[Mapping[str, Any]]) -> str:
+    for key in ("n", "model", "prompts", "reference", "teacher"):
+        if len({json.dumps(r[key], sort_keys=True) for r in results}) > 1:
+            return f"the noise blocks were evaluated with other {key}; remove the older ones' folders and run it again"
+    networks = [sorted(json.dumps([e["metric"], e["variant"], e["network"]], sort_keys=True) for e in r["results"]) for r in results]
+    if any(n != networks[0] for n in networks):
+        return "the noise blocks were scored by other networks; remove the older ones' folders and run it again"
+    return ""
+
+
+def _other_software(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    same = len({json.dumps(r["versions"], sort_keys=True) for r in results}) == 1
+    return [] if same else ["the noise blocks were evaluated by other versions or machines; those of the first are named"]
 
 
 def _pooled(results: Sequence[Mapping[str, Any]], blocks: Sequence[int]) -> dict[str, Any]:
@@ -40,8 +61,6 @@ def _pooled(results: Sequence[Mapping[str, Any]], blocks: Sequence[int]) -> dict
     by_metric = [{(e["metric"], e["variant"]): e for e in r["results"]} for r in results]
     entries = []
     for key, entry in by_metric[0].items():
-        if not all(key in found for found in by_metric):
-            continue
         values = [found[key]["value"] for found in by_metric]
         spread = {"blocks": values, "value": statistics.mean(values), "standard_deviation": statistics.stdev(values)}
         if entry.get("better"):
@@ -50,10 +69,9 @@ def _pooled(results: Sequence[Mapping[str, Any]], blocks: Sequence[int]) -> dict
     seconds = [r["seconds_per_image"] for r in results if r["seconds_per_image"] is not None]
     return {
         **first,
-        "partial": any(r["partial"] for r in results),
         "results": entries,
         "noise": {**first["noise"], "block": list(blocks)},
         "pictures_sha256": [r["pictures_sha256"] for r in results],
         "seconds_per_image": statistics.mean(seconds) if seconds else None,
-        "notes": list(dict.fromkeys(n for r in results for n in r["notes"])),
+        "notes": list(dict.fromkeys([*(n for r in results for n in r["notes"]), *_other_software(results)])),
     }

@@ -18,7 +18,7 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.blocks import block_folder, pool_blocks
 from diffusion2gan.evaluation.comparison import read_evaluation, write_comparison
 from diffusion2gan.evaluation.emoji10k import PROTOCOL as EMOJI
-from diffusion2gan.evaluation.evaluate import FORMAT, Evaluation, describe, summary
+from diffusion2gan.evaluation.evaluate import BLOCKS, FORMAT, Evaluation, describe, summary
 from diffusion2gan.evaluation.models import Model, ModelOptions, load_model, teacher_model
 from diffusion2gan.evaluation.protocols import PROTOCOLS
 from diffusion2gan.evaluation.speed import latency, latency_line, loss_cost, train_throughput
@@ -58,9 +58,8 @@ def evaluate_command(
     known = [EMOJI, *PROTOCOLS, LATENCY]
     if not protocols or (unknown := [p for p in protocols if p not in known]):
         raise UserError(f"protocol {unknown[0] if protocols else ''!r}, expected some of {', '.join(known)}")
-    if blocks is not None and (blocks < 2 or EMOJI in protocols):
-        why = f"{EMOJI} has noises of its own" if EMOJI in protocols else "one block needs no mean"
-        raise UserError(f"--blocks {blocks}: {why}; expected 2 or more, and other protocols")
+    if blocks is not None:
+        _check_blocks(block, blocks, protocols)
     worker = Worker.from_environment()
     shared, parts, skipped = shared or out, [], {}
     if EMOJI in protocols:
@@ -76,6 +75,7 @@ def evaluate_command(
             if several and model.folder is not None:
                 raise UserError(f"--blocks {blocks}: {spec} is a folder of pictures, whose noises are past choosing; name a model")
             if several:
+                # Before anything is drawn: a folder of other blocks is refused.
                 describe(out, model.name, model.identity, {"blocks": several})
             evaluation = Evaluation(
                 model, block_folder(out, block) if several else out, shared, data, weights, their, why, count, block, options.device,
@@ -85,10 +85,11 @@ def evaluate_command(
             for other in several[1:]:
                 # The scoring networks stay where they are.
                 evaluation = replace(evaluation, out=block_folder(out, other), block=other)
-                skipped |= evaluation.run(others)
+                for protocol, reasons in evaluation.run(others).items():
+                    skipped.setdefault(protocol, []).extend(reasons)
             if several and not worker.rank:
-                for protocol in pool_blocks(out, others, several):
-                    skipped.setdefault(protocol, ["a noise block has no result"])
+                for protocol, why in pool_blocks(out, others, several).items():
+                    skipped.setdefault(protocol, []).append(why)
             parts.append("" if worker.rank else summary(out, others))
         if LATENCY in protocols and not worker.rank:
             parts.append(_latency_result(model, out))
@@ -101,6 +102,16 @@ def evaluate_command(
         print("\n".join(parts))
         raise UserError(f"{', '.join(skipped)}: not everything could run (see above); what could is in {out}")
     return "\n".join([*parts, f"wrote {out}"])
+
+
+def _check_blocks(block: int, blocks: int, protocols: Sequence[str]) -> None:
+    alone = next((p for p in protocols if p not in PROTOCOLS), None)
+    if alone:
+        raise UserError(f"--blocks {blocks}: {alone} has no noise blocks; evaluate it by itself")
+    if blocks < 2:
+        raise UserError(f"--blocks {blocks}: one block needs no mean; expected 2 or more")
+    if block < 0 or block + blocks > BLOCKS // 2:
+        raise UserError(f"--block {block} --blocks {blocks}: expected blocks within 0 to {BLOCKS // 2 - 1}")
 
 
 def _latency_result(model: Model, out: Path) -> str:

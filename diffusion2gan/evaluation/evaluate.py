@@ -362,7 +362,8 @@ def describe(out: Path, name: str, identity: Mapping[str, Any], run: Mapping[str
         raise UserError(f"{out}: holds the evaluation of {found['name']}, other weights than {name}; choose a new --out")
     for key, value in found["settings"].get(part, settings).items():
         if settings.get(key) != value:
-            raise UserError(f"{out}: evaluated there with {key} {value!r}, now {settings.get(key)!r}; choose a new --out")
+            now = repr(settings[key]) if key in settings else f"without it ({', '.join(settings)})"
+            raise UserError(f"{out}: evaluated there with {key} {value!r}, now {now}; choose a new --out")
     if found["settings"].get(part) != settings:
         found["settings"][part] = settings
         write_json(path, found)
@@ -443,7 +444,7 @@ def summary(out: Path, ids: Sequence[str]) -> str:
                 mark = " (partial)" if result["partial"] else ""
                 mark += " (debug: too few)" if entry.get("debug") else ""
                 rows.append([protocol, f"{entry['metric']}{mark}", entry["variant"], float(entry["value"]), interval, result["n"]])
-    return markdown_table(["protocol", "metric", "variant", "value", "95 %", "pictures"], rows)
+    return markdown_table(["protocol", "metric", "variant", "value", "95 % interval, or spread", "pictures"], rows)
 
 
 def spread(entry: Mapping[str, Any]) -> str | None:

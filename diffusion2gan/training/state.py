@@ -22,7 +22,7 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.files import sweep_temporaries, torch_load_safe, torch_save_atomic
 from diffusion2gan.training.sharding import joined, with_whole_tensors
 
-FORMAT = "diffusion2gan-state-1"
+FORMAT, SPLIT_FORMAT = "diffusion2gan-state-1", "diffusion2gan-split-state-1"
 
 
 def environment(compiled: bool, world: int, memory_format: str = "channels_last") -> dict[str, str]:
@@ -69,7 +69,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"))
 
 
-_PART = re.compile(r"rows-step-(\d{8})-([0-9a-f]{8})-\d{5}-of-\d{5}\.pt")
+_PART = re.compile(r"rows-step-\d{8}-[0-9a-f]{8}-\d{5}-of-\d{5}\.pt")
 
 
 def new_save() -> str:
@@ -82,33 +82,46 @@ def part_names(step: int, save: str, world: int) -> list[str]:
     return [f"rows-step-{step:08d}-{save}-{rank:05d}-of-{world:05d}.pt" for rank in range(1, world)]
 
 
-def save_part(state: TrainingState, path: Path) -> None:
-    """Writes the rows of a process other than the first."""
-    torch_save_atomic(path, {"format": FORMAT, **{name: getattr(state, name) for name in _SPLIT}})
-
-
 # What of a state may be split.
 _SPLIT = ("model", "ema", "optimizer", "adversary")
+
+
+def save_part(state: TrainingState, path: Path) -> None:
+    """Writes the rows of a process other than the first."""
+    torch_save_atomic(path, {"format": SPLIT_FORMAT, "part": path.name, **{name: getattr(state, name) for name in _SPLIT}})
 
 
 def save_state(state: TrainingState, folder: Path, keep: int, also_keep: Sequence[int] = (), parts: Sequence[str] = ()) -> Path:
     """Writes a checkpoint atomically, then deletes all but the newest `keep` and those of the steps `also_keep`.
 
-    parts: the files, already written, with the other processes' rows.
+    parts: the files, already written, with the other processes' rows. Raises UserError, and deletes nothing, when one is not there.
     """
     path = checkpoint_path(folder, state.step)
-    torch_save_atomic(path, {"format": FORMAT, "parts": list(parts), **state.__dict__})
+    for name in parts:
+        if not (folder / name).exists():
+            raise UserError(f"{folder}: another process' part {name} is not here; the run's folder must be one that all hosts share")
+    kind = {"format": SPLIT_FORMAT, "parts": list(parts)} if parts else {"format": FORMAT}
+    torch_save_atomic(path, kind | state.__dict__)
     for old in checkpoints(folder)[:-keep]:
         if checkpoint_step(old) not in also_keep:
             old.unlink(missing_ok=True)
-    steps = {checkpoint_step(p) for p in checkpoints(folder)}
-    for part in folder.glob("rows-step-*.pt"):
-        named = _PART.fullmatch(part.name)
-        # Of a checkpoint that is gone, or of an earlier save of this step.
-        if named and (int(named[1]) not in steps or (int(named[1]) == state.step and part.name not in parts)):
-            part.unlink(missing_ok=True)
+    sweep_parts(folder)
     sweep_temporaries(folder)
     return path
+
+
+def sweep_parts(folder: Path) -> None:
+    """Deletes parts that no checkpoint names: of one that is gone, or of a save that was broken off."""
+    found = {p for p in folder.glob("rows-step-*.pt") if _PART.fullmatch(p.name)}
+    if not found:
+        return
+    try:
+        named = {name for path in checkpoints(folder) for name in _read(path, True).get("parts", [])}
+    except UserError:
+        return  # which parts a damaged checkpoint had is not known
+    for part in found:
+        if part.name not in named:
+            part.unlink(missing_ok=True)
 
 
 def load_state(path: Path, here: dict[str, str] | None = None, in_pieces: bool = False) -> TrainingState:
@@ -117,13 +130,18 @@ def load_state(path: Path, here: dict[str, str] | None = None, in_pieces: bool =
     in_pieces: tensors are read when they are used, so that several processes of a host don't each hold all of them, and those whose
     rows lie in several files stay `Pieces`. Raises UserError for a file that is missing, damaged or another's.
     """
-    saved = _read(path, in_pieces)
+    saved = _read(path, True)
     names = saved.pop("parts", [])
     if names:
-        others = [_read(_part_path(path, name), in_pieces) for name in names]
-        for key in _SPLIT:
-            value = joined([saved[key], *(part[key] for part in others)])
-            saved[key] = value if in_pieces else with_whole_tensors(value)
+        others = [_read_part(path, name) for name in names] if isinstance(names, list) else []
+        try:
+            for key in _SPLIT:
+                value = joined([saved[key], *(part[key] for part in others)])
+                saved[key] = value if in_pieces else with_whole_tensors(value)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{path}: its parts do not fit together ({error}); delete it to go on from the one before") from None
+    elif not in_pieces:
+        saved = _read(path, False)
     state = TrainingState(**saved)
     for key, value in (here or {}).items():
         if state.environment.get(key) != value:
@@ -136,15 +154,20 @@ def load_state(path: Path, here: dict[str, str] | None = None, in_pieces: bool =
 
 def _read(path: Path, by_page: bool) -> dict[str, Any]:
     saved = torch_load_safe(path, by_page)
-    if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT:
+    if not isinstance(saved, dict) or saved.pop("format", None) not in (FORMAT, SPLIT_FORMAT):
         raise UserError(f"{path}: not a checkpoint of format {FORMAT}; delete it to go on from the one before")
     return saved
 
 
-def _part_path(path: Path, name: str) -> Path:
+def _read_part(path: Path, name: str) -> dict[str, Any]:
     if not isinstance(name, str) or not _PART.fullmatch(name):
         raise UserError(f"{path}: names {name!r} as a part of it, expected a file beside it; delete it to go on from the one before")
     part = path.with_name(name)
     if not part.exists():
         raise UserError(f"{path}: its part {name} is missing; copy all files of the checkpoint, or delete it to go on from the one before")
-    return part
+    saved = _read(part, True)
+    if saved.get("part") != name:
+        raise UserError(
+            f"{part}: is {saved.get('part')!r}, renamed; copy the right file, or delete {path.name} to go on from the one before"
+        )
+    return saved

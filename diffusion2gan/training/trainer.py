@@ -55,6 +55,7 @@ from diffusion2gan.training.state import (
     part_names,
     save_part,
     save_state,
+    sweep_parts,
 )
 
 
@@ -475,9 +476,13 @@ class Trainer:
         return self._validated[1]
 
     def _resume(self) -> None:
-        found = checkpoints(self.folder / "checkpoints")
-        if found:
-            state = load_state(found[-1], self._environment(), in_pieces=self.placement.sharded)
+        folder = self.folder / "checkpoints"
+        if self.accelerator.is_main_process and folder.exists():
+            sweep_parts(folder)
+        # The first process says which: another host may not see the newest file yet.
+        (last,) = broadcast_object_list([max((p.name for p in checkpoints(folder)), default=None)])
+        if last:
+            state = load_state(folder / last, self._environment(), in_pieces=self.placement.sharded)
             load_trained(self.bare_generator, split_like(state.model, self.ema.state))
             self.ema.load(split_like(state.ema, self.ema.state))
             self.optimizer.load_state_dict(split_optimizer_state(state.optimizer, self._raw_optimizer))

@@ -10,6 +10,7 @@ import pytest
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation import commands
+from diffusion2gan.evaluation.blocks import pool_blocks
 from diffusion2gan.evaluation.commands import evaluate_command
 from diffusion2gan.evaluation.comparison import read_evaluation, write_comparison
 from diffusion2gan.evaluation.models import ModelOptions, folder_model
@@ -60,6 +61,19 @@ def test_means_over_noise_blocks(tmp_path: Path, inputs: dict[str, Path]) -> Non
     assert "over 3 noise blocks" in report and "same prompts and noises in every row" in report
 
 
+def test_blocks_of_other_inputs_are_not_pooled(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    _evaluate("toy", tmp_path, inputs, blocks=2)
+    assert (tmp_path / "fid5k_coco17.json").exists()
+    path = tmp_path / "block-1" / "fid5k_coco17.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n": 3}))
+    why = pool_blocks(tmp_path, PROTOCOLS, [0, 1])
+    assert list(why) == ["fid5k_coco17"] and "evaluated with other n" in why["fid5k_coco17"]
+    # The one from before would be taken for this one.
+    assert not (tmp_path / "fid5k_coco17.json").exists() and (tmp_path / "clip5k_coco17.json").exists()
+    path.unlink()
+    assert pool_blocks(tmp_path, ["fid5k_coco17"], [0, 1]) == {"fid5k_coco17": "noise block 1 has no result"}
+
+
 def test_blocks_that_make_no_sense_are_refused(tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="--blocks 1: one block needs no mean"):
         _evaluate("toy", tmp_path / "out", inputs, blocks=1)
@@ -67,6 +81,12 @@ def test_blocks_that_make_no_sense_are_refused(tmp_path: Path, inputs: dict[str,
     with pytest.raises(UserError, match=r"evaluated there with blocks \[0, 1\], now \[0, 1, 2\]"):
         _evaluate("toy", tmp_path / "out", inputs, blocks=3)
     assert not (tmp_path / "out" / "block-2").exists()  # said before anything is drawn
+    for block in (-1, 127):
+        with pytest.raises(UserError, match=f"--block {block} --blocks 2: expected blocks within 0 to 127"):
+            _evaluate("toy", tmp_path / "far", inputs, blocks=2, block=block)
+    assert not (tmp_path / "far").exists()
+    with pytest.raises(UserError, match="evaluated there with blocks .*, now without it"):
+        _evaluate("toy", tmp_path / "out", inputs)
     pictures = folder_model(inputs["data"] / "val2017", "pictures", None)
     monkeypatch.setattr(commands, "load_model", lambda spec, options: pictures)
     with pytest.raises(UserError, match="is a folder of pictures, whose noises are past choosing"):

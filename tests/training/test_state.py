@@ -9,7 +9,7 @@ import torch
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.training.sharding import Pieces
-from diffusion2gan.training.state import TrainingState, load_state, new_save, part_names, save_part, save_state
+from diffusion2gan.training.state import TrainingState, load_state, new_save, part_names, save_part, save_state, sweep_parts
 
 WEIGHT = torch.arange(14.0).reshape(7, 2)
 CUTS = ((0, 3), (3, 6), (6, 7), (7, 7))  # seven rows over four processes
@@ -54,6 +54,9 @@ def test_files_go_with_their_checkpoint(tmp_path: Path) -> None:
     for rank, name in enumerate(part_names(6, new_save(), len(CUTS)), 1):
         save_part(_state(rank, 6, 2.0), tmp_path / name)
     assert torch.equal(load_state(path).model["w"], WEIGHT)
+    assert len(list(tmp_path.iterdir())) == 2 * len(CUTS) - 1
+    sweep_parts(tmp_path)  # as a run does before it goes on
+    assert len(list(tmp_path.iterdir())) == len(CUTS)
     _write(tmp_path, 6, 3.0)
     assert torch.equal(load_state(path).model["w"], 3 * WEIGHT)
     assert len(list(tmp_path.iterdir())) == len(CUTS)
@@ -65,7 +68,21 @@ def test_a_missing_or_foreign_part_is_one_clear_line(tmp_path: Path) -> None:
     part.rename(tmp_path / "elsewhere.pt")
     with pytest.raises(UserError, match=f"its part {part.name} is missing; copy all files"):
         load_state(path)
+    with pytest.raises(UserError, match="is not here; the run's folder must be one that all hosts share"):
+        save_state(_state(0, 6), tmp_path, 1, parts=part_names(6, new_save(), 2))
+    assert path.exists()
+    (tmp_path / "elsewhere.pt").rename(part)
+    other = next(tmp_path.glob("rows-step-*-00001-of-00004.pt"))
+    kept = other.read_bytes()
+    other.write_bytes(part.read_bytes())
+    with pytest.raises(UserError, match=f"is '{part.name}', renamed; copy the right file"):
+        load_state(path)
+    other.write_bytes(kept)
+    saved = torch.load(path, weights_only=True)
     for name in ("../elsewhere.pt", "elsewhere.pt", "step-00000005.pt", 3):
-        save_state(_state(0, 5), tmp_path, 1, parts=[name])  # type: ignore[list-item]
+        torch.save(saved | {"parts": [name]}, path)
         with pytest.raises(UserError, match="names .* as a part of it, expected a file beside it"):
             load_state(path)
+    torch.save(saved | {"ema": {"other": saved["ema"]["w"]}}, path)
+    with pytest.raises(UserError, match="its parts do not fit together"):
+        load_state(path)
