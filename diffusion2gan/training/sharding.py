@@ -98,13 +98,17 @@ def with_whole_tensors(value: Any) -> Any:
 
 
 def _like(value: Any, parameter: Tensor) -> Any:
-    """A whole tensor or its pieces, split as `parameter` is; anything else as it is."""
+    """A whole tensor or its pieces, split and laid out in memory as `parameter` is; anything else as it is."""
     if isinstance(value, Pieces):
         value = value.whole()
-    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
+    # A fused optimiser goes through parameter and moments in the order of memory, whatever their strides say.
+    if not isinstance(parameter, DTensor):
+        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
     # Every process has read the whole: nobody has to send it.
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    value = value.to(parameter.device).contiguous()
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def split_like(state: Mapping[str, Any], current: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,7 +117,7 @@ def split_like(state: Mapping[str, Any], current: Mapping[str, Tensor]) -> dict[
 
 
 def split_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimiser's state of a checkpoint, split as its parameters are."""
+    """An optimiser's state of a checkpoint, split and laid out as its parameters are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments = {i: {k: _like(v, parameters[i]) for k, v in of_one.items()} for i, of_one in state["state"].items()}
     return state | {"state": moments}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from diffusion2gan.recipe import load_recipe
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from diffusion2gan.training.adversarial import AdversarialConfig
 from diffusion2gan.training.distance import LossConfig, build_distance
+from diffusion2gan.training.optimizer import adamw
+from diffusion2gan.training.sharding import split_optimizer_state
 from diffusion2gan.training.trainer import Trainer, TrainingConfig
 from tests.conftest import tiny_pipeline, tiny_store
 
@@ -77,3 +80,28 @@ def test_everything_of_both_networks_is_split(tmp_path: Path, prompts_file: Path
 def test_what_split_weights_cannot_do_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_recipe("emoji", ["training.shard=true", *overrides])
+
+
+def test_moments_of_another_memory_layout_take_the_parameters() -> None:
+    """A run that was split goes on whole, in channels_last: a fused AdamW would pair each weight with another one's moments."""
+    torch.manual_seed(0)
+
+    def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    x = torch.randn(2, 8, 4, 4)
+    model = torch.nn.Conv2d(8, 8, 3)
+    optimizer = adamw("adamw", model.parameters(), 1e-2, (0.9, 0.99), 0.0)
+    steps(model, optimizer, 3)
+    state, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    steps(model, optimizer, 3)
+    other = torch.nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
+    other.load_state_dict(weights)
+    resumed = adamw("adamw", other.parameters(), 1e-2, (0.9, 0.99), 0.0)
+    resumed.load_state_dict(split_optimizer_state(state, resumed))
+    assert resumed.state[other.weight]["exp_avg"].stride() == other.weight.stride() != model.weight.stride()
+    steps(other, resumed, 3)
+    torch.testing.assert_close(other.weight, model.weight, atol=1e-5, rtol=1e-5)
