@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -55,34 +55,39 @@ def write_recipe(path: Path, values: dict[str, Any]) -> Path:
 
 
 class Command:
-    """One run of the command line in a process of its own, with one thread."""
+    """One run of the command line in a process of its own, with one thread. Those of different `lane`s may run at once."""
 
-    _server: subprocess.Popen[str] | None = None
+    _servers: ClassVar[dict[int, subprocess.Popen[str]]] = {}
 
-    def __init__(self, *arguments: Any, kill_at: tuple[str, int] | None = None, slow: float | None = None):
-        server = self._start_server()
+    def __init__(
+        self,
+        *arguments: Any,
+        kill_at: tuple[str, int] | None = None,
+        slow: float | None = None,
+        environment: dict[str, str] | None = None,
+        lane: int = 0,
+    ):
+        self._server = self._start_server(lane)
         self._folder = tempfile.mkdtemp(prefix="command-")
         self._out, self._err = Path(self._folder) / "out", Path(self._folder) / "err"
         order = {"argv": [str(a) for a in arguments], "kill_at": kill_at, "slow": slow, "out": str(self._out), "err": str(self._err)}
-        assert server.stdin is not None
-        server.stdin.write(json.dumps(order) + "\n")
-        server.stdin.flush()
+        assert self._server.stdin is not None
+        self._server.stdin.write(json.dumps(order | {"environment": environment or {}}) + "\n")
+        self._server.stdin.flush()
         self.pid: int = self._answer()["pid"]
 
     @classmethod
-    def _start_server(cls) -> subprocess.Popen[str]:
-        if cls._server is None or cls._server.poll() is not None:
+    def _start_server(cls, lane: int) -> subprocess.Popen[str]:
+        if lane not in cls._servers or cls._servers[lane].poll() is not None:
             environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            cls._server = subprocess.Popen(
+            cls._servers[lane] = subprocess.Popen(
                 [sys.executable, "-m", "tests.zygote"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
             )
-        return cls._server
+        return cls._servers[lane]
 
-    @classmethod
-    def _answer(cls) -> dict[str, int]:
-        assert cls._server is not None
-        assert cls._server.stdout is not None
-        return json.loads(cls._server.stdout.readline())
+    def _answer(self) -> dict[str, int]:
+        assert self._server.stdout is not None
+        return json.loads(self._server.stdout.readline())
 
     @property
     def stderr(self) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
-import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -173,27 +174,44 @@ def test_train_killed_at_random_times(tmp_path: Path, world: dict[str, Path]) ->
     _assert_same_run(run, world["run"])
 
 
-def _in_two_processes(*arguments: object, kill: tuple[int, str, int] | None = None) -> None:
-    """Runs the command line under torchrun, over gloo. kill: the rank that is killed, and where (`sabotage.kill_at`)."""
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    program.append("tests.sabotaged" if kill else "diffusion2gan")
+def _under_torchrun(*arguments: object) -> None:
+    """Runs the command line in two processes, as its users do."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "diffusion2gan"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    if kill:
-        environment["KILL"] = ":".join(map(str, kill))
     command = [*program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    if not kill:
-        assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr
+
+
+def _in_two_processes(*arguments: object, kill: tuple[int, str, int] | None = None) -> None:
+    """The same with torchrun's part played here, which saves its start. kill: the rank that is killed, and where (`sabotage.kill_at`)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [
+        Command(
+            *arguments,
+            kill_at=kill[1:] if kill and kill[0] == r else None,
+            environment=meeting | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            lane=r,
+        )
+        for r in (0, 1)
+    ]
+    if kill is None:
+        for done in [rank.wait() for rank in ranks]:
+            assert done.returncode == 0, done.stderr
         return
-    assert done.returncode != 0, f"{kill} was never reached"
-    # torchrun's word for who went first.
-    assert re.search(rf"failed \(exitcode: -9\) local_rank: {kill[0]}\b", done.stderr), done.stderr
+    killed = ranks[kill[0]].wait()
+    assert killed.returncode == KILLED, f"{kill} was never reached: {killed.stderr}"
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(ranks[1 - kill[0]].pid, signal.SIGTERM)
+    assert ranks[1 - kill[0]].wait().returncode != 0
 
 
 def test_two_torchrun_workers_make_the_same_store(tmp_path: Path, world: dict[str, Path]) -> None:
     # Enough work that neither worker is done before the other has begun.
     settings = ("--set", "pairs.count=64", "--set", "pairs.ode.steps=60")
-    _in_two_processes("simulate", world["recipe"], "--out", tmp_path / "two", *settings)
+    _under_torchrun("simulate", world["recipe"], "--out", tmp_path / "two", *settings)
     assert run_command("simulate", world["recipe"], "--out", tmp_path / "one", *settings).returncode == 0
     assert tree_digest(tmp_path / "two") == tree_digest(tmp_path / "one")
     ranks = {json.loads(line)["rank"] for line in (tmp_path / "two.log.jsonl").read_text().splitlines()}
@@ -205,22 +223,21 @@ def test_workers_join_die_and_come_back(tmp_path: Path, world: dict[str, Path]) 
     settings = ("--set", "pairs.count=64", "--set", "pairs.ode.steps=60")
     store = tmp_path / "elastic"
 
-    def start(rank: int, size: int) -> subprocess.Popen[bytes]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RANK": str(rank), "WORLD_SIZE": str(size)}
-        program = [sys.executable, "-m", "diffusion2gan", "simulate", str(world["recipe"]), "--out", str(store), *settings]
-        return subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def start(rank: int, size: int, lane: int) -> Command:
+        environment = {"RANK": str(rank), "WORLD_SIZE": str(size)}
+        return Command("simulate", world["recipe"], "--out", store, *settings, environment=environment, lane=lane)
 
-    first, second = start(0, 2), start(1, 2)
+    first, second = start(0, 2, 0), start(1, 2, 1)
     deadline = time.monotonic() + 120
     while not list(store.glob("shard-*.arrow")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    first.kill()
-    assert first.wait() == -signal.SIGKILL
+    os.kill(first.pid, signal.SIGKILL)
+    assert first.wait().returncode == KILLED
     assert not (store / "manifest.json").exists(), "killed after the end"
-    third = start(2, 3)
-    assert second.wait(timeout=120) == 0
-    assert third.wait(timeout=120) == 0
+    third = start(2, 3, 0)
+    assert second.wait().returncode == 0
+    assert third.wait().returncode == 0
     assert run_command("simulate", world["recipe"], "--out", tmp_path / "one", *settings).returncode == 0
     assert tree_digest(store) == tree_digest(tmp_path / "one")
 
@@ -248,8 +265,9 @@ def test_a_run_goes_on_with_another_number_of_processes(two_first: bool, tmp_pat
 def test_two_processes_train_as_one(tmp_path: Path, world: dict[str, Path]) -> None:
     """DDP over gloo: the same losses and weights as one process with the whole batch, and the same again after a resume."""
     run = tmp_path / "run"
-    for steps in (("--set", "training.steps=6"), ()):
-        _in_two_processes("train", world["recipe"], "--pairs", world["store"], "--out", run, *steps)
+    command = ("train", world["recipe"], "--pairs", world["store"], "--out", run)
+    _under_torchrun(*command, "--set", "training.steps=6")
+    _in_two_processes(*command)
     one = {r["step"]: r["loss"] for r in metrics(world["run"]) if "loss" in r}
     two = {r["step"]: r["loss"] for r in metrics(run) if "loss" in r}
     assert two == pytest.approx(one, rel=1e-3)

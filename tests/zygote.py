@@ -1,7 +1,7 @@
 """Runs command lines in forked processes: the imports, most of a short command's time, are done once.
 
-Reads one JSON object a line: {"argv": [...], "kill_at": [point, number] or null, "slow": seconds or null, "out": path,
-"err": path}; answers with {"pid": n} when the child runs and {"code": n} when it has ended. It runs no work itself, so
+Reads one JSON object a line: {"argv": [...], "kill_at": [point, number] or null, "slow": seconds or null,
+"environment": {...}, "out": path, "err": path}; answers with {"pid": n} when the child runs and {"code": n} when it has ended. It runs no work itself, so
 the children start without threads.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 def _child(order: dict[str, Any]) -> None:
     for path, stream in ((order["out"], 1), (order["err"], 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.environ.update(order.get("environment", {}))
     from diffusion2gan.cli import main
     from tests import sabotage
 
