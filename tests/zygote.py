@@ -1,8 +1,8 @@
 """Runs command lines in forked processes: the imports, most of a short command's time, are done once.
 
 Reads one JSON object a line: {"argv": [...], "kill_at": [point, number] or null, "slow": seconds or null,
-"environment": {...}, "out": path, "err": path}; answers with {"pid": n} when the child runs and {"code": n} when it has ended. It runs no work itself, so
-the children start without threads.
+"environment": {...}, "out": path, "err": path}; answers with {"pid": n} when the child runs and {"code": n} when it has
+ended. It runs no work itself, so the children start without threads.
 """
 
 from __future__ import annotations

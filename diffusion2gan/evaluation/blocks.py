@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffusion2gan.errors import UserError
+from diffusion2gan.evaluation.evaluate import Evaluation, describe
 from diffusion2gan.files import write_bytes_atomic, write_json
 
 # Of one block's pictures, and without meaning for several.
@@ -16,6 +19,26 @@ _OF_ONE = ("value", "values", "interval95", "interval", "standard_deviation_of_s
 
 def block_folder(out: Path, block: int) -> Path:
     return out / f"block-{block}"
+
+
+def run_blocks(evaluation: Evaluation, protocols: Sequence[str], count: int) -> dict[str, list[str]]:
+    """`evaluation.run` from `count` noise blocks, from its own on, each in OUT/block-K, and their means in OUT. Raises UserError for
+    pictures whose noises nobody can choose, and where other blocks were evaluated."""
+    model, out = evaluation.model, evaluation.out
+    blocks = list(range(evaluation.block, evaluation.block + count))
+    if model.folder is not None:
+        raise UserError(f"--blocks {count}: {model.name} is a folder of pictures, whose noises are past choosing; name a model")
+    # Before anything is drawn: a folder of other blocks is refused.
+    describe(out, model.name, model.identity, {"blocks": blocks})
+    skipped: dict[str, list[str]] = {}
+    for block in blocks:
+        # All with the same scoring networks, loaded once.
+        for protocol, reasons in replace(evaluation, out=block_folder(out, block), block=block).run(protocols).items():
+            skipped.setdefault(protocol, []).extend(reasons)
+    if not evaluation.worker.rank:
+        for protocol, why in pool_blocks(out, protocols, blocks).items():
+            skipped.setdefault(protocol, []).append(why)
+    return skipped
 
 
 def pool_blocks(out: Path, protocols: Sequence[str], blocks: Sequence[int]) -> dict[str, str]:

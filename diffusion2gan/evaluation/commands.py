@@ -15,7 +15,7 @@ from diffusion2gan.benchmark import evaluate_student, evaluate_teacher, result_t
 from diffusion2gan.device import default_device
 from diffusion2gan.embedded.weights import embedded_folder, embedded_student
 from diffusion2gan.errors import UserError
-from diffusion2gan.evaluation.blocks import block_folder, pool_blocks
+from diffusion2gan.evaluation.blocks import run_blocks
 from diffusion2gan.evaluation.comparison import read_evaluation, write_comparison
 from diffusion2gan.evaluation.emoji10k import PROTOCOL as EMOJI
 from diffusion2gan.evaluation.evaluate import BLOCKS, FORMAT, Evaluation, describe, summary
@@ -71,25 +71,11 @@ def evaluate_command(
             their, why = None, ""
             if any(PROTOCOLS[p].teacher for p in others):
                 their, why = _teacher_of(model, teacher, teacher_options)
-            several = [] if blocks is None else list(range(block, block + blocks))
-            if several and model.folder is not None:
-                raise UserError(f"--blocks {blocks}: {spec} is a folder of pictures, whose noises are past choosing; name a model")
-            if several:
-                # Before anything is drawn: a folder of other blocks is refused.
-                describe(out, model.name, model.identity, {"blocks": several})
             evaluation = Evaluation(
-                model, block_folder(out, block) if several else out, shared, data, weights, their, why, count, block, options.device,
-                save_pictures, allow_unknown_weights, worker=worker,
+                model, out, shared, data, weights, their, why, count, block, options.device, save_pictures,
+                allow_unknown_weights, worker=worker,
             )  # fmt: skip
-            skipped = evaluation.run(others)
-            for other in several[1:]:
-                # The scoring networks stay where they are.
-                evaluation = replace(evaluation, out=block_folder(out, other), block=other)
-                for protocol, reasons in evaluation.run(others).items():
-                    skipped.setdefault(protocol, []).extend(reasons)
-            if several and not worker.rank:
-                for protocol, why in pool_blocks(out, others, several).items():
-                    skipped.setdefault(protocol, []).append(why)
+            skipped = evaluation.run(others) if blocks is None else run_blocks(evaluation, others, blocks)
             parts.append("" if worker.rank else summary(out, others))
         if LATENCY in protocols and not worker.rank:
             parts.append(_latency_result(model, out))

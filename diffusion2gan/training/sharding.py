@@ -6,7 +6,7 @@ Each process saves its own rows of every tensor; joined again, they do not know 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,16 +62,19 @@ class Pieces:
         return torch.cat(list(self.rows))
 
 
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A state dict or any part of one, each of its leaves changed."""
+    if isinstance(value, Mapping):
+        return {k: _mapped(v, change) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped(v, change) for v in value)
+    return change(value)
+
+
 def own_rows(value: Any, rest: bool) -> Any:
     """`value`, a state dict or any part of one, as this process saves it: its own rows of what is split, and of all else everything if
     `rest`, else None. Where nothing is split, everything."""
-    if isinstance(value, DTensor):
-        return {_ROWS: value.to_local()}
-    if isinstance(value, Mapping):
-        return {k: own_rows(v, rest) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(own_rows(v, rest) for v in value)
-    return value if rest else None
+    return _mapped(value, lambda leaf: {_ROWS: leaf.to_local()} if isinstance(leaf, DTensor) else leaf if rest else None)
 
 
 def joined(values: Sequence[Any]) -> Any:
@@ -88,13 +91,7 @@ def joined(values: Sequence[Any]) -> Any:
 
 def with_whole_tensors(value: Any) -> Any:
     """`value` with what was split put together."""
-    if isinstance(value, Pieces):
-        return value.whole()
-    if isinstance(value, Mapping):
-        return {k: with_whole_tensors(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(with_whole_tensors(v) for v in value)
-    return value
+    return _mapped(value, lambda leaf: leaf.whole() if isinstance(leaf, Pieces) else leaf)
 
 
 def _like(value: Any, parameter: Tensor) -> Any:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import sweep_temporaries, torch_load_safe, torch_save_atomic
@@ -110,6 +112,27 @@ def save_state(state: TrainingState, folder: Path, keep: int, also_keep: Sequenc
     return path
 
 
+def save_split_state(state: TrainingState, folder: Path, keep: int, also_keep: Sequence[int], accelerator: Accelerator) -> None:
+    """The same of a run whose weights are split, `state` being what each process has of it. To be called by every process."""
+    (save,) = broadcast_object_list([new_save()])
+    parts = part_names(state.step, save, accelerator.num_processes)
+    if not accelerator.is_main_process:
+        save_part(state, folder / parts[accelerator.process_index - 1])
+    # The first process' file comes last: with it, the checkpoint is there.
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_state(state, folder, keep, also_keep, parts)
+
+
+def last_checkpoint(folder: Path, accelerator: Accelerator) -> Path | None:
+    """The checkpoint to go on from, the same for every process, each of which has to call this; None where there is none."""
+    if accelerator.is_main_process:
+        sweep_parts(folder)
+    # The first process says which: another host may not see the newest file yet.
+    (name,) = broadcast_object_list([max((p.name for p in checkpoints(folder)), default=None)])
+    return folder / name if name else None
+
+
 def sweep_parts(folder: Path) -> None:
     """Deletes parts that no checkpoint names: of one that is gone, or of a save that was broken off."""
     found = {p for p in folder.glob("rows-step-*.pt") if _PART.fullmatch(p.name)}
@@ -130,7 +153,7 @@ def load_state(path: Path, here: dict[str, str] | None = None, in_pieces: bool =
     in_pieces: tensors are read when they are used, so that several processes of a host don't each hold all of them, and those whose
     rows lie in several files stay `Pieces`. Raises UserError for a file that is missing, damaged or another's.
     """
-    saved = _read(path, True)
+    saved = _read(path, in_pieces)
     names = saved.pop("parts", [])
     if names:
         others = [_read_part(path, name) for name in names] if isinstance(names, list) else []
@@ -140,8 +163,6 @@ def load_state(path: Path, here: dict[str, str] | None = None, in_pieces: bool =
                 saved[key] = value if in_pieces else with_whole_tensors(value)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{path}: its parts do not fit together ({error}); delete it to go on from the one before") from None
-    elif not in_pieces:
-        saved = _read(path, False)
     state = TrainingState(**saved)
     for key, value in (here or {}).items():
         if state.environment.get(key) != value:

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -50,12 +50,10 @@ from diffusion2gan.training.state import (
     checkpoint_path,
     checkpoints,
     environment,
+    last_checkpoint,
     load_state,
-    new_save,
-    part_names,
-    save_part,
+    save_split_state,
     save_state,
-    sweep_parts,
 )
 
 
@@ -450,18 +448,12 @@ class Trainer:
         )
         told = None if guard is None else asdict(guard)
         state = TrainingState(self.step, model, average, optimizer, self.clip.scale, self._environment(), adversary, told)
-        folder, parts = self.folder / "checkpoints", []
+        # Phase 1's end stays too: other runs may start from it.
+        kept = () if guard is None else (guard.good_step, self.config.steps)
         if self.placement.sharded:
-            (save,) = broadcast_object_list([new_save()])
-            parts = part_names(self.step, save, self.accelerator.num_processes)
-            if not main:
-                save_part(state, folder / parts[self.accelerator.process_index - 1])
-            # The first process' file comes last: with it, the checkpoint is there.
-            self.accelerator.wait_for_everyone()
-        if main:
-            # Phase 1's end stays too: other runs may start from it.
-            kept = () if guard is None else (guard.good_step, self.config.steps)
-            save_state(state, folder, self.config.keep_checkpoints, kept, parts)
+            save_split_state(state, self.folder / "checkpoints", self.config.keep_checkpoints, kept, self.accelerator)
+        elif main:
+            save_state(state, self.folder / "checkpoints", self.config.keep_checkpoints, kept)
         self.accelerator.wait_for_everyone()
 
     def _judge(self) -> None:
@@ -476,13 +468,9 @@ class Trainer:
         return self._validated[1]
 
     def _resume(self) -> None:
-        folder = self.folder / "checkpoints"
-        if self.accelerator.is_main_process and folder.exists():
-            sweep_parts(folder)
-        # The first process says which: another host may not see the newest file yet.
-        (last,) = broadcast_object_list([max((p.name for p in checkpoints(folder)), default=None)])
+        last = last_checkpoint(self.folder / "checkpoints", self.accelerator)
         if last:
-            state = load_state(folder / last, self._environment(), in_pieces=self.placement.sharded)
+            state = load_state(last, self._environment(), in_pieces=self.placement.sharded)
             load_trained(self.bare_generator, split_like(state.model, self.ema.state))
             self.ema.load(split_like(state.ema, self.ema.state))
             self.optimizer.load_state_dict(split_optimizer_state(state.optimizer, self._raw_optimizer))
