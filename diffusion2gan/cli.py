@@ -105,7 +105,9 @@ def _model_options(a: argparse.Namespace):  # type: ignore[no-untyped-def]
     from diffusion2gan.device import default_device
     from diffusion2gan.evaluation.models import ModelOptions
 
-    return ModelOptions(a.steps, a.guidance, a.dtype, default_device(), a.batch_size, getattr(a, "captions", None))
+    return ModelOptions(
+        a.steps, a.guidance, a.dtype, default_device(), a.batch_size, getattr(a, "captions", None), getattr(a, "quantiser", "round")
+    )
 
 
 def _compare(a: argparse.Namespace) -> None:
@@ -126,7 +128,7 @@ def _evaluate(a: argparse.Namespace) -> None:
         evaluate_command(
             a.model, protocols, a.out, a.shared, options, data=a.data, weights=a.weights, teacher=a.teacher, teacher_options=teacher_options,
             count=a.count, preservation_count=a.preservation_count, list_name=a.list, block=a.block, blocks=a.blocks,
-            save_pictures=a.save_pictures, allow_unknown_weights=a.allow_unknown_weights,
+            save_pictures=a.save_pictures, allow_unknown_weights=a.allow_unknown_weights, coco17_captions=a.coco17_captions,
         )
     )  # fmt: skip
     if said:
@@ -144,13 +146,13 @@ def _speed_loss(a: argparse.Namespace) -> None:
     from diffusion2gan.evaluation.commands import loss_speed_command
 
     sizes = [(side, side) for side in a.side]
-    print(loss_speed_command(a.metric, a.augment, sizes, a.batches, a.precision, a.output))
+    print(loss_speed_command(a.metric, a.augment, sizes, a.batches, a.precision, a.output, a.decoder))
 
 
 def _speed_training(a: argparse.Namespace) -> None:
     from diffusion2gan.evaluation.commands import training_speed_command
 
-    print(training_speed_command(a.recipe, a.set, a.pairs, a.warmup, a.steps, a.output))
+    print(training_speed_command(a.recipe, a.set, a.pairs, a.warmup, a.steps, a.output, a.beside_mse))
 
 
 def _by_name(texts: Sequence[str], what: str) -> dict[str, str]:
@@ -370,6 +372,12 @@ def _add_evaluation(commands: Commands) -> None:
     sub.add_argument("--data", type=Path, default=Path("data"), help="folder of COCO or CIFAR-10 as their publishers pack them")
     sub.add_argument("--weights", type=Path, default=None, help="folder of the scoring networks' weights (default: $DIFFUSION2GAN_WEIGHTS)")
     sub.add_argument("--captions", type=Path, default=None, help="of a folder of pictures: one a line (default: captions.txt inside)")
+    sub.add_argument(
+        "--coco17-captions", choices=("first", "amd"), default="first", help="of COCO 2017: the first of each picture, or AMD's list"
+    )
+    sub.add_argument(
+        "--quantiser", choices=("round", "trunc"), default="round", help="pixels to uint8: round, or cut off as DMD2's and GigaGAN's code"
+    )
     sub.add_argument("--teacher", default=None, help="whose pictures dreamsim5k compares with (default: a student's own teacher)")
     sub.add_argument("--teacher-steps", type=_positive, default=None)
     sub.add_argument("--teacher-guidance", type=float, default=None)
@@ -405,6 +413,9 @@ def _add_evaluation(commands: Commands) -> None:
     loss = _command(speed, "loss", _speed_loss, "Time and memory of E-LatentLPIPS, forward and backward")
     loss.add_argument("metric", help="`embedded`, a folder, file, hub repository, or sd15, sd21, sdxl, sd3, flux")
     loss.add_argument("--augment", default="bgo", help="letters of the ensemble")
+    loss.add_argument(
+        "--decoder", default=None, help="teacher through whose decoder LPIPS is timed beside it: `embedded`, folder or hub id"
+    )
     loss.add_argument("--side", type=_positive, nargs="+", default=[64], help="of the latents")
     loss.add_argument("--precision", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32"])
     training = _command(speed, "training", _speed_training, "Images a second of a recipe's training (torchrun too)")
@@ -412,6 +423,7 @@ def _add_evaluation(commands: Commands) -> None:
     training.add_argument("--pairs", type=Path, required=True, help="folder of the pair store")
     training.add_argument("--warmup", type=int, default=50)
     training.add_argument("--steps", type=_positive, default=200)
+    training.add_argument("--beside-mse", action="store_true", help="also with the squared error, and the recipe's distance against it")
     for part in (sub, loss, training):
         part.add_argument("-o", "--output", type=Path, default=None, help="also as JSON")
         if part is not training:

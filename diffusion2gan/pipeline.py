@@ -17,7 +17,7 @@ from torch import Tensor
 from diffusion2gan.device import compile_in_place, default_device
 from diffusion2gan.errors import UserError
 from diffusion2gan.generator import OneStepGenerator
-from diffusion2gan.images import to_uint8
+from diffusion2gan.images import Quantiser, to_uint8
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.teachers.folders import family_of, no_progress_bars
 from diffusion2gan.teachers.load import LoadedTeacher, load_teacher
@@ -135,13 +135,13 @@ class OneStepPipeline:
         return self.generator(z, self.teacher.encode_prompts(prompts))
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 32) -> np.ndarray:
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 32, *, quantiser: Quantiser = "round") -> np.ndarray:
         """Pictures (B, h, w, 3) uint8, one for each prompt and seed."""
         parts = []
         for start in range(0, len(prompts), batch_size):
             stop = start + batch_size
             x = self.latents(prompts[start:stop], draw_noise(seeds[start:stop], self.teacher.latent_shape))
-            parts.append(to_uint8(self.teacher.decode(x)))
+            parts.append(to_uint8(self.teacher.decode(x), quantiser))
         return np.concatenate(parts)
 
 
@@ -202,11 +202,11 @@ def _tiny_decoder(source: str, teacher: LoadedTeacher) -> AutoencoderTiny:
 
 
 @torch.inference_mode()
-def teacher_pictures(solver: OdeSolver, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+def teacher_pictures(solver: OdeSolver, prompts: Sequence[str], seeds: Sequence[int], *, quantiser: Quantiser = "round") -> np.ndarray:
     """The teacher's pictures (B, h, w, 3) uint8, one for each prompt and seed."""
     teacher, parts = solver.teacher, []
     for start in range(0, len(prompts), solver.batch_size):
         stop = start + solver.batch_size
         x = solver.solve(draw_noise(seeds[start:stop], teacher.latent_shape), prompts[start:stop])
-        parts.append(to_uint8(teacher.decode(x.to(teacher.dtype))))
+        parts.append(to_uint8(teacher.decode(x.to(teacher.dtype)), quantiser))
     return np.concatenate(parts)

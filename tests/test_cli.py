@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from diffusion2gan.recipe import load_recipe
 from diffusion2gan.training.state import checkpoints, load_state
 from tests.conftest import tiny_pipeline
 from tests.helpers import metrics, recipe_values, run_command, tree_digest, write_recipe
@@ -98,12 +100,23 @@ def test_evaluate_speed_and_compare_reports(world: Path, tiny_teacher_folder: Pa
     )
     assert done.returncode == 0, done.stderr
     assert "ms an evaluation of the network" in done.stdout
-    done = run_command("speed", "training", world / "recipe.yaml", "--pairs", world / "store", "--warmup", 1, "--steps", 3)
+    measured = ("--pairs", world / "store", "--warmup", 1, "--steps", 3, "-o", tmp_path / "training.json")
+    done = run_command("speed", "training", world / "recipe.yaml", *measured, "--beside-mse")
     assert done.returncode == 0, done.stderr
-    assert "images_per_second" in done.stdout
-    done = run_command("speed", "loss", "embedded", "--side", 8, "--batches", 1, 2, "-o", tmp_path / "loss.json")
+    assert "of the squared error's images a second" in done.stdout
+    found = json.loads((tmp_path / "training.json").read_text())
+    assert [r["distance"] for r in found["results"]] == ["mse", load_recipe(str(world / "recipe.yaml")).loss.distance]
+    mse, own = (r["step_memory_mb"] for r in found["results"])
+    assert mse > 0 and found["in_step"]["extra_memory_mb"] == own - mse
+    done = run_command(
+        "speed", "loss", "embedded", "--side", 8, "--batches", 1, 2, "--decoder", tiny_teacher_folder, "-o", tmp_path / "loss.json"
+    )
     assert done.returncode == 0, done.stderr
     assert "4x8x8" in done.stdout
+    rows = json.loads((tmp_path / "loss.json").read_text())["results"]
+    assert [(r["distance"], r["batch"]) for r in rows] == [(d, b) for b in (1, 2) for d in ("e_latent_lpips", "decode + lpips")]
+    # VGG16 at full width is 56 MB, and the decoder comes on top.
+    assert all(r["weight_mb"] > 56 for r in rows if r["distance"] == "decode + lpips")
 
 
 def test_a_preference_study_by_commands(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from diffusion2gan.benchmark import evaluate_student, evaluate_teacher, result_table
 from diffusion2gan.device import default_device
@@ -19,19 +20,22 @@ from diffusion2gan.evaluation.blocks import run_blocks
 from diffusion2gan.evaluation.comparison import read_evaluation, write_comparison
 from diffusion2gan.evaluation.emoji10k import PROTOCOL as EMOJI
 from diffusion2gan.evaluation.evaluate import BLOCKS, FORMAT, Evaluation, describe, summary
-from diffusion2gan.evaluation.models import Model, ModelOptions, load_model, teacher_model
+from diffusion2gan.evaluation.models import Model, ModelOptions, family_of_source, load_model, teacher_model
 from diffusion2gan.evaluation.protocols import PROTOCOLS
-from diffusion2gan.evaluation.speed import latency, latency_line, loss_cost, train_throughput
+from diffusion2gan.evaluation.speed import decoded_lpips, latency, latency_line, loss_cost, train_throughput
 from diffusion2gan.files import write_bytes_atomic, write_json
 from diffusion2gan.images import at_smallest_side, grid, png_bytes
 from diffusion2gan.perceptual import ELatentLPIPS, LatentLPIPS
 from diffusion2gan.pipeline import STUDENT_FILE
 from diffusion2gan.recipe import load_recipe
 from diffusion2gan.report import markdown_table
+from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.teachers.ode import SolverConfig
+from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.worker import Worker
 
 LATENCY = "latency"
+_MSE = ["loss.distance=mse", "loss.l1_weight=0"]
 
 
 def evaluate_command(
@@ -52,12 +56,15 @@ def evaluate_command(
     blocks: int | None = None,
     save_pictures: bool = False,
     allow_unknown_weights: bool = False,
+    coco17_captions: str = "first",
 ) -> str:
     """Runs the protocols and returns their table; with `blocks`, from so many noise blocks after `block`, each in OUT/block-K, and their
     means in OUT. Raises UserError at the end when any of them could not run."""
     known = [EMOJI, *PROTOCOLS, LATENCY]
     if not protocols or (unknown := [p for p in protocols if p not in known]):
         raise UserError(f"protocol {unknown[0] if protocols else ''!r}, expected some of {', '.join(known)}")
+    if EMOJI in protocols and options.quantiser != "round":
+        raise UserError(f"--quantiser {options.quantiser}: {EMOJI} rounds; leave it out, or evaluate the other protocols by themselves")
     if blocks is not None:
         _check_blocks(block, blocks, protocols)
     worker = Worker.from_environment()
@@ -73,7 +80,7 @@ def evaluate_command(
                 their, why = _teacher_of(model, teacher, teacher_options)
             evaluation = Evaluation(
                 model, out, shared, data, weights, their, why, count, block, options.device, save_pictures,
-                allow_unknown_weights, worker=worker,
+                allow_unknown_weights, coco17_captions, worker=worker,
             )  # fmt: skip
             skipped = evaluation.run(others) if blocks is None else run_blocks(evaluation, others, blocks)
             parts.append("" if worker.rank else summary(out, others))
@@ -150,7 +157,7 @@ def _teacher_of(model: Model, named: str | None, options: ModelOptions) -> tuple
         return None, "dreamsim5k compares with the teacher's pictures; name its folder or hub id by --teacher"
     try:
         ode = _with_options(SolverConfig.model_validate(facts.get("ode", {})), options)
-        teacher = teacher_model(source, f"teacher:{source}", ode, options.dtype, options.device, options.batch_size)
+        teacher = teacher_model(source, f"teacher:{source}", ode, options.dtype, options.device, options.batch_size, options.quantiser)
     except UserError as error:
         return None, str(error)
     if facts.get("teacher_weights") not in (None, teacher.facts["weights"]):
@@ -251,26 +258,75 @@ def speed_command(
 
 
 def loss_speed_command(
-    metric: str, augment: str, shapes: Sequence[tuple[int, ...]], batches: Sequence[int], precisions: Sequence[str], out: Path | None
+    metric: str,
+    augment: str,
+    shapes: Sequence[tuple[int, ...]],
+    batches: Sequence[int],
+    precisions: Sequence[str],
+    out: Path | None,
+    decoder: str | None = None,
 ) -> str:
-    """Time and memory of one evaluation of E-LatentLPIPS with its gradient (Figure 2), at each shape of latents (H, W)."""
+    """Time and memory of one evaluation of E-LatentLPIPS with its gradient, at each shape of latents (H, W); beside it that of LPIPS
+    through the decoder of the teacher `decoder` (Figure 2)."""
     device = torch.device(default_device())
     latent = LatentLPIPS.from_pretrained(embedded_folder("latent_vgg") if metric == "embedded" else metric)
-    distance = ELatentLPIPS(latent, augment).to(device).to(memory_format=torch.channels_last)
     channels = latent.net.config.in_channels
-    results = [loss_cost(distance, (channels, *shape), device, p, b) for shape in shapes for b in batches for p in precisions]
-    if out:
-        write_json(out, {"metric": metric, "augment": augment, "results": results})
-    rows = [
-        ["x".join(map(str, r["shape"])), r["batch"], r["precision"], r["ms"], r["extra_activation_mb"], r["weight_mb"]] for r in results
+    ensembled = ELatentLPIPS(latent, augment).to(device).to(memory_format=torch.channels_last)
+    distances: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[nn.Module]]] = {"e_latent_lpips": (ensembled, [ensembled])}
+    if decoder is not None:
+        teacher = load_teacher(TeacherConfig.model_validate({"family": family_of_source(decoder), "source": decoder}), str(device))
+        if teacher.latent_shape[0] != channels:
+            raise UserError(f"--decoder {decoder}: decodes {teacher.latent_shape[0]} channels, expected the metric's {channels}")
+        distances["decode + lpips"] = decoded_lpips(teacher)
+    results = [
+        {"distance": name} | loss_cost(distance, (channels, *shape), device, p, b, modules=modules)
+        for shape in shapes
+        for b in batches
+        for p in precisions
+        for name, (distance, modules) in distances.items()
     ]
-    return markdown_table(["latents", "batch", "precision", "ms, forward and backward", "extra memory, MB", "weights, MB"], rows)
-
-
-def training_speed_command(recipe: str, settings: Sequence[str], store: Path, warmup: int, steps: int, out: Path | None) -> str:
-    """Images a second of a recipe's training (Table 1's column)."""
-    result = train_throughput(load_recipe(recipe, list(settings)), store, warmup, steps)
     if out:
-        write_json(out, result)
-    columns = ["recipe", "distance", "batch", "processes", "mixed_precision", "compile", "images_per_second", "seconds_per_step"]
-    return markdown_table(columns, [[result[c] for c in columns]])
+        write_json(out, {"metric": metric, "augment": augment, "decoder": decoder, "results": results})
+    rows = [
+        [
+            r["distance"], "x".join(map(str, r["shape"])), r["batch"], r["precision"], r["ms"], r["extra_activation_mb"], r["weight_mb"],
+        ]
+        for r in results
+    ]  # fmt: skip
+    columns = ["distance", "latents", "batch", "precision", "ms, forward and backward", "extra memory, MB", "weights, MB"]
+    return markdown_table(columns, rows)
+
+
+def training_speed_command(
+    recipe: str, settings: Sequence[str], store: Path, warmup: int, steps: int, out: Path | None, beside_mse: bool = False
+) -> str:
+    """Images a second of a recipe's training (Table 1's column), and with `beside_mse` what its distance costs in a step: the same
+    training of the squared error in the same run."""
+    recipes = [load_recipe(recipe, [*settings, *changed]) for changed in ([_MSE] if beside_mse else []) + [[]]]
+    results = [train_throughput(r, store, warmup, steps) for r in recipes]
+    found: dict[str, object] = {"results": results}
+    columns = [
+        "recipe",
+        "distance",
+        "batch",
+        "processes",
+        "mixed_precision",
+        "compile",
+        "images_per_second",
+        "seconds_per_step",
+        "step_memory_mb",
+    ]
+    text = markdown_table(columns, [[r[c] for c in columns] for r in results])
+    if beside_mse:
+        mse, own = results
+        found["in_step"] = in_step = {
+            "images_per_second_of_mse": own["images_per_second"] / mse["images_per_second"],
+            "extra_memory_mb": own["step_memory_mb"] - mse["step_memory_mb"],
+        }
+        text += (
+            f"\n{own['distance']} in a step: {in_step['images_per_second_of_mse']:.3f} of the squared error's images a second, "
+            f"{in_step['extra_memory_mb']:.4g} MB more\n"
+        )
+    if out:
+        write_json(out, found)
+    return text

@@ -145,6 +145,8 @@ def _what_differs(models: Sequence[Evaluated], protocol: str, metric: str, varia
             "teachers": result.get("teacher"),
             "scoring networks": entry.get("network"),
         }
+        if result.get("quantiser", "as found") != "as found":
+            inputs["roundings to uint8"] = result["quantiser"]
         for what, value in inputs.items():
             found.setdefault(what, set()).add(json.dumps(value, sort_keys=True))
     return [what for what, values in found.items() if len(values) > 1]

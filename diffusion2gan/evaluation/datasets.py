@@ -3,6 +3,7 @@
 DATA/annotations/captions_val2014.json, DATA/val2014/*.jpg
 DATA/annotations/captions_val2017.json, DATA/val2017/*.jpg
 DATA/captions_coco14_test.txt           (DMD2's list of 30,000; without it, a seeded list of our own)
+DATA/coco_prompt_list.txt               (AMD's list of 5,000 captions of val2017, if wanted)
 DATA/cifar-10-batches-bin/data_batch_1.bin ... 5
 """
 
@@ -25,6 +26,9 @@ from diffusion2gan.pairs.prompts import prompts_digest
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 DMD2_LIST = "captions_coco14_test.txt"
 DMD2_SHA256 = "edabd2a556026cbf5d36a5fffa35ad43d7ba71b72f6d640b727c1edefb7f1945"
+AMD_LIST = "coco_prompt_list.txt"
+AMD_SHA256 = ("fea841d5", "5247")
+"""How the digest begins and ends."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,18 @@ class PictureSet(Protocol):
 
 
 class PictureFolder:
-    """The pictures below a folder, sorted by path; grey and transparent ones become RGB. Raises UserError when there are none."""
+    """The pictures below a folder, sorted by path, or those called `only`, in their order; grey and transparent ones become RGB.
+    Raises UserError when there are none, or one of `only` is not there."""
 
-    def __init__(self, folder: Path, name: str | None = None):
+    def __init__(self, folder: Path, name: str | None = None, only: Sequence[str] | None = None):
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder, expected pictures; check the path")
-        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
+        if only is None:
+            self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
+        else:
+            self.paths = [folder / n for n in only]
+            if missing := [p for p in self.paths if not p.is_file()]:
+                raise UserError(f"{missing[0]}: no such picture, and {len(missing) - 1} more; unpack the data set again")
         if not self.paths:
             raise UserError(f"{folder}: holds no picture, expected files ending in {', '.join(PICTURE_SUFFIXES)}")
         self.folder, self.name = folder, name or folder.name
@@ -111,21 +121,26 @@ def seeded_rows(total: int, count: int) -> np.ndarray:
     return np.sort(np.random.Generator(np.random.PCG64(0)).choice(total, count, replace=False))
 
 
-def _captions(path: Path) -> dict[int, tuple[int, str]]:
-    """Image id -> its caption of the smallest annotation id."""
+def _annotations(path: Path) -> tuple[list[tuple[int, int, str]], dict[int, str]]:
+    """COCO's captions in the order of the file, each (image id, annotation id, caption), and the images' file names."""
     try:
-        annotations = json.loads(path.read_text())["annotations"]
-        rows = [(int(a["image_id"]), int(a["id"]), str(a["caption"])) for a in annotations]
+        content = json.loads(path.read_text())
+        rows = [(int(a["image_id"]), int(a["id"]), " ".join(str(a["caption"]).split())) for a in content["annotations"]]
+        return rows, {int(i["id"]): Path(i["file_name"]).name for i in content.get("images", ())}
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}), expected COCO's captions; name the data set's folder by --data"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not COCO's captions, expected `annotations` with image_id, id and caption") from None
+
+
+def _captions(path: Path) -> dict[int, tuple[int, str]]:
+    """Image id -> its caption of the smallest annotation id."""
     first: dict[int, tuple[int, str]] = {}
-    for image, annotation, caption in rows:
+    for image, annotation, caption in _annotations(path)[0]:
         if image not in first or annotation < first[image][0]:
-            first[image] = (annotation, " ".join(caption.split()))
+            first[image] = (annotation, caption)
     return first
 
 
@@ -154,6 +169,44 @@ def coco17_prompts(data: Path) -> PromptList:
     """Every picture of val2017 in order of its id, with the caption of the smallest annotation id."""
     captions = _captions(data / "annotations" / "captions_val2017.json")
     return _listed("coco17-5k-first", captions, sorted(captions))
+
+
+def coco17_amd_prompts(data: Path) -> PromptList:
+    """AMD's list for the pictures of val2017, another caption of each; `number----caption` a line, its digest checked."""
+    path = data / AMD_LIST
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}), expected AMD's list; copy it there, or take the first captions"
+        ) from None
+    digest = hashlib.sha256(content).hexdigest()
+    if (digest[:8], digest[-4:]) != AMD_SHA256:
+        raise UserError(f"{path}: sha256 is {digest[:8]}...{digest[-4:]}, expected {'...'.join(AMD_SHA256)}; copy AMD's file again")
+    captions = [line.partition("----")[2].strip() for line in content.decode().splitlines()]
+    return PromptList("coco17-5k-amd", tuple(captions), digest)
+
+
+def coco14_dmd2_sdxl(data: Path, count: int = 10_000) -> tuple[PromptList, list[str]]:
+    """DMD2's set for SDXL: `count` pictures of val2014 with one caption each, and those pictures' file names.
+
+    Its rule: the captions grouped by picture in the order of `images`, shuffled, the first of each picture kept, and `count` of these
+    drawn, all by one NumPy generator of seed 123. Raises UserError for annotations without `images`, or too few.
+    """
+    path = data / "annotations" / "captions_val2014.json"
+    rows, names = _annotations(path)
+    if {image for image, _, _ in rows} != set(names) or len(names) < count:
+        raise UserError(f"{path}: captions of {len(names)} listed pictures, expected at least {count}, all with captions; unpack it again")
+    place = {image: i for i, image in enumerate(names)}
+    rows.sort(key=lambda row: place[row[0]])
+    random = np.random.RandomState(123)
+    chosen: dict[int, tuple[int, str]] = {}
+    for k in random.choice(len(rows), len(rows), replace=False):
+        image, annotation, caption = rows[k]
+        chosen.setdefault(image, (annotation, caption))
+    shuffled = list(chosen)
+    images = [shuffled[k] for k in random.choice(len(shuffled), count, replace=False)]
+    return _listed("coco14-10k-dmd2", chosen, images), [names[image] for image in images]
 
 
 def prompts_of_file(path: Path) -> PromptList:

@@ -25,7 +25,15 @@ from PIL import Image
 from diffusion2gan import __version__
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation import datasets, shards
-from diffusion2gan.evaluation.datasets import PictureFolder, PictureSet, PromptList, coco14_prompts, coco17_prompts
+from diffusion2gan.evaluation.datasets import (
+    PictureFolder,
+    PictureSet,
+    PromptList,
+    coco14_dmd2_sdxl,
+    coco14_prompts,
+    coco17_amd_prompts,
+    coco17_prompts,
+)
 from diffusion2gan.evaluation.extractors import Network, Pictures, build_network
 from diffusion2gan.evaluation.models import Model
 from diffusion2gan.evaluation.protocols import PROTOCOLS, Given, Protocol
@@ -57,16 +65,24 @@ class SampleSet:
     replicas: int = 1
     side: int | None = None
     """Of pictures that go into the network as they are."""
+    other_prompts: Mapping[str, Callable[[Path], PromptList]] = field(default_factory=dict)
+    """Lists that were published for the same pictures, by name."""
 
 
 def _unconditional(_: Path) -> PromptList:
     return PromptList("no prompts", ("",) * CIFAR_COUNT, prompts_digest([""] * CIFAR_COUNT))
 
 
+def _of_dmd2_sdxl(data: Path) -> PictureSet:
+    return PictureFolder(data / "val2014", "coco14-10k-dmd2", coco14_dmd2_sdxl(data)[1])
+
+
+_COCO17 = {"amd": coco17_amd_prompts}
 SAMPLES: Mapping[str, SampleSet] = {
     "coco14": SampleSet(30_000, coco14_prompts, lambda data: PictureFolder(data / "val2014"), 40_504),
-    "coco17": SampleSet(5_000, coco17_prompts, lambda data: PictureFolder(data / "val2017"), 5_000),
-    "coco17x8": SampleSet(40_000, coco17_prompts, replicas=8),
+    "coco14x10k": SampleSet(10_000, lambda data: coco14_dmd2_sdxl(data)[0], _of_dmd2_sdxl, 10_000),
+    "coco17": SampleSet(5_000, coco17_prompts, lambda data: PictureFolder(data / "val2017"), 5_000, other_prompts=_COCO17),
+    "coco17x8": SampleSet(40_000, coco17_prompts, replicas=8, other_prompts=_COCO17),
     "cifar10": SampleSet(CIFAR_COUNT, _unconditional, lambda data: datasets.Cifar10(data / "cifar-10-batches-bin"), CIFAR_COUNT, side=32),
 }
 
@@ -95,6 +111,8 @@ class Evaluation:
     device: str = "cpu"
     save_pictures: bool = False
     allow_unknown_weights: bool = False
+    coco17_captions: str = "first"
+    """Which caption of a COCO 2017 picture: `first`, or `amd`'s published list."""
     progress: bool = True
     worker: Worker = field(default_factory=Worker.from_environment)
     networks: dict[str, Network | UserError] = field(default_factory=dict)
@@ -119,9 +137,10 @@ class Evaluation:
         return [p for p in self._prompt_list(samples).prompts for _ in range(SAMPLES[samples].replicas)]
 
     def _read_prompts(self, samples: str) -> PromptList:
-        folder, replicas = self.model.folder, SAMPLES[samples].replicas
+        folder, chosen = self.model.folder, SAMPLES[samples]
+        replicas = chosen.replicas
         if folder is None:
-            return SAMPLES[samples].prompts(self.data).first(self.count)
+            return chosen.other_prompts.get(self.coco17_captions, chosen.prompts)(self.data).first(self.count)
         if len(folder) % replicas:
             raise UserError(f"{folder.folder}: {len(folder)} pictures, expected a multiple of {replicas}: that many of each prompt in turn")
         captions = self.model.captions[::replicas] or ("",) * (len(folder) // replicas)
@@ -332,7 +351,7 @@ class Evaluation:
             "reference": self._reference_facts(samples) if protocol.reference else None,
             "teacher": {"name": self.teacher.name, **self.teacher.identity} if protocol.teacher and self.teacher else None,
             "pictures_sha256": facts["sha256"],
-            "quantiser": "as found" if self.model.folder else "round",
+            "quantiser": self.model.quantiser or "as found",
             "tf32": False,
             "seconds_per_image": None if self.model.folder else shards.seconds_per_image(folder, "pictures"),
             "versions": versions(),

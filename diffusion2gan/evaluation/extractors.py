@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion2gan.evaluation.preprocess import bicubic_squash, centre_square, lanczos_square, prepared
+from diffusion2gan.evaluation.preprocess import bicubic_squash, centre_patch, centre_square, lanczos_square, prepared
 from diffusion2gan.evaluation.weights import FoundWeights, UnavailableError, find_weights, safe_state
 from diffusion2gan.precision import no_tf32
 
@@ -64,8 +64,10 @@ def _in_batches(network: Callable[[Tensor], Tensor], inputs: np.ndarray, device:
 
 
 # --- Inception and VGG ----------------------------------------------------------------------------------------------
-def _inception_clean(side: int) -> Callable[[FoundWeights, torch.device], Network]:
-    """clean-fid's Inception: picture -> `lanczos_square(side)` -> bicubic 299 in float, not rounded again -> pool3, 2048."""
+def _inception_clean(
+    kind: str, described: str, first: Callable[[Image.Image], Image.Image]
+) -> Callable[[FoundWeights, torch.device], Network]:
+    """clean-fid's Inception: picture -> `first` -> bicubic 299 in float, not rounded again -> pool3, 2048."""
 
     def build(found: FoundWeights, device: torch.device) -> Network:
         resize = _import("cleanfid.resize").build_resizer("clean")
@@ -73,10 +75,10 @@ def _inception_clean(side: int) -> Callable[[FoundWeights, torch.device], Networ
         network = _import("cleanfid.inception_torchscript").InceptionV3W(str(found.path.parent), download=False).to(device).eval()
 
         def features(pictures: Pictures, captions: Sequence[str] = ()) -> np.ndarray:
-            inputs = prepared(pictures, lambda image: resize(np.asarray(lanczos_square(image, side))))
+            inputs = prepared(pictures, lambda image: resize(np.asarray(first(image))))
             return _in_batches(network, inputs, device)
 
-        return Network(f"inception-clean-{side}", features, {"preprocess": f"centre square, Lanczos {side}, clean-fid bicubic 299"})
+        return Network(kind, features, {"preprocess": f"{described}, clean-fid bicubic 299"})
 
     return build
 
@@ -172,15 +174,20 @@ def _dinov2(found: FoundWeights, device: torch.device) -> Network:
 
 
 _BUILDERS: Mapping[str, tuple[str, Callable[[FoundWeights, torch.device], Network]]] = {
-    "inception-clean-256": ("inception_ts", _inception_clean(256)),
-    "inception-clean-512": ("inception_ts", _inception_clean(512)),
+    "inception-clean-256": (
+        "inception_ts", _inception_clean("inception-clean-256", "centre square, Lanczos 256", lambda i: lanczos_square(i, 256)),
+    ),
+    "inception-clean-512": (
+        "inception_ts", _inception_clean("inception-clean-512", "centre square, Lanczos 512", lambda i: lanczos_square(i, 512)),
+    ),
+    "inception-patch-299": ("inception_ts", _inception_clean("inception-patch-299", "centre patch 299", lambda i: centre_patch(i, 299))),
     "inception-tf": ("inception_tf", _fidelity("inception-tf", "2048", "FeatureExtractorInceptionV3", None)),
     "inception-tf-256": ("inception_tf", _fidelity("inception-tf-256", "2048", "FeatureExtractorInceptionV3", 256)),
     "vgg16-256": ("vgg16", _fidelity("vgg16-256", "fc2_relu", "FeatureExtractorVGG16", 256)),
     "clip": ("clip_g14", _clip),
     "dreamsim": ("dreamsim", _dreamsim),
     "dinov2": ("dinov2", _dinov2),
-}
+}  # fmt: skip
 NETWORKS = tuple(_BUILDERS)
 
 

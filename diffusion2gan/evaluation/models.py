@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.datasets import PictureFolder
-from diffusion2gan.images import to_uint8
+from diffusion2gan.images import Quantiser, to_uint8
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.pipeline import STUDENT_FILE, OneStepPipeline, teacher_pictures
 from diffusion2gan.teachers.folders import family_of, weights_digest
@@ -45,10 +45,12 @@ class Model:
     """Of the noise. Only pictures from noises of one shape can be compared noise by noise."""
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     """`text`, `network` and `decoder`: what `speed.latency` listens to. Empty for pictures."""
+    quantiser: Quantiser | None = "round"
+    """How its pixels became whole numbers; None for pictures that were."""
 
 
 # --- Ours -----------------------------------------------------------------------------------------------------------
-def student_model(folder: Path, name: str, dtype: str, device: str, batch_size: int) -> Model:
+def student_model(folder: Path, name: str, dtype: str, device: str, batch_size: int, quantiser: Quantiser = "round") -> Model:
     """A folder written by `export`."""
     student = OneStepPipeline.from_pretrained(folder, dtype, device)
     student.teacher.decoder_in_float32()
@@ -56,16 +58,25 @@ def student_model(folder: Path, name: str, dtype: str, device: str, batch_size: 
         "subject": f"student {weights_digest(student.generator)[:16]}",
         "decoder": _short(student.teacher.decoder_digest()),
         "dtype": dtype,
+        **_unless_rounded(quantiser),
     }
-    lent, facts = student.teacher, student.facts
-    return Model(name, identity, lambda p, s: student.generate(p, s, batch_size), None, (), facts, lent.latent_shape, lent.timed_modules())
+    lent = student.teacher
+    return Model(
+        name, identity, lambda p, s: student.generate(p, s, batch_size, quantiser=quantiser), facts=student.facts,
+        latent_shape=lent.latent_shape, modules=lent.timed_modules(), quantiser=quantiser,
+    )  # fmt: skip
+
+
+def _unless_rounded(quantiser: Quantiser) -> dict[str, str]:
+    """Part of an identity. Rounding is the rule, and is not said."""
+    return {} if quantiser == "round" else {"quantiser": quantiser}
 
 
 def _short(digest: str | None) -> str | None:
     return None if digest is None else digest[:16]
 
 
-def _family(source: str) -> str:
+def family_of_source(source: str) -> str:
     """The family of a teacher by its pipeline's class: of a folder, or of a hub repository's model_index.json."""
     folder = Path(source)
     if source != "embedded" and not folder.is_dir():
@@ -80,9 +91,11 @@ def _family(source: str) -> str:
     return family_of(folder) or "stable_diffusion"
 
 
-def teacher_model(source: str, name: str, ode: SolverConfig, dtype: str, device: str, batch_size: int) -> Model:
+def teacher_model(
+    source: str, name: str, ode: SolverConfig, dtype: str, device: str, batch_size: int, quantiser: Quantiser = "round"
+) -> Model:
     """A teacher with its ODE solver, as its pairs are made."""
-    config = TeacherConfig.model_validate({"family": _family(source), "source": source, "dtype": dtype})
+    config = TeacherConfig.model_validate({"family": family_of_source(source), "source": source, "dtype": dtype})
     teacher = load_teacher(config, device)
     teacher.decoder_in_float32()
     solver = OdeSolver(teacher, ode, batch_size)
@@ -92,10 +105,14 @@ def teacher_model(source: str, name: str, ode: SolverConfig, dtype: str, device:
         "ode": ode.model_dump(),
         "decoder": _short(teacher.decoder_digest()),
         "dtype": dtype,
+        **_unless_rounded(quantiser),
     }
     modules = teacher.timed_modules() | ({} if solver.network is None else {"network": solver.network})
     facts = {"ode": ode.model_dump(), "weights": known["weights"]}
-    return Model(name, identity, lambda p, s: teacher_pictures(solver, p, s), None, (), facts, teacher.latent_shape, modules)
+    return Model(
+        name, identity, lambda p, s: teacher_pictures(solver, p, s, quantiser=quantiser), facts=facts,
+        latent_shape=teacher.latent_shape, modules=modules, quantiser=quantiser,
+    )  # fmt: skip
 
 
 # --- Pictures that exist --------------------------------------------------------------------------------------------
@@ -115,7 +132,7 @@ def folder_model(folder: Path, name: str, captions: Path | None) -> Model:
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         raise UserError(f"{folder}: a folder of pictures cannot draw new ones; name a model")
 
-    return Model(name, {"subject": f"pictures {pictures.identity[:16]}"}, draw, pictures, lines)
+    return Model(name, {"subject": f"pictures {pictures.identity[:16]}"}, draw, pictures, lines, quantiser=None)
 
 
 # --- Other people's pipelines ---------------------------------------------------------------------------------------
@@ -231,6 +248,7 @@ def pipeline_model(
     device: str,
     batch_size: int,
     prepare: Callable[[Any], None] | None = None,
+    quantiser: Quantiser = "round",
 ) -> Model:
     """Any diffusers text-to-image pipeline with a U-Net or transformer and an autoencoder: folder or hub id."""
     types = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -265,7 +283,7 @@ def pipeline_model(
                 prompt=list(prompts[start : start + batch_size]), latents=noise, num_inference_steps=steps, guidance_scale=guidance,
                 generator=generators, output_type="latent",
             ).images  # fmt: skip
-            parts.append(to_uint8(_decode(pipeline, latents)))
+            parts.append(to_uint8(_decode(pipeline, latents), quantiser))
         return np.concatenate(parts)
 
     modules = [network, pipeline.vae, *(m for m in (getattr(pipeline, p, None) for p in _PARTS) if m is not None)]
@@ -277,10 +295,11 @@ def pipeline_model(
         "steps": steps,
         "guidance": guidance,
         "dtype": dtype,
+        **_unless_rounded(quantiser),
     }
     parts = {"text": pipeline.text_encoder, "network": network, "decoder": pipeline.vae.decoder}
     facts = {"source": source, "steps": steps, "guidance": guidance}
-    return Model(name, identity, draw, None, (), facts, shape, parts)
+    return Model(name, identity, draw, facts=facts, latent_shape=shape, modules=parts, quantiser=quantiser)
 
 
 # --- By name --------------------------------------------------------------------------------------------------------
@@ -294,6 +313,7 @@ class ModelOptions:
     device: str = "cpu"
     batch_size: int = 32
     captions: Path | None = None
+    quantiser: Quantiser = "round"
 
 
 def load_model(spec: str, options: ModelOptions) -> Model:
@@ -303,19 +323,21 @@ def load_model(spec: str, options: ModelOptions) -> Model:
     o = options
     if spec.startswith("teacher:"):
         ode = SolverConfig(steps=o.steps or 50, guidance=3.0 if o.guidance is None else o.guidance)
-        return teacher_model(spec.removeprefix("teacher:"), spec, ode, o.dtype, o.device, o.batch_size)
+        return teacher_model(spec.removeprefix("teacher:"), spec, ode, o.dtype, o.device, o.batch_size, o.quantiser)
     if spec == "embedded":
         from diffusion2gan.embedded.weights import embedded_student
 
-        return student_model(embedded_student(), "embedded student", o.dtype, o.device, o.batch_size)
+        return student_model(embedded_student(), "embedded student", o.dtype, o.device, o.batch_size, o.quantiser)
     if spec in PRESETS:
         preset = PRESETS[spec]
         steps, guidance = o.steps or preset.steps, preset.guidance if o.guidance is None else o.guidance
-        return pipeline_model(preset.source, spec, steps, guidance, o.dtype, o.device, o.batch_size, preset.prepare)
+        return pipeline_model(preset.source, spec, steps, guidance, o.dtype, o.device, o.batch_size, preset.prepare, o.quantiser)
     path = Path(spec)
     if (path / STUDENT_FILE).is_file():
-        return student_model(path, path.name, o.dtype, o.device, o.batch_size)
+        return student_model(path, path.name, o.dtype, o.device, o.batch_size, o.quantiser)
     if path.is_dir() and not (path / "model_index.json").is_file():
+        if o.quantiser != "round":
+            raise UserError(f"--quantiser {o.quantiser}: the pictures of {path} are whole numbers already; leave it out, or name a model")
         return folder_model(path, path.name, o.captions)
     if not path.exists() and (path.is_absolute() or spec.startswith(".") or spec.count("/") != 1 or path.parent.is_dir()):
         raise UserError(f"{spec}: no such folder, and no name of a hub repository; check the path")
@@ -325,4 +347,4 @@ def load_model(spec: str, options: ModelOptions) -> Model:
         raise UserError(
             f"{spec}: a diffusers pipeline needs --steps and --guidance; its card says which, or name one of {', '.join(PRESETS)}"
         )
-    return pipeline_model(spec, path.name, o.steps, o.guidance, o.dtype, o.device, o.batch_size)
+    return pipeline_model(spec, path.name, o.steps, o.guidance, o.dtype, o.device, o.batch_size, quantiser=o.quantiser)

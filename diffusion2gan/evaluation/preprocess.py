@@ -13,12 +13,20 @@ import numpy as np
 from PIL import Image
 
 
-def centre_square(image: Image.Image) -> Image.Image:
-    """The largest square in the middle, an odd margin halved as torchvision's `center_crop` halves it (3 to 2, half to even)."""
-    width, height = image.size
-    side = min(width, height)
-    left, top = round((width - side) / 2), round((height - side) / 2)
+def _centre_crop(image: Image.Image, side: int) -> Image.Image:
+    """An odd margin is halved as torchvision's `center_crop` halves it (3 to 2, half to even)."""
+    left, top = (round((length - side) / 2) for length in image.size)
     return image.crop((left, top, left + side, top + side))
+
+
+def centre_square(image: Image.Image) -> Image.Image:
+    """The largest square in the middle."""
+    return _centre_crop(image, min(image.size))
+
+
+def centre_patch(image: Image.Image, side: int) -> Image.Image:
+    """The middle `side` x `side` pixels as they are, or the whole picture when a side of it is shorter: DMD2's patch-FID."""
+    return _centre_crop(image, side) if min(image.size) >= side else image
 
 
 def lanczos_square(image: Image.Image, side: int) -> Image.Image:

@@ -224,6 +224,11 @@ PROTOCOLS: Mapping[str, Protocol] = {
             "fid5k_coco17", "FID-5k, COCO 2017", "coco17",
             {"inception-clean-256": _fid("res256"), "inception-clean-512": _fid("res512")}, reference=True,
         ),
+        Protocol(
+            "fid10k_coco14", "FID-10k and patch-FID of SDXL, COCO 2014", "coco14x10k",
+            {"inception-clean-512": _fid("res512"), "inception-patch-299": _fid("patch299", "patch-FID")}, reference=True,
+        ),
+        Protocol("clip10k_coco14", "CLIP score, the 10,000 pictures of SDXL", "coco14x10k", {"clip": _clip}),
         Protocol("clip5k_coco17", "CLIP score, COCO 2017", "coco17", {"clip": _clip}),
         Protocol("dreamsim5k", "ODE preservation, COCO 2017", "coco17", {"dreamsim": dreamsim_to_teacher}, teacher=True),
         Protocol("dreamdiv5k", "Diversity within a prompt, COCO 2017", "coco17x8", {"dreamsim": _dreamdiv}),
@@ -244,7 +249,7 @@ class Published:
     source: str
 
 
-_D2G = "Kang et al. 2024"
+_D2G, _DMD2 = "Kang et al. 2024", "Yin et al. 2024 (DMD2), Table 2"
 PUBLISHED: tuple[Published, ...] = tuple(
     Published(name, protocol, metric, value, source)
     for protocol, metric, rows in (
@@ -281,6 +286,16 @@ PUBLISHED: tuple[Published, ...] = tuple(
              ("SDXL, 50 steps, guidance 7", 0.346, f"{_D2G}, Table 5"), ("Diffusion2GAN (SDXL)", 0.347, f"{_D2G}, Table 5"),
              ("SDXL-Turbo, 1 step", 0.342, f"{_D2G}, Table 5"),
              ("SDXL-Lightning, 1 step", 0.324, f"{_D2G}, Table 5")),
+        ),
+        (
+            "fid10k_coco14", "FID",
+            (("SDXL, 50 steps, guidance 6", 19.36, _DMD2), ("SDXL, 50 steps, guidance 8", 20.39, _DMD2), ("DMD2, 1 step", 19.01, _DMD2),
+             ("SDXL-Turbo, 1 step", 24.57, _DMD2), ("SDXL-Lightning, 1 step", 23.92, _DMD2)),
+        ),
+        (
+            "clip10k_coco14", "CLIP score",
+            (("SDXL, 50 steps, guidance 6", 0.332, _DMD2), ("SDXL, 50 steps, guidance 8", 0.335, _DMD2),
+             ("SDXL-Turbo, 1 step", 0.337, _DMD2), ("SDXL-Lightning, 1 step", 0.316, _DMD2)),
         ),
         (
             "dreamsim5k", "DreamSim to the teacher",

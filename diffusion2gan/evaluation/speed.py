@@ -15,11 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffusion2gan.device import default_device
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.models import Model
+from diffusion2gan.perceptual import DecodedLPIPS, LatentLPIPS, LatentVGG
+from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 
 if TYPE_CHECKING:
     from diffusion2gan.recipe import Recipe
+    from diffusion2gan.teachers.load import LoadedTeacher
 
 PROMPTS = (
     "a red heart", "a smiling face", "a small house by a lake", "two cats on a sofa", "a bowl of fruit", "a city at night",
@@ -142,24 +146,53 @@ def latency_line(points: Sequence[tuple[int, float]]) -> dict[str, float]:
 
 
 # --- Cost of a loss -------------------------------------------------------------------------------------------------
+class PeakMemory:
+    """MB that are allocated at the peak between `start` and `stop`, beyond what was there."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._before = 0
+        self._profiler: Any = None
+
+    def start(self) -> None:
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        else:
+            self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+            self._profiler.__enter__()
+
+    def stop(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+            return (torch.cuda.max_memory_allocated() - self._before) / 2**20
+        self._profiler.__exit__(None, None, None)
+        events = [e for e in self._profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        current = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            current += event.nbytes()
+            peak = max(peak, current)
+        return peak / 2**20
+
+
 def extra_memory(act: Callable[[], Any], device: torch.device) -> float:
     """MB that a call allocates at its peak, beyond what was there."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        act()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        act()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    current = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
-    return peak / 2**20
+    memory = PeakMemory(device)
+    memory.start()
+    act()
+    return memory.stop()
+
+
+def decoded_lpips(teacher: LoadedTeacher) -> tuple[DecodedLPIPS, list[nn.Module]]:
+    """LPIPS of Eq. 2 through a teacher's decoder, and the modules whose weights it needs. VGG16 has random weights: time and memory do
+    not depend on them. Raises UserError for a teacher without a decoder."""
+    if teacher.vae is None:
+        raise UserError(f"a {teacher.family} teacher decodes nothing; name one of latents")
+    vgg = LatentVGG(LatentVGGConfig(in_channels=3, kept_poolings=(1, 2, 3, 4, 5), tap="before"))
+    distance = DecodedLPIPS(teacher.decode, LatentLPIPS(vgg).to(teacher.device).to(memory_format=torch.channels_last))
+    return distance, [distance, teacher.vae.decoder, teacher.vae.post_quant_conv]
 
 
 def loss_cost(
@@ -170,9 +203,10 @@ def loss_cost(
     batch: int = 1,
     warmup: int = 5,
     runs: int = 20,
+    modules: Sequence[nn.Module] | None = None,
 ) -> dict[str, Any]:
     """Forward and backward of `distance` to its first input, (batch, *shape) latents: median ms, `extra_activation_mb` beyond
-    what is resident, and `weight_mb` of a distance that is a module. `precision` other than float32 is autocast."""
+    what is resident, and `weight_mb` of `modules` (default: of a distance that is one). `precision` other than float32 is autocast."""
     random = torch.Generator().manual_seed(0)
     x0, x1 = (torch.randn(batch, *shape, generator=random).to(device) for _ in range(2))
     x0.requires_grad_()
@@ -192,7 +226,9 @@ def loss_cost(
         step()
         synchronise(device)
         times.append(time.perf_counter() - started)
-    weights = sum(p.numel() * p.element_size() for p in distance.parameters()) / 2**20 if isinstance(distance, nn.Module) else 0.0
+    if modules is None:
+        modules = [distance] if isinstance(distance, nn.Module) else []
+    weights = sum(p.numel() * p.element_size() for m in modules for p in m.parameters()) / 2**20
     return {
         "shape": list(shape), "batch": batch, "precision": precision, "ms": 1000 * statistics.median(times),
         "extra_activation_mb": extra_memory(step, device), "weight_mb": weights, "machine": machine(device),
@@ -202,36 +238,42 @@ def loss_cost(
 # --- Throughput of a training ---------------------------------------------------------------------------------------
 def train_throughput(recipe: Recipe, store: Path, warmup: int = 50, steps: int = 200) -> dict[str, Any]:
     """Samples a second of phase 1 of a recipe on a pair store, all processes together: loading, text, forward, backward, exchange,
-    optimiser and average included; checkpoints, validation and sample grids not. Nothing of the run is kept.
+    optimiser and average included; checkpoints, validation and sample grids not. `step_memory_mb` is what one more step allocates at
+    its peak beyond what was there. Nothing of the run is kept.
     Raises UserError for fewer than one step, and all that `train` refuses."""
     from diffusion2gan.run import train_recipe
 
     if steps < 1 or warmup < 0:
         raise UserError(f"throughput of {steps} steps after {warmup}, expected at least 1 after 0 or more")
-    never = warmup + steps + 2
+    never = warmup + steps + 3
     quiet = {"steps": never, "decay_steps": 0, "checkpoint_every": never, "validate_every": never, "sample_every": never}
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=quiet), "adversarial": None})
     times: list[float] = []
+    memory = PeakMemory(torch.device(default_device()))
+    found: dict[str, float] = {}
 
     def enough() -> bool:
         # Asked before every step, when the loss of the one before has arrived on the host: times[n] has n steps behind it.
         times.append(time.perf_counter())
-        if len(times) == warmup + 1 and torch.cuda.is_available():
+        done = len(times) - 1 - warmup
+        if torch.cuda.is_available() and done == 0:
             torch.cuda.reset_peak_memory_stats()
-        return len(times) > warmup + steps
+        if torch.cuda.is_available() and done == steps:
+            found["max_memory_allocated_mb"] = torch.cuda.max_memory_allocated() / 2**20
+            found["max_memory_reserved_mb"] = torch.cuda.max_memory_reserved() / 2**20
+        if done == steps:
+            memory.start()  # the time is taken; now one step for its memory
+        elif done > steps:
+            found["step_memory_mb"] = memory.stop()
+        return done > steps
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = train_recipe(recipe, store, Path(folder) / "run", deadline=enough)
     seconds = times[warmup + steps] - times[warmup]
-    result: dict[str, Any] = {
+    return {
         "recipe": recipe.name, "distance": recipe.loss.distance, "steps": steps, "warmup": warmup,
         "batch": recipe.training.batch_size, "processes": trainer.accelerator.num_processes, "micro_batch": trainer.share(0).micro,
         "mixed_precision": recipe.training.mixed_precision, "compile": recipe.training.compile,
         "images_per_second": recipe.training.batch_size * steps / seconds, "seconds_per_step": seconds / steps,
+        **found, "machine": machine(trainer.device),
     }  # fmt: skip
-    if torch.cuda.is_available():
-        result |= {
-            "max_memory_allocated_mb": torch.cuda.max_memory_allocated() / 2**20,
-            "max_memory_reserved_mb": torch.cuda.max_memory_reserved() / 2**20,
-        }
-    return result | {"machine": machine(trainer.device)}

@@ -78,6 +78,18 @@ def test_other_scoring_weights_are_not_comparable(tmp_path: Path) -> None:
     assert "clip5k_coco17: the models were evaluated with other scoring networks" in write_comparison(models, tmp_path / "out")
 
 
+@pytest.mark.parametrize(("first", "second", "same"), [("round", "trunc", False), ("round", "as found", True), ("trunc", "trunc", True)])
+def test_another_rounding_is_another_measurement(tmp_path: Path, first: str, second: str, same: bool) -> None:
+    folders = [evaluated(tmp_path / name, value, [0.3, 0.2]) for name, value in (("a", 20.0), ("b", 21.0))]
+    for folder, quantiser in zip(folders, (first, second), strict=True):
+        path = folder / "fid5k_coco17.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantiser": quantiser}))
+    models = [read_evaluation(folder) for folder in folders]
+    line = next(line for line in lines(models) if line.metric == "FID")
+    assert line.best() == (0 if same else None)
+    assert ("other roundings to uint8" in write_comparison(models, tmp_path / "out")) is not same
+
+
 def test_a_metric_that_one_model_lacks_leaves_a_dash(tmp_path: Path) -> None:
     a, b = evaluated(tmp_path / "a", 20.0, [0.3, 0.2]), evaluated(tmp_path / "b", 21.0, [0.2, 0.3])
     (b / "fid5k_coco17.json").unlink()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +303,13 @@ def test_pictures_can_be_saved_later(tmp_path: Path, coco: Path, weights: Path) 
         assert ours["value"] == pytest.approx(theirs["value"], abs=1e-7)
 
 
+def test_the_result_says_how_pixels_were_rounded(tmp_path: Path, coco: Path, weights: Path) -> None:
+    evaluation(replace(toy_model(), quantiser="trunc"), tmp_path / "cut", coco, weights).run(["clip5k_coco17"])
+    assert read(tmp_path / "cut", "clip5k_coco17")["quantiser"] == "trunc"
+    evaluation(folder_model(coco / "val2017", "real", None), tmp_path / "found", coco, weights).run(["fid5k_coco17"])
+    assert read(tmp_path / "found", "fid5k_coco17")["quantiser"] == "as found"
+
+
 def test_blank_pictures_are_reported(tmp_path: Path, coco: Path, weights: Path) -> None:
     black = Model("black", {"subject": "black"}, lambda p, s: np.zeros((len(p), 16, 16, 3), np.uint8))
     evaluation(black, tmp_path, coco, weights).run(["clip5k_coco17"])
@@ -331,6 +341,75 @@ def test_coco14_list_is_seeded_and_dmd2s_is_checked(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(datasets, "DMD2_SHA256", hashlib.sha256(b" a cat \na dog\n").hexdigest())
     assert coco14_prompts(tmp_path).prompts == ("a cat", "a dog")
+
+
+def test_amds_list_is_another_caption_of_the_same_pictures(
+    tmp_path: Path, coco: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(coco, data)
+    options = {"coco17_captions": "amd"}
+    reasons = evaluation(toy_model(), tmp_path / "none", data, weights, **options).run(["clip5k_coco17"])["clip5k_coco17"]
+    assert len(reasons) == 1 and "expected AMD's list" in reasons[0]
+    content = "".join(f"{70 + i}----amd caption {i} \n" for i in range(COUNT)).encode()
+    (data / datasets.AMD_LIST).write_bytes(content)
+    reasons = evaluation(toy_model(), tmp_path / "other", data, weights, **options).run(["clip5k_coco17"])["clip5k_coco17"]
+    assert "copy AMD's file again" in reasons[0]
+    digest = hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(datasets, "AMD_SHA256", (digest[:8], digest[-4:]))
+    assert evaluation(toy_model(), tmp_path / "amd", data, weights, **options).run(["clip5k_coco17", "fid5k_coco17"]) == {}
+    result = read(tmp_path / "amd", "clip5k_coco17")
+    assert result["prompts"]["name"] == "coco17-5k-amd" and result["prompts"]["sha256"] == digest
+    assert (tmp_path / "amd" / "samples" / "coco17" / "00002.txt").read_text() == "amd caption 2"
+    evaluation(toy_model(), tmp_path / "first", data, weights).run(["clip5k_coco17"])
+    assert read(tmp_path / "first", "clip5k_coco17")["results"][0]["value"] != result["results"][0]["value"]
+
+
+def coco14(folder: Path, count: int) -> dict:
+    """Annotations as COCO packs them: pictures in no order, and their captions in another one, three to five of each."""
+    order = np.random.default_rng(5)
+    images = [{"id": 7 * int(i) + 3, "file_name": f"COCO_val2014_{i:012d}.png"} for i in order.permutation(count)]
+    captions = [(image["id"], k) for i, image in enumerate(images) for k in range(3 + i % 3)]
+    annotations = [
+        {"id": int(i), "image_id": captions[i][0], "caption": f"caption {captions[i][1]} of {captions[i][0]}"}
+        for i in order.permutation(len(captions))
+    ]
+    (folder / "annotations").mkdir(parents=True)
+    content = {"images": images, "annotations": annotations}
+    (folder / "annotations" / "captions_val2014.json").write_text(json.dumps(content))
+    return content
+
+
+def test_dmd2s_choice_for_sdxl_is_pandas(tmp_path: Path) -> None:
+    """Their rule in the library they used: merge, shuffle, first of each picture, draw, under one global seed."""
+    pandas = pytest.importorskip("pandas")
+    content = coco14(tmp_path, 60)
+    images, annotations = pandas.DataFrame(content["images"]), pandas.DataFrame(content["annotations"])
+    np.random.seed(123)
+    rows = images.merge(annotations, how="left", left_on="id", right_on="image_id")[["file_name", "caption"]]
+    chosen = rows.sample(frac=1).drop_duplicates(subset="file_name").sample(40)
+    prompts, names = datasets.coco14_dmd2_sdxl(tmp_path, 40)
+    assert list(prompts.prompts) == list(chosen["caption"]) and names == list(chosen["file_name"])
+    assert len(set(names)) == 40
+    with pytest.raises(UserError, match="expected at least 61"):
+        datasets.coco14_dmd2_sdxl(tmp_path, 61)
+
+
+def test_sdxls_protocol_is_against_the_chosen_pictures(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "data"
+    content = coco14(data, 12)
+    (data / "val2014").mkdir()
+    for image, picture in zip(content["images"], pictures(12, 3), strict=True):
+        Image.fromarray(picture).save(data / "val2014" / image["file_name"])
+    monkeypatch.setattr(datasets.coco14_dmd2_sdxl, "__defaults__", (8,))
+    assert evaluation(toy_model(), tmp_path / "out", data, weights).run(["fid10k_coco14", "clip10k_coco14"]) == {}
+    result = read(tmp_path / "out", "fid10k_coco14")
+    assert [(e["metric"], e["variant"]) for e in result["results"]] == [("FID", "res512"), ("patch-FID", "patch299")]
+    assert result["n"] == 8 and result["reference"]["n"] == 8 and result["partial"]
+    missing = data / "val2014" / datasets.coco14_dmd2_sdxl(data)[1][0]
+    missing.unlink()
+    reasons = evaluation(toy_model(), tmp_path / "again", data, weights).run(["fid10k_coco14"])["fid10k_coco14"]
+    assert missing.name in reasons[0]
 
 
 def test_cifar_10_in_its_binary_form(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation import extractors
 from diffusion2gan.evaluation.extractors import BATCH, CLIP_VARIANTS, build_network, dreamsim_network
 from diffusion2gan.evaluation.metrics import Moments, frechet_distance, precision_recall
-from diffusion2gan.evaluation.preprocess import centre_square, lanczos_square, prepared
+from diffusion2gan.evaluation.preprocess import centre_patch, centre_square, lanczos_square, prepared
 from diffusion2gan.evaluation.weights import CLIP_G14, UnavailableError, find_weights, weights_folder
 
 pytest.importorskip("torchvision")
@@ -94,6 +94,19 @@ def test_centre_square_is_torchvisions(size: tuple[int, int]) -> None:
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     np.testing.assert_array_equal(np.asarray(centre_square(image)), np.asarray(center_crop(image, [min(size)] * 2)))
+
+
+@pytest.mark.parametrize("size", [(301, 320), (299, 299), (400, 300)])
+def test_centre_patch_is_torchvisions(size: tuple[int, int]) -> None:
+    from torchvision.transforms.functional import center_crop
+
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    assert np.array_equal(np.asarray(centre_patch(image, 299)), np.asarray(center_crop(image, 299)))
+
+
+def test_a_picture_smaller_than_the_patch_stays_whole() -> None:
+    image = Image.fromarray(np.zeros((299, 200, 3), np.uint8))
+    assert centre_patch(image, 299) is image
 
 
 def test_pictures_keep_their_order_on_many_threads() -> None:

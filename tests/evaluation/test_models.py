@@ -65,6 +65,27 @@ def test_identity_names_weights_and_settings(folders: dict[str, Path]) -> None:
     assert all(first != other for other in (identity(steps=4), identity(guidance=3.0), identity(kind="sdxl")))
 
 
+def test_cut_off_pixels_are_another_model_and_darker(folders: dict[str, Path], tmp_path: Path) -> None:
+    models = {
+        q: [
+            load_model(f"teacher:{folders['sd']}", ModelOptions(steps=2, guidance=2.0, quantiser=q)),
+            pipeline_model(str(folders["sd"]), "any name", 2, 2.0, "float32", "cpu", 4, quantiser=q),
+        ]
+        for q in ("round", "trunc")
+    }
+    for rounded, cut in zip(models["round"], models["trunc"], strict=True):
+        assert cut.identity["quantiser"] == "trunc" and "quantiser" not in rounded.identity
+        assert {k: v for k, v in cut.identity.items() if k != "quantiser"} == rounded.identity
+        assert (rounded.quantiser, cut.quantiser) == ("round", "trunc")
+        difference = rounded.draw(PROMPTS, SEEDS).astype(int) - cut.draw(PROMPTS, SEEDS)
+        assert set(np.unique(difference)) == {0, 1} and 0.3 < difference.mean() < 0.7
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "pictures" / "a.png")
+    assert load_model(str(tmp_path / "pictures"), ModelOptions()).quantiser is None
+    with pytest.raises(UserError, match="whole numbers already"):
+        load_model(str(tmp_path / "pictures"), ModelOptions(quantiser="trunc"))
+
+
 def test_a_teacher_draws_what_its_solver_solves(folders: dict[str, Path]) -> None:
     model = load_model(f"teacher:{folders['sd']}", ModelOptions(steps=4, guidance=2.0, batch_size=2))
     assert_close(model.draw(PROMPTS, SEEDS), stock(tiny_pipeline(), 4, 2.0))

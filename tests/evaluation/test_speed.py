@@ -90,5 +90,6 @@ def test_throughput_is_of_the_trainer_itself(tiny_teacher_folder: Path, prompts_
     found = train_throughput(recipe, store, warmup=2, steps=4)
     assert (found["steps"], found["batch"], found["processes"]) == (4, 4, 1)
     assert found["images_per_second"] == pytest.approx(4 / found["seconds_per_step"])
+    assert found["step_memory_mb"] > 0
     with pytest.raises(UserError, match="expected at least 1"):
         train_throughput(recipe, store, steps=0)
