@@ -102,7 +102,7 @@ def _kid(given: Given, variant: str) -> list[dict[str, Any]]:
         from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
     except ImportError:
         return []
-    pair = [torch.from_numpy(rows.load()) for rows in (given.generated, given.reference)]
+    pair = [torch.from_numpy(rows.mapped()) for rows in (given.generated, given.reference)]
     found = kid_features_to_metric(*pair, kid_subset_size=KID_SUBSET, rng_seed=KID_SEED, verbose=False)
     return [
         {

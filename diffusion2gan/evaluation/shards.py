@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,6 +66,14 @@ class Rows:
     def load(self) -> np.ndarray:
         """All rows, (N, ...)."""
         return np.concatenate(list(self))
+
+    def mapped(self) -> np.ndarray:
+        """All rows, (N, ...), in a nameless file beside the shards: its pages take no memory that somebody else needs."""
+        with disk_errors(self._paths[0].parent), tempfile.TemporaryFile(dir=self._paths[0].parent) as file:
+            for rows in self:
+                file.write(np.ascontiguousarray(rows).data)
+            file.flush()
+            return np.memmap(file, rows.dtype, "r+", shape=(len(self), *rows.shape[1:]))
 
 
 def spans(count: int, size: int) -> list[tuple[int, int]]:

@@ -235,7 +235,7 @@ def test_kid_of_whole_sets_is_the_unbiased_polynomial_mmd() -> None:
     from diffusion2gan.evaluation.protocols import KID_SUBSET, Given, _kid
 
     class InMemory(list):
-        def load(self) -> np.ndarray:
+        def mapped(self) -> np.ndarray:
             return np.stack(self)
 
     rng = np.random.default_rng(0)

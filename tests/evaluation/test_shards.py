@@ -41,6 +41,9 @@ def test_rows_are_in_order_and_their_moments_those_of_one_pass(tmp_path: Path) -
     found = run(tmp_path, pictures, MEANS, NUMBERS)
     np.testing.assert_array_equal(found["numbers"].load()[:, 0], np.arange(COUNT))
     np.testing.assert_array_equal(found["means"].load(), moments_of(pictures(0, COUNT), 0, COUNT))
+    before = sorted(tmp_path.iterdir())
+    np.testing.assert_array_equal(found["means"].mapped(), found["means"].load())
+    assert sorted(tmp_path.iterdir()) == before
     over, of = Moments.over(found["means"]), Moments.of(found["means"].load())
     assert over.n == of.n == COUNT
     np.testing.assert_allclose(over.mean, of.mean, rtol=1e-13)
