@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from diffusion2gan.training.state import checkpoint_path, checkpoint_step, checkpoints, load_state
+from tests.conftest import tiny_pixel_pipeline
 from tests.helpers import ROOT, Command, metrics, recipe_values, run_command, tree_digest, write_recipe
 
 KILLED = -signal.SIGKILL
@@ -56,6 +57,26 @@ def gan(tmp_path_factory: pytest.TempPathFactory, world: dict[str, Path]) -> dic
     done = run_command("train", recipe, "--pairs", world["store"], "--out", folder / "run")
     assert done.returncode == 0, done.stderr
     return {"recipe": recipe, "store": world["store"], "run": folder / "run"}
+
+
+@pytest.fixture(scope="module")
+def pixel(tmp_path_factory: pytest.TempPathFactory, prompts_file: Path) -> dict[str, Path]:
+    """An EDM network of pixels by Heun's method: no text, no autoencoder, noise of another scale; both phases."""
+    folder = tmp_path_factory.mktemp("pixel")
+    tiny_pixel_pipeline(edm=True).save_pretrained(folder / "teacher")
+    ode = {"solver": "heun", "steps": 3, "spacing": "linspace", "guidance": 1.0}
+    values = recipe_values(folder / "teacher", prompts_file, pairs__ode=ode)
+    values["teacher"]["family"] = "pixel"
+    values["training"]["steps"] = 6
+    values["adversarial"] = {"steps": 6, "learning_rate": 1e-4, "discriminator_learning_rate": 1e-4, "r1_every": 3}
+    recipe = write_recipe(folder / "recipe.yaml", values)
+    for arguments in (
+        ("simulate", recipe, "--out", folder / "store"),
+        ("train", recipe, "--pairs", folder / "store", "--out", folder / "run"),
+    ):
+        done = run_command(*arguments)
+        assert done.returncode == 0, done.stderr
+    return {"recipe": recipe, "store": folder / "store", "run": folder / "run"}
 
 
 def _kill_at(point: str, number: int, *arguments: object) -> None:
@@ -102,6 +123,24 @@ def test_simulate_killed_at(point: str, number: int, tmp_path: Path, world: dict
     again = run_command(*command)
     assert again.returncode == 0, again.stderr
     assert tree_digest(tmp_path / "store") == tree_digest(world["store"])
+
+
+@pytest.mark.parametrize(("point", "number"), [("mid-shard", 2), ("after-rename", 4)])
+def test_pixels_killed_at_simulate(point: str, number: int, tmp_path: Path, pixel: dict[str, Path]) -> None:
+    test_simulate_killed_at(point, number, tmp_path, pixel)
+
+
+@pytest.mark.parametrize(("point", "number"), [("step", 5), ("step", 10), ("mid-write", 3)])
+def test_pixels_killed_at_train(point: str, number: int, tmp_path: Path, pixel: dict[str, Path]) -> None:
+    _kill_a_training_at(point, number, tmp_path / "run", pixel)
+
+
+def test_pixels_killed_in_two_processes_and_on_with_one(tmp_path: Path, pixel: dict[str, Path]) -> None:
+    command = ("train", pixel["recipe"], "--pairs", pixel["store"], "--out", tmp_path / "run")
+    _in_two_processes(*command, kill=(1, "step", 8))
+    done = run_command(*command)
+    assert done.returncode == 0, done.stderr
+    _assert_near(tmp_path / "run", pixel["run"], 1e-2)
 
 
 @pytest.mark.parametrize(("point", "number"), [("before-rename", 2), ("after-rename", 3), ("before-rename", 5)])

@@ -72,6 +72,27 @@ def test_frozen_weights_keep_the_teachers_precision(tiny_teacher: StableDiffusio
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in generator.parameters() if p.requires_grad)
 
 
+def test_compiled_it_is_one_graph_and_learns_the_same(
+    root: Path, tiny_teacher_folder: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, compiled = torch.compile, []
+
+    def compile_whole(module: torch.nn.Module, dynamic: bool) -> object:
+        compiled.append(type(module))
+        return real(module, dynamic=dynamic, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", compile_whole)
+    torch._dynamo.reset()
+    recipe = _recipe(tiny_teacher_folder, prompts_file)
+    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"compile": True})})
+    train_recipe(recipe, root / "store", tmp_path, progress=False)
+    assert compiled == [OneStepGenerator]
+    plain, ours = (load_state(checkpoints(run / "checkpoints")[-1]).model for run in (root / "run", tmp_path))
+    assert plain.keys() == ours.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-4, rtol=1e-3)
+
+
 def test_a_run_learns_and_keeps_the_changes_alone(root: Path) -> None:
     losses = [r["validation_loss"] for r in metrics(root / "run") if "validation_loss" in r]
     assert losses[-1] < 0.95 * losses[0]
