@@ -271,6 +271,10 @@ def stages(recipe: Recipe, gpus: int, counted: Networks | None = None) -> list[S
     # What is trained is copied to every GPU, or split over them.
     parts = gpus if training.shard else 1
     trained = (_TRAINED + _MOMENTS[training.optimizer]) / parts
+    if training.zero:
+        # Weights; gradients; the optimiser's moments and its own copy of the weights, split or on the host.
+        gradients = 4 / gpus if training.zero == 2 else 4
+        trained = 4 + gradients + (0 if training.zero_offload else (_MOMENTS[training.optimizer] + 4) / gpus)
     resident = frozen + n.trained * (trained + (0 if training.ema_on_cpu else _AVERAGE / parts))
     kept = (n.perceptual.activations if n.perceptual else 0) + g.activations
     saved = 4 + _MOMENTS[training.optimizer]

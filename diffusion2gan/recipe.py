@@ -67,6 +67,10 @@ class Recipe(Section):
             )
         if self.training.shard:
             self._check_sharding()
+        if self.training.zero:
+            self._check_zero()
+        elif self.training.zero_offload:
+            raise ValueError("training.zero_offload is true and training.zero is 0, expected 1 or 2")
         self._check_phase_2()
         if self.training.steps == 0 and self.adversarial is None:
             raise ValueError("training.steps is 0 and there is no adversarial section, expected at least 1: nothing would be trained")
@@ -86,6 +90,19 @@ class Recipe(Section):
             raise ValueError(
                 "adversarial.r1 is exact with training.shard, expected finite_difference: split weights have no double backward"
             )
+
+    def _check_zero(self) -> None:
+        """What was tried with DeepSpeed."""
+        training = self.training
+        if self.adversarial is not None:
+            raise ValueError(
+                f"training.zero is {training.zero} with an adversarial section, expected 0: it is for phase 1 alone (training.shard does both)"
+            )
+        for key, unlike in (("shard", False), ("compile", False), ("optimizer", "adamw")):
+            if getattr(training, key) != unlike:
+                raise ValueError(f"training.{key} is {getattr(training, key)} with training.zero, expected {unlike}: choose one")
+        if self.generator.lora_rank is not None:
+            raise ValueError("generator.lora_rank is set with training.zero, expected one of them: a LoRA's optimiser is small without it")
 
     def _check_phase_2(self) -> None:
         adversarial, batch, micro = self.adversarial, self.phase_2_batch_size, self.training.micro_batch_size
@@ -252,6 +269,8 @@ _FREE_TO_CHANGE |= {
     "pairs.compile",
     "training.micro_batch_size",
     "training.shard",
+    "training.zero",
+    "training.zero_offload",
     "training.ema_on_cpu",
     "training.compile",
     "generator.gradient_checkpointing",

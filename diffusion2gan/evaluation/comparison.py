@@ -91,7 +91,9 @@ def emoji_entries(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
     if "fd_inf_ratio" in scores:
         entries.insert(2, {"metric": "FD_inf to R_rec", "value": scores["fd_inf_Rrec_student"]["fd_inf"], "better": "lower"})
-    return [{"variant": "all", **e} for e in entries if e["value"] is not None]
+    # Results from before these were kept have none.
+    values = result.get("values", {})
+    return [{"variant": "all", "values": values.get(e["metric"]), **e} for e in entries if e["value"] is not None]
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ from diffusion2gan.evaluation.metrics import (
     variance_within,
     within_prompt_diversity,
 )
-from diffusion2gan.evaluation.shards import Extractor, Produce, seconds_per_image
+from diffusion2gan.evaluation.shards import Extractor, Produce, save_values, seconds_per_image
 from diffusion2gan.evaluation.versions import software
 from diffusion2gan.files import write_bytes_atomic, write_json
 from diffusion2gan.pairs.seeds import evaluation_seed
@@ -409,7 +409,8 @@ def score(
     scoring_sha256: str = "",
     seconds: Mapping[str, float | None] | None = None,
 ) -> dict[str, Any]:
-    """The table of the protocol, ready for JSON. `prompts`: the list, or its first N; `records`: those of R.
+    """The table of the protocol, ready for JSON but for `values`: of some metrics an array with what each prompt got. `prompts`: the
+    list, or its first N; `records`: those of R.
 
     Fewer prompts than the list has mark the result `partial`. Raises UserError when the features do not belong to the prompts.
     """
@@ -484,6 +485,12 @@ def _score(
         },
         "diversity": {who: _mean_and_interval(values) for who, values in diversity.items()}
         | {"ratio": float(diversity["student"].mean() / max(diversity["teacher"].mean(), 1e-12))},
+        "values": {
+            "prompt agreement": agreement["student"],
+            "retrieval of the own noise": kept.hits.mean(1),
+            "distance to own / other noise": kept.paired / np.maximum(kept.control, 1e-12),
+            "diversity within a prompt": diversity["student"],
+        },
         "seconds_per_image": seconds,
         "sha256": {
             "prompt_list": LIST_SHA256[list_name],
@@ -655,6 +662,7 @@ def evaluate_emoji10k(
         "student": seconds_per_image(folder / "student", f"{list_name}-A"),
     }
     result = score(features, prompts, reference_records(dataset.records), list_name, network.sha256, seconds)
+    result["values"] = {metric: save_values(folder, f"{PROTOCOL}-{metric}", values) for metric, values in result["values"].items()}
     result["sampled_in"] = {"teacher": teacher.how, "student": student.how}
     result["identities"] = {"student": student.identity, "teacher": teacher.identity, "untrained": untrained.identity}
     write_json(folder / f"{PROTOCOL}.json", result)

@@ -39,7 +39,7 @@ from diffusion2gan.evaluation.models import Model
 from diffusion2gan.evaluation.protocols import PROTOCOLS, Given, Protocol
 from diffusion2gan.evaluation.shards import Extractor, Rows
 from diffusion2gan.evaluation.versions import software
-from diffusion2gan.files import atomic_path, write_bytes_atomic, write_json
+from diffusion2gan.files import write_bytes_atomic, write_json
 from diffusion2gan.images import png_bytes
 from diffusion2gan.pairs.prompts import prompts_digest
 from diffusion2gan.pairs.seeds import evaluation_seed, noise_fingerprint
@@ -318,11 +318,7 @@ class Evaluation:
     def _entry(self, protocol: Protocol, entry: dict[str, Any], kind: str) -> dict[str, Any]:
         values = entry.pop("values", None)
         if values is not None:
-            name = "".join(c if c.isalnum() else "-" for c in f"{protocol.id}-{entry['metric']}-{entry['variant']}".lower())
-            path = self.out / "values" / f"{name}.npy"
-            with atomic_path(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, np.asarray(values, np.float32))
-            entry["values"] = path.relative_to(self.out).as_posix()
+            entry["values"] = shards.save_values(self.out, f"{protocol.id}-{entry['metric']}-{entry['variant']}", values)
         return {**entry, "network": {"kind": kind, **self._network(kind).facts}}
 
     def _write(self, protocol: Protocol, samples: str, entries: list[dict[str, Any]], skipped: Sequence[str]) -> None:

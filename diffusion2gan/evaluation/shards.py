@@ -76,6 +76,15 @@ class Rows:
             return np.memmap(file, rows.dtype, "r+", shape=(len(self), *rows.shape[1:]))
 
 
+def save_values(out: Path, name: str, values: np.ndarray) -> str:
+    """Writes what each picture or prompt got below an evaluation's folder; returns where, as its result names it."""
+    plain = "".join(c if c.isalnum() else "-" for c in name.lower())
+    path = out / "values" / f"{plain}.npy"
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.asarray(values, np.float32))
+    return path.relative_to(out).as_posix()
+
+
 def spans(count: int, size: int) -> list[tuple[int, int]]:
     """The shards of `count` samples: (start, stop) of each, `size` samples but for the last."""
     return [(start, min(start + size, count)) for start in range(0, count, size)]

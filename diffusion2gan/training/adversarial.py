@@ -30,11 +30,11 @@ from diffusion2gan.schedule import warmup_and_decay
 from diffusion2gan.teachers.attention import twice_differentiable_attention
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
 from diffusion2gan.training.batches import BatchShare, OdePairBatch
-from diffusion2gan.training.clipping import RelativeClip
+from diffusion2gan.training.descent import Descent
 from diffusion2gan.training.optimizer import adamw
 from diffusion2gan.training.order import r1_generator
 from diffusion2gan.training.placement import Placement
-from diffusion2gan.training.sharding import exchanging, own_rows, split_like, split_optimizer_state
+from diffusion2gan.training.sharding import own_rows, split_like
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -242,14 +242,12 @@ class Adversary:
         self.bare = discriminator
         placement.place(discriminator, getattr(discriminator, "network", None), teacher.latent_shape)
         rate, betas = config.discriminator_learning_rate, config.discriminator_betas
-        self._raw_optimizer = adamw(placement.optimizer, self.bare.parameters(), rate, betas, weight_decay)
         self._called: nn.Module = compile_for_one_shape(self.bare, accelerator.device, "training.compile") if compiled else self.bare
-        self._trained: nn.Module = self._called if self.sharded else accelerator.prepare(self._called)
-        self.optimizer = accelerator.prepare(self._raw_optimizer)
+        optimizer = adamw(placement.optimizer, self.bare.parameters(), rate, betas, weight_decay)
+        self.descent = Descent(self.bare, self._called, optimizer, config.discriminator_gradient_clip, accelerator)
         described: Discriminator = discriminator  # type: ignore[assignment]
         self.sees_noise = described.config.noise
         self.statistics = Statistics(described.map_names, accelerator.device)
-        self.clip = RelativeClip(config.discriminator_gradient_clip)
         self.told: dict[str, float] = {}
         # Sum and number of R1's values since they were last told.
         self._r1_told: list[float] = [0.0, 0]
@@ -263,8 +261,6 @@ class Adversary:
 
         step: of the whole run. first_step: of phase 2. Returns what is wrong, before anything was updated, or None.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.discriminator_learning_rate * self.config.schedule(step - first_step)
         r1_rows, directions = self._r1_rows(step, first_step)
         loss = torch.zeros((), device=self.accelerator.device)
         penalties, answers = torch.zeros_like(loss), torch.zeros(2, 2, device=loss.device)
@@ -274,10 +270,10 @@ class Adversary:
             r1 = self._r1_input(batches, conditions, [r1_rows[k] for k in mine], None if directions is None else directions[mine])
             last = number + 1 == len(batches)
             # Gradients are exchanged once, with the last micro-batch.
-            with exchanging(self._trained, self.accelerator, last):
+            with self.descent.exchanging(last):
                 value, penalty, right = self._step(pairs, condition, fake, r1)
             loss, penalties, answers = loss + value, penalties + penalty, answers + right
-        length = self.clip.measure(self.bare.parameters())
+        length = self.descent.norm()
         world = self.accelerator.num_processes
         summed = self.accelerator.reduce(torch.cat([torch.stack([loss, penalties]) / world, answers.flatten()]), "sum")
         total, told_r1, *counts = summed.tolist()
@@ -290,9 +286,7 @@ class Adversary:
             return wrong
         if self._r1_due(step, first_step):
             self._r1_told = [self._r1_told[0] + told_r1, self._r1_told[1] + 1]
-        self.clip.apply(length)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.descent.step(self.config.discriminator_learning_rate * self.config.schedule(step - first_step), length)
         return None
 
     def _step(self, pairs: OdePairBatch, condition: TextCondition, fake: Tensor, r1: R1Input | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -305,7 +299,7 @@ class Adversary:
             fake_noise, fake_condition = pairs.mixed.noise, self.teacher.encode_prompts(pairs.mixed.prompts)
         latent, noise = torch.cat([pairs.latent, fake_latent]), torch.cat([pairs.noise, fake_noise])
         with self.accelerator.autocast():
-            maps = self._trained(latent, noise, TextCondition.cat(condition, fake_condition))
+            maps = self.descent.trained(latent, noise, TextCondition.cat(condition, fake_condition))
         real = {k: v[: len(fake)].float() for k, v in maps.items()}
         of_fakes = {k: v[len(fake) :].float() for k, v in maps.items()}
         loss = losses.discriminator_loss(real, of_fakes, self.config.loss).mean() / self.share.accumulation
@@ -315,7 +309,7 @@ class Adversary:
             # Every process' gradient is divided by their number; the mean is over all of R1's samples.
             penalty = found.sum() * self.accelerator.num_processes / self.r1_count
         # R1 goes through one backward with the loss: alone it leaves the last biases without a gradient, and DDP waiting.
-        self.accelerator.backward(loss + self.config.r1_every * self.config.r1_gamma / 2 * penalty)
+        self.descent.backward(loss + self.config.r1_every * self.config.r1_gamma / 2 * penalty)
         return loss.detach(), penalty.detach(), self.statistics.add(real, of_fakes, kind, self.config.loss == "relativistic")
 
     def _r1_due(self, step: int, first_step: int) -> bool:
@@ -401,14 +395,16 @@ class Adversary:
         """What this process saves for an exact resume (`own_rows`). To be called by every process: the statistics are of all of them."""
         sums = self.accelerator.reduce(self.statistics.sums.clone(), "sum")
         main = self.accelerator.is_main_process
-        model, optimizer = (own_rows(s, main) for s in (self.bare.state_dict(), self.optimizer.state_dict()))
-        return {"model": model, "optimizer": optimizer, "statistics": sums, "r1": self._r1_told, "gradient_scale": self.clip.scale}
+        model, optimizer = own_rows(self.bare.state_dict(), main), self.descent.state(main)
+        return {
+            "model": model, "optimizer": optimizer, "statistics": sums, "r1": self._r1_told, "gradient_scale": self.descent.clip.scale,
+        }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
         self.bare.load_state_dict(split_like(state["model"], self.bare.state_dict()))
-        self.optimizer.load_state_dict(split_optimizer_state(state["optimizer"], self._raw_optimizer))
+        self.descent.load(state["optimizer"])
         self._r1_told = state["r1"]
         # Checkpoints from before there was one: as at the first step.
-        self.clip.scale = state.get("gradient_scale", math.nan)
+        self.descent.clip.scale = state.get("gradient_scale", math.nan)
         if self.accelerator.is_main_process and state["statistics"].shape == self.statistics.sums.shape:
             self.statistics.sums.copy_(state["statistics"])

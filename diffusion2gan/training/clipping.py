@@ -32,7 +32,10 @@ class RelativeClip:
         """Cuts what `measure` measured as `norm`, and remembers it."""
         if not math.isnan(self.scale):
             limit = self.factor * self.scale
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, self._norm)
+            self._cut(limit)
             norm = min(norm, limit)
         self.scale = norm if math.isnan(self.scale) else _DECAY * self.scale + (1 - _DECAY) * norm
         self._parameters = []
+
+    def _cut(self, limit: float) -> None:
+        torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, self._norm)

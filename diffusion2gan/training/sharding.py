@@ -6,16 +6,14 @@ Each process saves its own rows of every tensor; joined again, they do not know 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -30,17 +28,6 @@ def shard(module: nn.Module, device: torch.device, world: int) -> None:
                 if block is not None and not hasattr(block, "transformer_blocks"):
                     fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
-
-
-@contextmanager
-def exchanging(module: nn.Module, accelerator: Accelerator, exchange: bool) -> Iterator[None]:
-    """Around forward and backward of one micro-batch: whether the processes exchange its gradients, and all before it, or keep them.
-    What is split exchanges them always: kept, they would be whole on every process."""
-    if exchange or isinstance(module, FSDPModule):
-        yield
-    else:
-        with accelerator.no_sync(module):
-            yield
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -39,12 +39,12 @@ from diffusion2gan.schedule import warmup_and_decay
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
 from diffusion2gan.training.adversarial import AdversarialConfig, Adversary, Guard
 from diffusion2gan.training.batches import BatchShare, OdePairBatch, mixed_fakes, pair_batch
-from diffusion2gan.training.clipping import RelativeClip
+from diffusion2gan.training.descent import Descent
 from diffusion2gan.training.distance import Distance
 from diffusion2gan.training.optimizer import OptimizerName, adamw
 from diffusion2gan.training.order import SampleOrder, augmentation_uniforms, mix_uniforms
 from diffusion2gan.training.placement import Placement
-from diffusion2gan.training.sharding import exchanging, own_rows, split_like, split_optimizer_state
+from diffusion2gan.training.sharding import own_rows, split_like
 from diffusion2gan.training.state import (
     TrainingState,
     checkpoint_path,
@@ -55,6 +55,7 @@ from diffusion2gan.training.state import (
     save_split_state,
     save_state,
 )
+from diffusion2gan.training.zero import ZeroDescent
 
 
 class TrainingConfig(Section):
@@ -81,6 +82,10 @@ class TrainingConfig(Section):
     """Of G and D. `adamw_8bit` (bitsandbytes) keeps its moments in 2 bytes a parameter instead of 8; tensors under 4,096 elements as before."""
     ema_on_cpu: bool = False
     """Keeps the average in the host's memory: 4 bytes a parameter less on the GPU, one copy of the weights to the host a step."""
+    zero: Literal[0, 1, 2] = 0
+    """Phase 1 by DeepSpeed's ZeRO: 1 splits the optimiser's state over the processes, 2 also the gradients; the weights stay whole."""
+    zero_offload: bool = False
+    """With it, the optimiser and its state are on the hosts: 12 bytes a parameter less on the GPUs, and a slower step."""
     shard: bool = False
     """FSDP2: weights, gradients, optimisers and average of G and D are split over the processes, instead of copied to each."""
     checkpoint_every: int = Field(500, ge=1)
@@ -155,12 +160,12 @@ class Trainer:
                 f"training.first_pairs is {config.first_pairs}, expected at most {available} ({len(pairs)} pairs, {config.holdout} held out)"
             )
         self.order = SampleOrder(config.first_pairs or available, config.seed)
-        self.placement = Placement(self.device, world, config.shard and world > 1, config.optimizer)
+        self.placement = Placement(self.device, world, config.shard and world > 1, config.optimizer, flat=config.zero > 0)
         self.placement.place(generator, generator.network, teacher.latent_shape)
         self.ema = Ema(generator, config.ema_decay, torch.device("cpu") if config.ema_on_cpu else None)
         self.bare_generator = generator
         parameters = [p for p in generator.parameters() if p.requires_grad]
-        self._raw_optimizer = adamw(config.optimizer, parameters, config.learning_rate, config.betas, config.weight_decay)
+        optimizer = adamw(config.optimizer, parameters, config.learning_rate, config.betas, config.weight_decay)
         trained: nn.Module = generator
         self._distance_in_training: nn.Module = distance
         if config.compile:
@@ -168,14 +173,18 @@ class Trainer:
             # A distance without a network of its own is too small to compile.
             if distance.network is not None:
                 self._distance_in_training = compile_for_one_shape(distance, self.device, "training.compile")
-        self.generator: nn.Module = trained if self.placement.sharded else self.accelerator.prepare(trained)
-        self.optimizer = self.accelerator.prepare(self._raw_optimizer)
+        if config.zero:
+            micro = self._phase_1.micro
+            self.descent: Descent = ZeroDescent(
+                generator, optimizer, config.gradient_clip, self.accelerator, micro, config.zero, config.zero_offload
+            )
+        else:
+            self.descent = Descent(generator, trained, optimizer, config.gradient_clip, self.accelerator)
         self.adversarial, self.adversary = adversarial, self._adversary(adversarial, discriminator)
         self.guard: Guard | None = None
         self.total_steps = config.steps + (adversarial.steps if adversarial else 0)
         self.step = 0
         self.stopping = False
-        self.clip = RelativeClip(config.gradient_clip)
         self._validated: tuple[int, dict[str, float]] = (-1, {})
         self.log = RunLog(folder, self.accelerator.is_main_process)
         self._resume()
@@ -223,8 +232,6 @@ class Trainer:
 
         `stop` travels with the loss, so that all processes learn in the same step that one of them was asked to stop.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.step)
         adversary = self.adversary if self.in_phase_2 else None
         conditions = [self.teacher.encode_prompts(m.prompts) for m in micro_batches]
         fakes: list[Tensor | None] = [None] * len(micro_batches)
@@ -234,13 +241,13 @@ class Trainer:
         with adversary.frozen() if adversary is not None else nullcontext():
             for number, (micro_batch, condition, fake) in enumerate(zip(micro_batches, conditions, fakes, strict=True)):
                 # Gradients are exchanged once, with the last micro-batch.
-                with exchanging(self.generator, self.accelerator, number + 1 == len(micro_batches)):
+                with self.descent.exchanging(number + 1 == len(micro_batches)):
                     told[:2] += self.generator_step(micro_batch, condition, fake, adversary)
         told[2] = float(stop)
         loss, adversarial_loss, stops = self.accelerator.reduce(told, "mean")
-        norm = self._clip({"regression loss": loss.item(), "adversarial loss": adversarial_loss.item()})
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = self.descent.norm()
+        self._check({"regression loss": loss.item(), "adversarial loss": adversarial_loss.item(), "gradient norm": norm})
+        self.descent.step(self.rate(self.step), norm)
         # Phase 2 begins from a good average, and an average that forgets quickly would lose it.
         decay = self.adversarial.ema_decay if self.in_phase_2 and self.adversarial else None
         self.ema.update(self.bare_generator, _LATE if self.in_phase_2 else self.step, decay)
@@ -257,7 +264,7 @@ class Trainer:
         # Of several micro-batches, not all can be held with their graph: G's step computes them again.
         whole_batch = len(micro_batches) == 1
         with torch.set_grad_enabled(whole_batch), self.accelerator.autocast():
-            fakes = [self.generator(p.noise, c) for p, c in zip(micro_batches, conditions, strict=True)]
+            fakes = [self.descent.trained(p.noise, c) for p, c in zip(micro_batches, conditions, strict=True)]
         wrong = adversary.update(micro_batches, conditions, fakes, self.step, self.config.steps, self.guard)
         if wrong:
             raise self._stopped(wrong)
@@ -269,14 +276,14 @@ class Trainer:
         """Forward and backward of d(G(z, c), x) + lambda_GAN L_GAN; returns this micro-batch's share of both means, (2,)."""
         with self.accelerator.autocast():
             if fake is None:
-                fake = self.generator(pairs.noise, condition)
+                fake = self.descent.trained(pairs.noise, condition)
             distance = self._distance_in_training(fake, pairs.latent, pairs.uniform)
         accumulation = self.share(self.step).accumulation
         regression = distance.float().mean() / accumulation
         adversarial = torch.zeros_like(regression)
         if adversary is not None:
             adversarial = adversary.config.weight * adversary.generator_term(fake, pairs, condition).mean() / accumulation
-        self.accelerator.backward(regression + adversarial)
+        self.descent.backward(regression + adversarial)
         return torch.stack([regression, adversarial]).detach()
 
     def _stopped(self, wrong: str) -> UserError:
@@ -294,19 +301,15 @@ class Trainer:
             "adversarial.discriminator_learning_rate or adversarial.weight"
         )
 
-    def _clip(self, terms: dict[str, float]) -> float:
-        """Cuts the gradient to `gradient_clip` times its running norm. Raises UserError before anything non-finite is applied, and
-        when phase 2 has gone wrong by its regression loss."""
-        norm = self.clip.measure(self.bare_generator.parameters())
-        for name, term in (terms | {"gradient norm": norm}).items():
+    def _check(self, terms: dict[str, float]) -> None:
+        """Raises UserError before anything non-finite is applied, and when phase 2 has gone wrong by its regression loss."""
+        for name, term in terms.items():
             if not math.isfinite(term):
                 raise self._stopped(f"the {name} is {term}, expected a finite number")
         if self.guard is not None and self.adversarial is not None:
             wrong = self.guard.follow_regression(terms["regression loss"], self.adversarial)
             if wrong:
                 raise self._stopped(wrong)
-        self.clip.apply(norm)
-        return norm
 
     # --- Data -------------------------------------------------------------------------------------------------------
 
@@ -383,8 +386,7 @@ class Trainer:
     def _enter_phase_2(self) -> None:
         """From the average of phase 1, with a new optimiser; the loss there is what the guard compares with."""
         load_trained(self.bare_generator, self.ema.state)
-        self._raw_optimizer.state.clear()
-        self.clip = RelativeClip(self.config.gradient_clip)
+        self.descent.restart()
         start = self._validation()["validation_loss"]
         self.guard = Guard(start=start, regression=start, good_step=self.step, judged_step=self.step)
         self._save()
@@ -443,11 +445,10 @@ class Trainer:
         if not self.stopping:
             self._judge()
         main = self.accelerator.is_main_process
-        model, average, optimizer = (
-            own_rows(s, main) for s in (trained_state(self.bare_generator), self.ema.state, self.optimizer.state_dict())
-        )
+        model, average = (own_rows(s, main) for s in (trained_state(self.bare_generator), self.ema.state))
+        optimizer = self.descent.state(main)
         told = None if guard is None else asdict(guard)
-        state = TrainingState(self.step, model, average, optimizer, self.clip.scale, self._environment(), adversary, told)
+        state = TrainingState(self.step, model, average, optimizer, self.descent.clip.scale, self._environment(), adversary, told)
         # Phase 1's end stays too: other runs may start from it.
         kept = () if guard is None else (guard.good_step, self.config.steps)
         if self.placement.sharded:
@@ -473,8 +474,8 @@ class Trainer:
             state = load_state(last, self._environment(), in_pieces=self.placement.sharded)
             load_trained(self.bare_generator, split_like(state.model, self.ema.state))
             self.ema.load(split_like(state.ema, self.ema.state))
-            self.optimizer.load_state_dict(split_optimizer_state(state.optimizer, self._raw_optimizer))
-            self.step, self.clip.scale = state.step, state.gradient_scale
+            self.descent.load(state.optimizer)
+            self.step, self.descent.clip.scale = state.step, state.gradient_scale
             self.guard = None if state.guard is None else Guard(**state.guard)
             if self.adversary is not None and state.adversary is not None:
                 self.adversary.load(state.adversary)

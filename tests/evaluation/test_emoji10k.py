@@ -14,7 +14,9 @@ from diffusion2gan.embedded import emoji
 from diffusion2gan.embedded.emoji import EmojiDataset, EmojiRecord
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation import emoji10k
+from diffusion2gan.evaluation.comparison import duels, lines, read_evaluation
 from diffusion2gan.evaluation.emoji10k import CrossFittedProbe, DrawnPrompt, Subject
+from diffusion2gan.evaluation.evaluate import describe
 
 
 def record(concept: int, style: str, tone: str = "") -> EmojiRecord:
@@ -234,6 +236,20 @@ def test_evaluate_scores_a_perfect_and_a_poor_student(tmp_path: Path, toy: Emoji
     assert set(perfect["scores"]) == {"all", "coarse", "middle", "fine"}
     assert perfect["scores"]["coarse"]["n"] == 100
     assert json.loads((tmp_path / "1.0" / "emoji10k-v1.json").read_text())["sha256"]["prompt_list"] == emoji10k.LIST_SHA256["test"]
+    for metric, mean in (
+        ("prompt agreement", poor["scores"]["all"]["prompt_agreement"]["student"]["mean"]),
+        ("retrieval of the own noise", poor["preservation"]["retrieval"]["mean"]),
+        ("diversity within a prompt", poor["diversity"]["student"]["mean"]),
+    ):
+        assert np.load(tmp_path / "0.4" / poor["values"][metric]).mean() == pytest.approx(mean, rel=1e-5)
+    # Prompt by prompt the perfect one is the nearer to its own noise.
+    models = []
+    for name in ("1.0", "0.4"):
+        describe(tmp_path / name, name, {"subject": name})
+        models.append(read_evaluation(tmp_path / name))
+    won = {duel.line.metric: (duel.wins, duel.losses) for duel in duels(models, lines(models))}
+    assert won["distance to own / other noise"] == (6, 0)
+    assert won.keys() == perfect["values"].keys()
     # A second run reads every shard and finds the same.
     again = run(1.0)
     assert again["scores"] == perfect["scores"]

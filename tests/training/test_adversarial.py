@@ -89,7 +89,7 @@ def test_phase_2_begins_from_the_average_with_a_new_optimizer(store: Path, tmp_p
     held_out = trainer.validate()["validation_loss"]
     trainer._enter_phase_2()
     assert all(torch.equal(v, average[k]) for k, v in trainer.bare_generator.state_dict().items())
-    assert not trainer._raw_optimizer.state
+    assert not trainer.descent.raw_optimizer.state
     assert trainer.guard == Guard(start=held_out, regression=held_out, good_step=2, judged_step=2)
     assert trainer.rate(1) == 1e-3
     assert trainer.rate(2) == 1e-3 * trainer.adversarial.schedule(0)  # type: ignore[union-attr]
@@ -189,7 +189,7 @@ def test_d_learns_to_tell_and_g_lowers_eq_6(kind: str, store: Path, tmp_path: Pa
         batches = trainer._load(step)
         conditions = [trainer.teacher.encode_prompts(p.prompts) for p in batches]
         with torch.no_grad():
-            fakes = [trainer.generator(p.noise, c) for p, c in zip(batches, conditions, strict=True)]
+            fakes = [trainer.descent.trained(p.noise, c) for p, c in zip(batches, conditions, strict=True)]
         assert adversary.update(batches, conditions, fakes, step, 0, guard) is None
         if step == 29:
             adversary.tell()
@@ -201,13 +201,10 @@ def test_d_learns_to_tell_and_g_lowers_eq_6(kind: str, store: Path, tmp_path: Pa
         (pairs,) = trainer._load(0)
         condition = trainer.teacher.encode_prompts(pairs.prompts)
         with adversary.frozen():
-            term = adversary.generator_term(trainer.generator(pairs.noise, condition), pairs, condition).mean()
+            term = adversary.generator_term(trainer.descent.trained(pairs.noise, condition), pairs, condition).mean()
             term.backward()
         terms.append(term.item())
-        for group in trainer.optimizer.param_groups:
-            group["lr"] = 1e-3
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
+        trainer.descent.step(1e-3, trainer.descent.norm())
     assert terms[-1] < terms[0] - 0.02
 
 

@@ -46,7 +46,10 @@ def _worker(rank: int, store: str, folder: str) -> None:
     adversary = trainer.adversary
     assert adversary is not None
     assert trainer.step == 3
-    for name, module, optimizer in (("g", trainer.bare_generator, trainer._raw_optimizer), ("d", adversary.bare, adversary._raw_optimizer)):
+    for name, module, optimizer in (
+        ("g", trainer.bare_generator, trainer.descent.raw_optimizer),
+        ("d", adversary.bare, adversary.descent.raw_optimizer),
+    ):
         parameters = list(module.parameters())
         assert all(isinstance(p, DTensor) for p in parameters)
         # The moments are split as the weights are, and nothing is left behind by the other network's step.

@@ -121,7 +121,7 @@ def test_moments_of_8_bits(store: Path, tmp_path: Path, monkeypatch: pytest.Monk
     exact.run(progress=False)
     moved, expected = _weights(unbroken) - start, _weights(exact) - start
     assert torch.cosine_similarity(moved, expected, 0) > 0.98
-    state = unbroken._raw_optimizer.state
+    state = unbroken.descent.raw_optimizer.state
     large = [p for p in unbroken.bare_generator.parameters() if p.numel() >= 4096]
     assert large
     assert {state[p]["state1"].dtype for p in large} == {torch.uint8}
