@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
+import torch
 import yaml
 
 from diffusion2gan.recipe import parse_recipe
@@ -47,6 +49,19 @@ def trained_from_scratch(values: dict[str, Any], folder: Path) -> Trainer:
     recipe = parse_recipe(values, values["name"])
     simulate_recipe(recipe, folder / "store", progress=False)
     return train_recipe(recipe, folder / "store", folder / "run", progress=False)
+
+
+def compiled_whole(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """From here on `torch.compile` makes one graph or fails, and runs it as it is; returns what it was asked to compile."""
+    real, compiled = torch.compile, []
+
+    def compile_whole(module: torch.nn.Module, dynamic: bool) -> object:
+        compiled.append(type(module))
+        return real(module, dynamic=dynamic, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", compile_whole)
+    torch._dynamo.reset()
+    return compiled
 
 
 def write_recipe(path: Path, values: dict[str, Any]) -> Path:

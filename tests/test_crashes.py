@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,11 +26,8 @@ from tests.helpers import ROOT, Command, metrics, recipe_values, run_command, tr
 KILLED = -signal.SIGKILL
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_folder: Path, prompts_file: Path) -> dict[str, Path]:
-    """A recipe, its unbroken store and its unbroken run."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    recipe = write_recipe(folder / "recipe.yaml", recipe_values(tiny_teacher_folder, prompts_file))
+def _unbroken(folder: Path, values: dict[str, Any]) -> dict[str, Path]:
+    recipe = write_recipe(folder / "recipe.yaml", values)
     for arguments in (
         ("simulate", recipe, "--out", folder / "store"),
         ("train", recipe, "--pairs", folder / "store", "--out", folder / "run"),
@@ -37,6 +35,12 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_folder: Path, p
         done = run_command(*arguments)
         assert done.returncode == 0, done.stderr
     return {"recipe": recipe, "store": folder / "store", "run": folder / "run"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_folder: Path, prompts_file: Path) -> dict[str, Path]:
+    """A recipe, its unbroken store and its unbroken run."""
+    return _unbroken(tmp_path_factory.mktemp("unbroken"), recipe_values(tiny_teacher_folder, prompts_file))
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +73,7 @@ def pixel(tmp_path_factory: pytest.TempPathFactory, prompts_file: Path) -> dict[
     values["teacher"]["family"] = "pixel"
     values["training"]["steps"] = 6
     values["adversarial"] = {"steps": 6, "learning_rate": 1e-4, "discriminator_learning_rate": 1e-4, "r1_every": 3}
-    recipe = write_recipe(folder / "recipe.yaml", values)
-    for arguments in (
-        ("simulate", recipe, "--out", folder / "store"),
-        ("train", recipe, "--pairs", folder / "store", "--out", folder / "run"),
-    ):
-        done = run_command(*arguments)
-        assert done.returncode == 0, done.stderr
-    return {"recipe": recipe, "store": folder / "store", "run": folder / "run"}
+    return _unbroken(folder, values)
 
 
 def _kill_at(point: str, number: int, *arguments: object) -> None:

@@ -25,7 +25,7 @@ from diffusion2gan.teachers.pixel import PixelTeacher
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from diffusion2gan.training.state import checkpoints, load_state
 from tests.conftest import tiny_pixel_pipeline
-from tests.helpers import metrics, recipe_values
+from tests.helpers import compiled_whole, metrics, recipe_values
 
 PROMPTS = ["red heart", "blue cat"]
 
@@ -75,14 +75,7 @@ def test_frozen_weights_keep_the_teachers_precision(tiny_teacher: StableDiffusio
 def test_compiled_it_is_one_graph_and_learns_the_same(
     root: Path, tiny_teacher_folder: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, compiled = torch.compile, []
-
-    def compile_whole(module: torch.nn.Module, dynamic: bool) -> object:
-        compiled.append(type(module))
-        return real(module, dynamic=dynamic, backend="eager", fullgraph=True)
-
-    monkeypatch.setattr(torch, "compile", compile_whole)
-    torch._dynamo.reset()
+    compiled = compiled_whole(monkeypatch)
     recipe = _recipe(tiny_teacher_folder, prompts_file)
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"compile": True})})
     train_recipe(recipe, root / "store", tmp_path, progress=False)

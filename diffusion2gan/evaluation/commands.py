@@ -65,6 +65,8 @@ def evaluate_command(
         raise UserError(f"protocol {unknown[0] if protocols else ''!r}, expected some of {', '.join(known)}")
     if EMOJI in protocols and options.quantiser != "round":
         raise UserError(f"--quantiser {options.quantiser}: {EMOJI} rounds; leave it out, or evaluate the other protocols by themselves")
+    if coco17_captions != "first" and not any((PROTOCOLS[p].samples or "").startswith("coco17") for p in protocols if p in PROTOCOLS):
+        raise UserError(f"--coco17-captions {coco17_captions}: no protocol of COCO 2017 is asked for; leave it out")
     if blocks is not None:
         _check_blocks(block, blocks, protocols)
     worker = Worker.from_environment()
@@ -74,6 +76,8 @@ def evaluate_command(
     others = [p for p in protocols if p in PROTOCOLS]
     if others or (LATENCY in protocols and not worker.rank):
         model = load_model(spec, options)
+        if model.folder is not None and coco17_captions != "first":
+            raise UserError(f"--coco17-captions {coco17_captions}: {spec} has captions of its own; leave it out, or name a model")
         if others:
             their, why = None, ""
             if any(PROTOCOLS[p].teacher for p in others):

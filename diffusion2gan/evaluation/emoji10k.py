@@ -488,7 +488,6 @@ def _score(
         "values": {
             "prompt agreement": agreement["student"],
             "retrieval of the own noise": kept.hits.mean(1),
-            "distance to own / other noise": kept.paired / np.maximum(kept.control, 1e-12),
             "diversity within a prompt": diversity["student"],
         },
         "seconds_per_image": seconds,

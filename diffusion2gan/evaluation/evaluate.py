@@ -159,7 +159,9 @@ class Evaluation:
             kinds = [k for k in protocol.networks if self._is_ready(protocol, samples, k, skipped[protocol.id])]
             if kinds:
                 ready.append((protocol, samples, kinds))
-        describe(self.out, self.model.name, self.model.identity, {"block": self.block})
+        # The rule is not said, nor was it before there was another list.
+        captions = {} if self.coco17_captions == "first" else {"coco17_captions": self.coco17_captions}
+        describe(self.out, self.model.name, self.model.identity, {"block": self.block, **captions})
         for samples in dict.fromkeys(s for _, s, _ in ready):
             # Every set is drawn once, for all networks of all its protocols.
             mine = [(p, kinds) for p, s, kinds in ready if s == samples]
@@ -375,10 +377,12 @@ def describe(out: Path, name: str, identity: Mapping[str, Any], run: Mapping[str
     found = json.loads(path.read_text()) if path.exists() else {"name": name, "subject": identity["subject"], "settings": {}}
     if found["subject"] != identity["subject"]:
         raise UserError(f"{out}: holds the evaluation of {found['name']}, other weights than {name}; choose a new --out")
-    for key, value in found["settings"].get(part, settings).items():
-        if settings.get(key) != value:
+    before = found["settings"].get(part, settings)
+    for key in {**before, **settings}:
+        if (key in before, before.get(key)) != (key in settings, settings.get(key)):
+            there = f"with {key} {before[key]!r}" if key in before else f"without {key} ({', '.join(before)})"
             now = repr(settings[key]) if key in settings else f"without it ({', '.join(settings)})"
-            raise UserError(f"{out}: evaluated there with {key} {value!r}, now {now}; choose a new --out")
+            raise UserError(f"{out}: evaluated there {there}, now {now}; choose a new --out")
     if found["settings"].get(part) != settings:
         found["settings"][part] = settings
         write_json(path, found)

@@ -232,7 +232,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
         Protocol("clip5k_coco17", "CLIP score, COCO 2017", "coco17", {"clip": _clip}),
         Protocol("dreamsim5k", "ODE preservation, COCO 2017", "coco17", {"dreamsim": dreamsim_to_teacher}, teacher=True),
         Protocol("dreamdiv5k", "Diversity within a prompt, COCO 2017", "coco17x8", {"dreamsim": _dreamdiv}),
-        Protocol("fid50k_cifar10", "FID-50k, CIFAR-10", "cifar10", {"inception-tf": _fid("round")}, reference=True),
+        Protocol("fid50k_cifar10", "FID-50k, CIFAR-10", "cifar10", {"inception-tf": _fid("tf1-bilinear")}, reference=True),
         Protocol("fd_dinov2", "FD-DINOv2", None, {"dinov2": _fid("dinov2-l14", "FD-DINOv2")}, reference=True),
     )
 }  # fmt: skip

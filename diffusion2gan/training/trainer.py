@@ -146,7 +146,8 @@ class Trainer:
         if self.accelerator.distributed_type not in known:
             kind = str(self.accelerator.distributed_type).rpartition(".")[2]
             raise UserError(
-                f"training by {kind} is asked for and not supported; use `torchrun -m diffusion2gan train`, with training.shard=true for FSDP2"
+                f"training by {kind} is asked for and not supported; use `torchrun -m diffusion2gan train`, with training.shard=true for FSDP2 or "
+                "training.zero for DeepSpeed"
             )
         if len(pairs) <= config.holdout:
             raise UserError(f"training.holdout is {config.holdout} but the store has {len(pairs)} pairs; simulate more, or hold out fewer")

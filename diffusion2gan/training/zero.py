@@ -13,11 +13,27 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from packaging.version import Version
 from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.training.clipping import RelativeClip
 from diffusion2gan.training.descent import Descent
+
+# Before it, a gradient that is not finite has a finite norm.
+_NEEDED = "0.19"
+
+
+class _InAutocast(nn.Module):
+    """The network in the trainer's precision: around DeepSpeed's own forward, autocast is switched off."""
+
+    def __init__(self, network: nn.Module, accelerator: Accelerator):
+        super().__init__()
+        self.network, self._accelerator = network, accelerator
+
+    def forward(self, *inputs: Any) -> Any:
+        with self._accelerator.autocast():
+            return self.network(*inputs)
 
 
 class _Clip(RelativeClip):
@@ -52,12 +68,15 @@ class ZeroDescent(Descent):
             from deepspeed.utils import logger
         except ImportError:
             raise UserError(f"training.zero is {stage}, which needs DeepSpeed: pip install --no-build-isolation deepspeed") from None
+        if Version(deepspeed.__version__) < Version(_NEEDED):
+            raise UserError(f"training.zero is {stage} with DeepSpeed {deepspeed.__version__}, expected {_NEEDED} or later; update it")
         if not torch.distributed.is_initialized():
             raise UserError(
                 f"training.zero is {stage} in a single process; start it by `torchrun --nproc-per-node N -m diffusion2gan train`"
             )
         logger.setLevel(logging.WARNING)
-        zero = {"stage": stage} | ({"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}} if offload else {})
+        zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 50_000_000}
+        zero |= {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}} if offload else {}
         config = {
             "train_micro_batch_size_per_gpu": micro_batch,
             # Micro-batches are told by `exchanging`.
@@ -72,8 +91,10 @@ class ZeroDescent(Descent):
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         # Before DeepSpeed puts its own tensors into it.
         self._groups = optimizer.state_dict()["param_groups"]
-        self._engine, self._zero, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config, dist_init_required=False)
-        self.trained, self.raw_optimizer, self._clip_factor = self._engine, optimizer, clip
+        self._engine, self._zero, *_ = deepspeed.initialize(
+            model=_InAutocast(network, accelerator), optimizer=optimizer, config=config, dist_init_required=False
+        )
+        self.trained, self.raw_optimizer = self._engine, optimizer
         self.clip = _Clip(clip, self._zero)
 
     @contextmanager
@@ -109,10 +130,10 @@ class ZeroDescent(Descent):
         own, states = self._own_state(), {}
         if own:
             for i, parameter in enumerate(self._parameters):
-                # To be asked for by every process, one parameter after the other.
+                # To be asked for by every process, one parameter after the other, and none stays on the GPU.
                 whole = {k: safe_get_full_optimizer_state(parameter, k) for k in ("exp_avg", "exp_avg_sq")}
                 if rest:
-                    states[i] = {"step": own["step"].cpu().clone(), **{k: v.view(parameter.shape).clone() for k, v in whole.items()}}
+                    states[i] = {"step": own["step"].cpu().clone(), **{k: v.view(parameter.shape).cpu() for k, v in whole.items()}}
         rate = self._zero.param_groups[0]["lr"]
         return {"state": states, "param_groups": [{**group, "lr": rate} for group in self._groups]}
 

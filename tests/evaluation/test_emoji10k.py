@@ -248,7 +248,7 @@ def test_evaluate_scores_a_perfect_and_a_poor_student(tmp_path: Path, toy: Emoji
         describe(tmp_path / name, name, {"subject": name})
         models.append(read_evaluation(tmp_path / name))
     won = {duel.line.metric: (duel.wins, duel.losses) for duel in duels(models, lines(models))}
-    assert won["distance to own / other noise"] == (6, 0)
+    assert won["retrieval of the own noise"] == (6, 0)
     assert won.keys() == perfect["values"].keys()
     # A second run reads every shard and finds the same.
     again = run(1.0)

@@ -246,6 +246,12 @@ def test_another_model_in_the_same_folder_is_refused(tmp_path: Path, coco: Path,
         evaluation(toy_model(shift=3), tmp_path, coco, weights).run(["clip5k_coco17"])
     with pytest.raises(UserError, match="with block 0, now 1; choose a new --out"):
         evaluation(toy_model(), tmp_path, coco, weights, block=1).run(["clip5k_coco17"])
+    # What is said only when it is not the rule counts when it was not said before.
+    cut = replace(toy_model(), identity={**toy_model().identity, "quantiser": "trunc"})
+    with pytest.raises(UserError, match=r"evaluated there without quantiser \(block\), now 'trunc'; choose"):
+        evaluation(cut, tmp_path, coco, weights).run(["clip5k_coco17"])
+    with pytest.raises(UserError, match=r"evaluated there without coco17_captions \(block\), now 'amd'; choose"):
+        evaluation(toy_model(), tmp_path, coco, weights, coco17_captions="amd").run(["clip5k_coco17"])
     with pytest.raises(UserError, match="noise block 128, expected 0 to 127"):
         evaluation(toy_model(), tmp_path, coco, weights, block=128)
     with pytest.raises(UserError, match="protocol 'fid'"):

@@ -22,6 +22,7 @@ from diffusion2gan.training.distance import LossConfig, build_distance
 from diffusion2gan.training.state import checkpoint_step, checkpoints, load_state
 from diffusion2gan.training.trainer import Trainer, TrainingConfig
 from tests.conftest import tiny_pipeline, tiny_store
+from tests.helpers import compiled_whole
 
 
 @pytest.fixture(scope="module")
@@ -364,14 +365,7 @@ def test_compiled_training_is_one_graph_and_the_same(store: Path, tmp_path: Path
     """D with its hooks, in D's step and frozen in G's; R1 runs uncompiled beside it."""
     plain = _trainer(store, tmp_path / "plain")
     plain.run(progress=False)
-    real, compiled = torch.compile, []
-
-    def compile_whole(module: nn.Module, dynamic: bool) -> object:
-        compiled.append(type(module))
-        return real(module, dynamic=dynamic, backend="eager", fullgraph=True)
-
-    monkeypatch.setattr(torch, "compile", compile_whole)
-    torch._dynamo.reset()
+    compiled = compiled_whole(monkeypatch)
     whole = _trainer(store, tmp_path / "whole", compile=True)
     whole.run(progress=False)
     assert compiled == [OneStepGenerator, MultiScaleDiscriminator]

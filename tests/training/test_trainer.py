@@ -26,6 +26,7 @@ from diffusion2gan.training.order import SampleOrder, augmentation_uniforms
 from diffusion2gan.training.state import checkpoints, environment, load_state
 from diffusion2gan.training.trainer import Trainer, TrainingConfig
 from tests.conftest import tiny_pipeline, tiny_store
+from tests.helpers import compiled_whole
 
 
 @pytest.fixture(scope="module")
@@ -250,14 +251,7 @@ def test_compiled_training_is_one_graph_and_the_same(
     loss = LossConfig(distance="e_latent_lpips", perceptual=str(perceptual_folder))
     plain = _trainer(store, tmp_path / "plain", loss)
     plain.run(progress=False)
-    real, compiled = torch.compile, []
-
-    def compile_whole(module: torch.nn.Module, dynamic: bool) -> object:
-        compiled.append(type(module))
-        return real(module, dynamic=dynamic, backend="eager", fullgraph=True)
-
-    monkeypatch.setattr(torch, "compile", compile_whole)
-    torch._dynamo.reset()
+    compiled = compiled_whole(monkeypatch)
     whole = _trainer(store, tmp_path / "whole", loss, compile=True)
     whole.run(progress=False)
     assert compiled == [OneStepGenerator, Distance]

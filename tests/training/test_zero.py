@@ -63,8 +63,10 @@ def test_two_processes_with_zero_train_as_one_without(stage: int, offload: str, 
 
 
 @with_deepspeed
-def test_either_goes_on_from_the_others_checkpoint(whole: dict[str, Path], tmp_path: Path) -> None:
-    zero, half = ("--set", "training.zero=2"), ("--set", "training.steps=6")
+@pytest.mark.parametrize(("stage", "offload"), [(1, "false"), (2, "true")])
+def test_either_goes_on_from_the_others_checkpoint(stage: int, offload: str, whole: dict[str, Path], tmp_path: Path) -> None:
+    zero = ("--set", f"training.zero={stage}", "--set", f"training.zero_offload={offload}")
+    half = ("--set", "training.steps=6")
     command = ("train", whole["recipe"], "--pairs", whole["store"], "--out")
     in_two_processes(*command, tmp_path / "begun", *zero, *half)
     assert run_command(*command, tmp_path / "begun").returncode == 0
@@ -72,6 +74,34 @@ def test_either_goes_on_from_the_others_checkpoint(whole: dict[str, Path], tmp_p
     assert run_command(*command, tmp_path / "ended", *half).returncode == 0
     in_two_processes(*command, tmp_path / "ended", *zero)
     assert_near(tmp_path / "ended", whole["run"])
+
+
+_NOT_FINITE = """
+import math, sys, torch
+from accelerate import Accelerator
+from diffusion2gan.training.optimizer import adamw
+from diffusion2gan.training.zero import ZeroDescent
+
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+network = torch.nn.Linear(4, 4)
+optimizer = adamw("adamw", network.parameters(), 1e-3, (0.9, 0.999), 0.0)
+descent = ZeroDescent(network, optimizer, 2.0, Accelerator(cpu=True, mixed_precision="bf16"), 1, int(sys.argv[2]), False)
+seen = []
+network.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+with descent.exchanging(True):
+    descent.backward((descent.trained(torch.ones(1, 4)).float() * torch.tensor([1.0, 1.0, 1.0, math.nan])).sum())
+assert seen == [torch.bfloat16], seen
+assert not math.isfinite(descent.norm())
+"""
+
+
+@with_deepspeed
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_gradient_that_is_not_finite_is_seen_and_precision_is_the_trainers(stage: int, tmp_path: Path) -> None:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    command = [sys.executable, "-c", _NOT_FINITE, str(tmp_path / "meeting"), str(stage)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_without_what_it_needs_it_is_refused(whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
