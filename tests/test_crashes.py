@@ -122,12 +122,11 @@ def test_simulate_killed_at(point: str, number: int, tmp_path: Path, world: dict
     assert tree_digest(tmp_path / "store") == tree_digest(world["store"])
 
 
-@pytest.mark.parametrize(("point", "number"), [("mid-shard", 2), ("after-rename", 4)])
-def test_pixels_killed_at_simulate(point: str, number: int, tmp_path: Path, pixel: dict[str, Path]) -> None:
-    test_simulate_killed_at(point, number, tmp_path, pixel)
+def test_pixels_killed_at_simulate(tmp_path: Path, pixel: dict[str, Path]) -> None:
+    test_simulate_killed_at("mid-shard", 2, tmp_path, pixel)
 
 
-@pytest.mark.parametrize(("point", "number"), [("step", 5), ("step", 10), ("mid-write", 3)])
+@pytest.mark.parametrize(("point", "number"), [("step", 5), ("mid-write", 3)])
 def test_pixels_killed_at_train(point: str, number: int, tmp_path: Path, pixel: dict[str, Path]) -> None:
     _kill_a_training_at(point, number, tmp_path / "run", pixel)
 
