@@ -7,7 +7,7 @@ Each count runs in a process of its own: 32 x 32 pictures are drawn from noise a
 features on disk, moments in one pass, KID), with a network of random weights in the place of Inception: its arithmetic does not matter to
 memory, and is all that would take hours here. `peak`: the most memory the process had of its own at any time, which the kernel
 cannot take back as it can pages of files; `at rest`: after its imports. With --emoji it is the shipped student through emoji10k-v1,
-teacher's pictures, real pictures and scoring network included.
+teacher's pictures, real pictures and scoring network included; with --shared, what is there already is not drawn again.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def one(count: int, run: Callable[[int], None]) -> dict[str, float]:
     return {"pictures": count, "at rest, MB": at_rest, "peak, MB": peak.megabytes, "seconds": time.perf_counter() - started}
 
 
-def emoji(count: int) -> None:
+def emoji(count: int, shared: Path | None) -> None:
     with tempfile.TemporaryDirectory() as name:
-        evaluate_student(embedded_student(), Path(name) / "out", Path(name) / "shared", "test", count, max(2, count // 50))
+        evaluate_student(embedded_student(), Path(name) / "out", shared or Path(name) / "shared", "test", count, max(2, count // 50))
 
 
 def cifar(count: int) -> None:
@@ -118,15 +118,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", default=[5_000, 50_000])
     parser.add_argument("--emoji", action="store_true", help="emoji10k-v1 (half an hour for 10,000)")
+    parser.add_argument("--shared", type=Path, default=None, help="features of the teacher that an evaluation left, or leaves, there")
     parser.add_argument("--one", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=None)
     a = parser.parse_args()
     if a.one is not None:
-        print(json.dumps(one(a.one, emoji if a.emoji else cifar)))
+        print(json.dumps(one(a.one, (lambda count: emoji(count, a.shared)) if a.emoji else cifar)))
         return
     rows = []
     for count in a.counts:
-        command = [sys.executable, __file__, "--one", str(count), *(["--emoji"] if a.emoji else [])]
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            str(count),
+            *(["--emoji"] if a.emoji else []),
+            *(["--shared", str(a.shared)] if a.shared else []),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     print(markdown_table(list(rows[0]), [list(row.values()) for row in rows]))
