@@ -20,7 +20,7 @@ from diffusion2gan.evaluation.blocks import run_blocks
 from diffusion2gan.evaluation.comparison import read_evaluation, write_comparison
 from diffusion2gan.evaluation.emoji10k import PROTOCOL as EMOJI
 from diffusion2gan.evaluation.evaluate import BLOCKS, FORMAT, Evaluation, describe, summary
-from diffusion2gan.evaluation.models import Model, ModelOptions, family_of_source, load_model, teacher_model
+from diffusion2gan.evaluation.models import Model, ModelOptions, load_model, teacher_model, teacher_of_source
 from diffusion2gan.evaluation.protocols import PROTOCOLS
 from diffusion2gan.evaluation.speed import decoded_lpips, latency, latency_line, loss_cost, train_throughput
 from diffusion2gan.files import write_bytes_atomic, write_json
@@ -29,9 +29,7 @@ from diffusion2gan.perceptual import ELatentLPIPS, LatentLPIPS
 from diffusion2gan.pipeline import STUDENT_FILE
 from diffusion2gan.recipe import load_recipe
 from diffusion2gan.report import markdown_table
-from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.teachers.ode import SolverConfig
-from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.worker import Worker
 
 LATENCY = "latency"
@@ -278,7 +276,7 @@ def loss_speed_command(
     ensembled = ELatentLPIPS(latent, augment).to(device).to(memory_format=torch.channels_last)
     distances: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[nn.Module]]] = {"e_latent_lpips": (ensembled, [ensembled])}
     if decoder is not None:
-        teacher = load_teacher(TeacherConfig.model_validate({"family": family_of_source(decoder), "source": decoder}), str(device))
+        teacher = teacher_of_source(decoder, "float32", str(device))
         if teacher.latent_shape[0] != channels:
             raise UserError(f"--decoder {decoder}: decodes {teacher.latent_shape[0]} channels, expected the metric's {channels}")
         distances["decode + lpips"] = decoded_lpips(teacher)

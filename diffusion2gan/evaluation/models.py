@@ -25,7 +25,7 @@ from diffusion2gan.images import Quantiser, to_uint8
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.pipeline import STUDENT_FILE, OneStepPipeline, teacher_pictures
 from diffusion2gan.teachers.folders import family_of, weights_digest
-from diffusion2gan.teachers.load import load_teacher
+from diffusion2gan.teachers.load import LoadedTeacher, load_teacher
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.protocol import TeacherConfig
 
@@ -76,7 +76,7 @@ def _short(digest: str | None) -> str | None:
     return None if digest is None else digest[:16]
 
 
-def family_of_source(source: str) -> str:
+def _family(source: str) -> str:
     """The family of a teacher by its pipeline's class: of a folder, or of a hub repository's model_index.json."""
     folder = Path(source)
     if source != "embedded" and not folder.is_dir():
@@ -91,12 +91,16 @@ def family_of_source(source: str) -> str:
     return family_of(folder) or "stable_diffusion"
 
 
+def teacher_of_source(source: str, dtype: str, device: str) -> LoadedTeacher:
+    """A teacher named by folder or hub id alone."""
+    return load_teacher(TeacherConfig.model_validate({"family": _family(source), "source": source, "dtype": dtype}), device)
+
+
 def teacher_model(
     source: str, name: str, ode: SolverConfig, dtype: str, device: str, batch_size: int, quantiser: Quantiser = "round"
 ) -> Model:
     """A teacher with its ODE solver, as its pairs are made."""
-    config = TeacherConfig.model_validate({"family": family_of_source(source), "source": source, "dtype": dtype})
-    teacher = load_teacher(config, device)
+    teacher = teacher_of_source(source, dtype, device)
     teacher.decoder_in_float32()
     solver = OdeSolver(teacher, ode, batch_size)
     known = teacher.identity()
