@@ -8,7 +8,7 @@ JOBS ?= 2
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint clean clean-runs
 
 demo: $(VENV)/installed
 	$(BIN)/python -m diffusion2gan demo --out runs/demo
@@ -32,5 +32,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	  { test -e $(VENV)/complete || rm -rf $(VENV); exit 1; }
 	@touch $(VENV)/complete $@
 
+# The environment and what tools cached; runs and pair stores stay.
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Everything that was simulated and trained below runs/.
+clean-runs:
+	rm -rf runs

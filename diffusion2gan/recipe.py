@@ -48,6 +48,7 @@ class Recipe(Section):
 
     @property
     def phase_2_batch_size(self) -> int:
+        """Global batch of phase 2: its own, or without one `training.batch_size`."""
         return (self.adversarial and self.adversarial.batch_size) or self.training.batch_size
 
     def samples(self, steps: int) -> int:

@@ -168,3 +168,23 @@ def test_samples_of_two_phases() -> None:
     assert [recipe.samples(n) for n in (0, 10, 11, 15)] == [0, 40, 46, 70]
     with pytest.raises(UserError, match=r"adversarial.batch_size is 6, expected a multiple of training.micro_batch_size \(4\)"):
         load_recipe("emoji", ["training.batch_size=4", "training.micro_batch_size=4", "adversarial={steps: 5, batch_size: 6}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs", "guidance", "aesthetic", "batches"),
+    [
+        ("sd15_cfg3", 3_000_000, 3.0, 6.25, (256, 256)),
+        ("sd15_cfg8", 12_000_000, 8.0, 6.0, (256, 256)),
+        ("sdxl_cfg7", 8_000_000, 7.0, 6.0, (256, 256)),
+        ("sd15_cfg3_64_gpu", 3_000_000, 3.0, 6.25, (2048, 1024)),
+    ],
+)
+def test_the_papers_numbers(name: str, pairs: int, guidance: float, aesthetic: float, batches: tuple[int, int]) -> None:
+    """Section 4.1 and the captions of Tables 1 to 3: pairs, guidance, 50 steps of DDIM, prompts, batches."""
+    recipe = load_recipe(name)
+    assert recipe.pairs.count == pairs
+    ode = recipe.pairs.ode
+    assert (ode.solver, ode.steps, ode.guidance) == ("ddim", 50, guidance)
+    assert recipe.pairs.prompts.where == (f"AESTHETIC_SCORE >= {aesthetic}",)
+    assert recipe.training.steps == 20_000
+    assert (recipe.training.batch_size, recipe.phase_2_batch_size) == batches

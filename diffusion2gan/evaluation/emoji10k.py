@@ -6,7 +6,8 @@
     student  one step from the noises A; `untrained` is the same one step before any distilling
 
 A prompt is a picture drawn from R, then one of its captions. Its stratum is the number of pictures of R that the caption
-fits: `coarse` 30 or more (half of the prompts), `middle` 3 to 29 and `fine` 1 or 2 (a quarter each).
+fits: `coarse` 30 or more (half of the prompts), `middle` 3 to 29 and `fine` 1 or 2 (a quarter each). What each number of a
+result says stands in docs/evaluation.md.
 
 Two steps: `extract` turns a sampler into files of features, a shard at a time, and goes on where it stopped; `score` reads
 feature arrays alone. `evaluate_emoji10k` does both.

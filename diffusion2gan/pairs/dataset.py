@@ -200,21 +200,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 class PairDataset:
     """Random access to a finished store, memory-mapped: nothing is copied until a pair is read.
 
-    Raises UserError at once for a missing, truncated or (stores up to 2 GiB, or `verify=True`) corrupt shard.
+    folder: of the store. verify: whether to hash every shard now, by default up to 2 GiB; what was not is hashed when a latent of it is
+    first read (False: never). share: (r, n) to hash only every n-th shard from the r-th on, as the r-th of n processes that read the store.
+    manifest: its manifest.json. latent_shape: (C, H, W). noise_dtype: of the stored noise, None where it is drawn again. seeds: (N,) int64,
+    of every pair in order. `store[i]` is an `OdePair`; `batch`, `latents`, `noises` and `prompt` read by index.
+
+    Raises UserError at once for a missing or truncated shard, and for a corrupt one when it is hashed.
     """
 
-    def __init__(self, folder: str | Path, verify: bool | None = None):
+    def __init__(self, folder: str | Path, verify: bool | None = None, share: tuple[int, int] = (0, 1)):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.latent_shape: tuple[int, ...] = tuple(self.manifest["latent_shape"])
         storage = self.manifest["noise_storage"]
         self.noise_dtype = None if storage == "none" else np.dtype(storage)
         shards = self.manifest["shards"]
-        if verify is None:
-            verify = sum(s["bytes"] for s in shards) <= VERIFY_BYTES
+        now = sum(s["bytes"] for s in shards) <= VERIFY_BYTES if verify is None else verify
+        mine = set(range(share[0], len(shards), share[1]))
+        # Shards to be hashed when they are first read.
+        self._unread = mine if verify is None and not now else set[int]()
         seeds, latents, noises, self._prompts = [], [], [], []
-        for shard in shards:
-            batch = self._open(shard, verify)
+        for number, shard in enumerate(shards):
+            batch = self._open(shard, now and number in mine)
             seeds.append(batch.column("seed").to_numpy())
             latents.append(self._view(batch.column("latent"), LATENT_DTYPE))
             if self.noise_dtype is not None:
@@ -266,6 +273,9 @@ class PairDataset:
         out = np.empty((len(rows), *self.latent_shape), LATENT_DTYPE)
         for target, index in zip(out, rows, strict=True):
             shard, row = self._locate(int(index))
+            if shard in self._unread:
+                verify_shard(self.folder / self.manifest["shards"][shard]["file"])
+                self._unread.discard(shard)
             target[...] = self._latents[shard][row]
         return out
 
@@ -280,6 +290,7 @@ class PairDataset:
         return out
 
     def prompt(self, index: int) -> str:
+        """c of one pair."""
         shard, row = self._locate(index)
         return self._prompts[shard][row].as_py()
 

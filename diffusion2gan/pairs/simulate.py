@@ -153,8 +153,10 @@ def simulate(
 ) -> dict[str, Any]:
     """Fills the store in `folder`; returns its manifest when all shards are there, whoever made them.
 
-    `smaller`: a store of the same settings with fewer pairs, whose whole shards are taken over instead of being made again: the result
-    is the same bytes. Raises UserError for a folder of other settings, a corrupt shard, a full disk, or a solution that is not finite.
+    teacher: whose ODE is solved, on its own device. config: which pairs, and how. worker: which share of the shards is this process'
+    own; by default all. progress: a bar on stderr. smaller: a store of the same settings with fewer pairs, whose whole shards are taken
+    over instead of being made again: the result is the same bytes. Raises UserError for a folder of other settings, a corrupt shard, a
+    full disk, or a solution that is not finite.
     """
     folder, worker = Path(folder).resolve(), worker or Worker()
     prompts = read_prompts(config.prompts, config.count, config.seed)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.pairs import maintain
+from diffusion2gan.pairs import dataset, maintain
 from diffusion2gan.pairs.dataset import PairDataset, encode_shard, shard_name
 from diffusion2gan.pairs.prompts import PromptsConfig, read_prompts
 from diffusion2gan.pairs.seeds import draw_noise, pair_seed
@@ -159,6 +159,24 @@ class TestDamage:
         path.write_bytes(path.read_bytes()[:-100])
         with pytest.raises(UserError, match="truncated shard"):
             PairDataset(store)
+
+    def test_corrupt_in_a_large_store(self, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is not hashed when it is opened, and no flipped bit is trained on all the same."""
+        name = PairDataset(store).manifest["shards"][1]["file"]
+        content = bytearray((store / name).read_bytes())
+        content[content.index(PairDataset(store).latents([9]).tobytes()) + 5] ^= 1
+        (store / name).write_bytes(content)
+        monkeypatch.setattr(dataset, "VERIFY_BYTES", 0)
+        pairs = PairDataset(store)
+        assert pairs.latents([0, 19]).shape == (2, 4, 8, 8)
+        for _ in range(2):
+            with pytest.raises(UserError, match="corrupt shard"):
+                pairs.latents([9])
+        # Of two processes, the second vouches for it.
+        PairDataset(store, share=(0, 2)).latents([9])
+        with pytest.raises(UserError, match="corrupt shard"):
+            PairDataset(store, share=(1, 2)).latents([9])
+        PairDataset(store, verify=False).latents([9])
 
     def test_corrupt(self, store: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path) -> None:
         path = self._shard(store)
