@@ -3,7 +3,8 @@
     python benchmarks/ablation.py ablations/mse ablations/pseudo_huber --seeds 0 1 2 --store runs/pairs --out runs/table1
 
 Protocol emoji10k-v1; teacher, untrained and reference features are computed once, in OUT/shared. The same command again
-goes on where it stopped. Writes OUT/table.md, OUT/table.json and OUT/pictures.png; with two seeds or more also
+goes on where it stopped, and another one with the same OUT adds its rows: all recipes with one seed, say, then some with more.
+Writes OUT/table.md, OUT/table.json and OUT/pictures.png; where recipes have two seeds or more in common also
 OUT/differences.md: each recipe minus the first one, or (--neighbours) minus the one before it, seed by seed, with Student's 95 %
 interval of the mean difference. Seeds change the order of the pairs and all draws; the pairs and the start are the same.
 
@@ -101,21 +102,38 @@ def one_row(name: str, seed: int, overrides: list[str], store: Path, out: Path, 
         whole["recall_student"],
         held_out[-1],
     ]
-    return dict(zip(COLUMNS, row, strict=True)) | {"floors": result["floors"], "sha256": result["sha256"], "list": list_name}
+    settings = {"list": list_name, "set": overrides}
+    return dict(zip(COLUMNS, row, strict=True)) | {"floors": result["floors"], "sha256": result["sha256"]} | settings
 
 
-def differences(rows: list[dict[str, Any]], neighbours: bool = False) -> list[list[Any]]:
-    """Of every recipe but the first: the mean over seeds of (its value - the first or previous recipe's at that seed), with the
-    interval in which Student's t puts the mean in 95 % of cases. Empty for less than two seeds."""
+def earlier_rows(path: Path, list_name: str, overrides: list[str]) -> list[dict[str, Any]]:
+    """The rows that earlier calls left. Ends the program if they are of another list or other settings."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    for row in rows:
+        if (row["list"], row["set"]) != (list_name, overrides):
+            raise SystemExit(
+                f"{path}: {row['row']} is of --list {row['list']} --set {row['set']}, expected --list {list_name} --set {overrides}; "
+                "choose another --out"
+            )
+    return rows
+
+
+def differences(rows: list[dict[str, Any]], names: list[str], neighbours: bool = False) -> list[list[Any]]:
+    """Of every recipe of `names` but the first: the mean over seeds of (its value - the first or previous recipe's at that seed), with
+    the interval in which Student's t puts the mean in 95 % of cases. Left out with less than two seeds in common."""
     values = {(r["row"], r["seed"]): r for r in rows}
-    names, seeds = list(dict.fromkeys(r["row"] for r in rows)), list(dict.fromkeys(r["seed"] for r in rows))
-    if len(seeds) < 2:
-        return []
     table = []
     for other, name in itertools.pairwise(names) if neighbours else ((names[0], n) for n in names[1:]):
-        cells: list[Any] = [f"{name} - {other}"]
+        seeds = sorted({s for row, s in values if row == name} & {s for row, s in values if row == other})
+        if len(seeds) < 2:
+            continue
+        cells: list[Any] = [f"{name} - {other}", len(seeds)]
         for column in COMPARED:
-            d = np.array([values[name, s][column] - values[other, s][column] for s in seeds])
+            pairs = [(values[name, s][column], values[other, s][column]) for s in seeds]
+            if any(None in pair for pair in pairs):
+                cells.append("-")  # too few pictures for it
+                continue
+            d = np.array([ours - theirs for ours, theirs in pairs])
             half = student_t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / len(d) ** 0.5
             cells.append(f"{d.mean():+.4g} ({d.mean() - half:+.4g} to {d.mean() + half:+.4g})")
         table.append(cells)
@@ -154,17 +172,18 @@ def main() -> None:
     parser.add_argument("--neighbours", action="store_true", help="differences from the recipe before, not from the first")
     parser.add_argument("--pictures", type=int, default=12)
     a = parser.parse_args()
-    rows = []
+    rows = earlier_rows(a.out / "table.json", a.list, a.set)
     # All recipes of one seed before the next: an interrupted table compares like with like.
     for seed, name in itertools.product(a.seeds, a.recipes):
-        rows.append(one_row(name, seed, a.set, a.store, a.out, a.shared or a.out / "shared", a.list))
+        new = one_row(name, seed, a.set, a.store, a.out, a.shared or a.out / "shared", a.list)
+        rows = [r for r in rows if (r["row"], r["seed"]) != (new["row"], seed)] + [new]
         table = markdown_table(COLUMNS, [[r[c] for c in COLUMNS] for r in rows])
         write_bytes_atomic(a.out / "table.md", table.encode())
         write_json(a.out / "table.json", rows)
         print(table, flush=True)
-    compared = differences(rows, a.neighbours)
+    compared = differences(rows, [row_name(n) for n in a.recipes], a.neighbours)
     if compared:
-        text = markdown_table(["difference", *COMPARED], compared)
+        text = markdown_table(["difference", "seeds", *COMPARED], compared)
         write_bytes_atomic(a.out / "differences.md", text.encode())
         print(text)
     side_by_side(a.recipes, a.seeds[0], a.set, a.out, a.pictures)

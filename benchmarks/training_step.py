@@ -1,6 +1,6 @@
 """A training step of phase 1 (regression) and of phase 2 (with the discriminator): time and memory, in one run.
 
-    python benchmarks/training_step.py --out benchmarks/results/training_step_cpu.json
+    python benchmarks/training_step.py --batch 32 --r1-count 8 --out benchmarks/results/training_step_cpu.json  # as `emoji`
     python benchmarks/training_step.py --network sd15 --batch 8 --precision bf16 --out ...      # on a GPU
 
 The trainer itself is measured, on pairs of a one-step solve; Stable Diffusion 1.5 and SDXL have random weights: time and memory
@@ -52,7 +52,7 @@ def load(network: str, device: str, folder: Path) -> tuple[Teacher, LossConfig]:
 
 def new_trainer(teacher: Teacher, loss: LossConfig, store: Path, folder: Path, a: argparse.Namespace, checkpointing: bool) -> Trainer:
     config = TrainingConfig(steps=0, batch_size=a.batch, mixed_precision=a.precision, holdout=a.batch, compile=a.compile)
-    adversarial = AdversarialConfig(steps=1000, r1_every=R1_EVERY)
+    adversarial = AdversarialConfig(steps=1000, r1_every=R1_EVERY, r1_count=a.r1_count)
     generator = OneStepGenerator.from_teacher(teacher, GeneratorConfig(gradient_checkpointing=checkpointing))
     discriminator = build_discriminator(DiscriminatorConfig(gradient_checkpointing=checkpointing), teacher)
     distance = build_distance(loss, teacher, teacher.device)
@@ -87,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=("embedded", "sd15", "sdxl"), default="embedded")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--r1-count", type=int, default=1, help="samples of the batch that R1 looks at")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
@@ -123,7 +124,14 @@ def main() -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     print(markdown_table(columns, [[row.get(c) for c in columns] for row in rows]))
     if a.out:
-        result = {"device": device_name(device), "network": a.network, "batch": a.batch, "precision": a.precision, "compile": a.compile}
+        result = {
+            "device": device_name(device),
+            "network": a.network,
+            "batch": a.batch,
+            "r1_count": a.r1_count,
+            "precision": a.precision,
+            "compile": a.compile,
+        }
         write_json(a.out, result | {"rows": rows})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import re
 import sys
 import time
 import warnings
@@ -215,9 +216,11 @@ def _recipes(_: argparse.Namespace) -> None:
 
     for name in builtin_recipes():
         recipe = load_recipe(name)
-        print(
-            f"{name:32} {recipe.pairs.count:>9} pairs  {recipe.loss.distance:16} {recipe.training.steps:>7} steps of {recipe.training.batch_size}"
-        )
+        phases = [(recipe.training.steps, recipe.training.batch_size)]
+        if recipe.adversarial is not None:
+            phases.append((recipe.adversarial.steps, recipe.phase_2_batch_size))
+        steps = ", then ".join(f"{count} steps of {batch}" for count, batch in phases if count)
+        print(f"{name:34} {recipe.pairs.count:>9} pairs  {recipe.loss.distance:16} {steps}")
 
 
 def _embedded(a: argparse.Namespace) -> None:
@@ -317,7 +320,8 @@ def _add_stages(commands: Commands) -> None:
     sub.add_argument("--results", type=Path, default=None, metavar="FILE", help="measurements for the model card, Markdown")
     sub.add_argument("--push-to-hub", default=None, metavar="USER/NAME", help="upload the folder to this repository of the hub")
     sub.add_argument("--private", action="store_true", help="make that repository private")
-    sub.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
+    text = "of the stored weights (default float16, or float32 where the card says to run in it)"
+    sub.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default=None, help=text)
     sub.add_argument("--last", action="store_true", help="the last weights instead of their average")
     sub.add_argument("--step", type=int, default=None, help="of the checkpoint after so many steps instead of the last")
 
@@ -341,7 +345,8 @@ def _add_student(commands: Commands) -> None:
     sub = _command(commands, "generate", _generate, "Draw pictures with a student, one step each")
     sub.add_argument("student", help="`embedded` or a folder written by export")
     sub.add_argument("prompt", nargs="+")
-    sub.add_argument("--seed", type=_seed, default=0)
+    text = "of each prompt's first picture, the next ones have the next numbers: the same seeds for every prompt (default 0)"
+    sub.add_argument("--seed", type=_seed, default=0, help=text)
     sub.add_argument("-n", "--count", type=_positive, default=1, help="pictures a prompt")
     sub.add_argument("-o", "--output", type=Path, default=Path("out.png"))
     sub.add_argument("--dtype", choices=_PRECISIONS, default="float32")
@@ -352,10 +357,12 @@ _MODEL = "`embedded`, a student folder, `teacher:SOURCE`, a diffusers folder or 
 
 def _model_arguments(sub: argparse.ArgumentParser, steps: bool = True) -> None:
     if steps:
-        sub.add_argument("--steps", type=_positive, default=None, help="of a teacher (default 50) or a diffusers pipeline")
+        text = "of a teacher (DDIM, default 50; under emoji10k-v1 the solver and steps of `emoji`) or a diffusers pipeline"
+        sub.add_argument("--steps", type=_positive, default=None, help=text)
     sub.add_argument("--guidance", type=float, default=None, help="of a teacher (default 3) or a diffusers pipeline")
     sub.add_argument("--dtype", choices=_PRECISIONS, default="float32")
-    sub.add_argument("--batch-size", type=_positive, default=32, help="pictures drawn at once")
+    # `speed latency`, which has its own --steps, takes the largest of --batches.
+    sub.add_argument("--batch-size", type=_positive, default=32, help="pictures drawn at once" if steps else "not read: see --batches")
 
 
 def _add_evaluation(commands: Commands) -> None:
@@ -398,7 +405,7 @@ def _add_evaluation(commands: Commands) -> None:
     sub = _command(commands, "compare", _compare, text)
     sub.add_argument("subject", nargs="+", help=f"folders written by evaluate; with --prompt, models: {_MODEL}. NAME=... names one")
     sub.add_argument("--prompt", nargs="+", default=[], help="prompts to draw")
-    sub.add_argument("--seed", type=_seed, default=0)
+    sub.add_argument("--seed", type=_seed, default=0, help="of the first noise, the next ones have the next numbers (default 0)")
     sub.add_argument("-n", "--count", type=_positive, default=4, help="noises a prompt")
     sub.add_argument("-o", "--output", type=Path, default=Path("comparison"), help="folder of the report, or a .png for the grid alone")
     _model_arguments(sub)
@@ -427,7 +434,7 @@ def _add_evaluation(commands: Commands) -> None:
     for part in (sub, loss, training):
         part.add_argument("-o", "--output", type=Path, default=None, help="also as JSON")
         if part is not training:
-            part.add_argument("--batches", type=_positive, nargs="+", default=[1])
+            part.add_argument("--batches", type=_positive, nargs="+", default=[1], help="batch sizes to time (default 1)")
 
 
 def _add_preference(commands: Commands) -> None:
@@ -550,6 +557,11 @@ def _leave_process_group() -> None:
         distributed.destroy_process_group()
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU, or of the host: torch says the latter in words alone."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 2 for what the user must mend (one line on stderr), 130 when interrupted."""
     arguments = _parser().parse_args(argv)
@@ -570,6 +582,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ndiffusion2gan: interrupted; run the same command again to go on where it stopped", file=sys.stderr)
         return 130
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        where = "GPU" if type(error).__name__ == "OutOfMemoryError" else "host"
+        print(
+            f"diffusion2gan: out of {where} memory{f' ({asked[1]} more were asked for)' if asked else ''}; lower pairs.batch_size or training.micro_batch_size, or set "
+            "generator.gradient_checkpointing=true; `diffusion2gan plan RECIPE --gpu NAME` estimates what is needed",
+            file=sys.stderr,
+        )
+        return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

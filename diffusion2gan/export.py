@@ -22,7 +22,7 @@ from diffusion2gan.files import atomic_folder, atomic_path, disk_errors, refuse_
 from diffusion2gan.pairs.dataset import canonical_json
 from diffusion2gan.pipeline import FORMAT, LORA_FILE, STUDENT_FILE
 from diffusion2gan.single_file import original_layout
-from diffusion2gan.teachers.folders import FAMILY_OF_CLASS, no_progress_bars
+from diffusion2gan.teachers.folders import FAMILY_OF_CLASS, no_progress_bars, output_gain, student_precision
 from diffusion2gan.teachers.load import FAMILIES
 
 PICTURE = "samples.png"
@@ -64,12 +64,8 @@ def _check_timestep(pipeline: Any, timestep: int) -> None:
         )
 
 
-def _gain(pipeline: Any) -> float | None:
-    """By how much x exceeds the network's output: 1 / sqrt(abar) at the last timestep of an epsilon-prediction."""
-    alphas = getattr(pipeline.scheduler, "alphas_cumprod", None)
-    if alphas is None or pipeline.scheduler.config.prediction_type != "epsilon":
-        return None
-    return float(alphas[-1] ** -0.5)
+def _storage(pipeline: Any, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype or getattr(torch, student_precision(output_gain(pipeline.scheduler)))
 
 
 def _family(pipeline: Any) -> Any:
@@ -89,19 +85,20 @@ def export_student(
     timestep: int,
     folder: Path,
     facts: dict[str, Any],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     extras: CardExtras = CardExtras(),
 ) -> None:
     """Writes a student folder: the teacher's `pipeline` with G's weights, a one-step scheduler, a card and
     `diffusion2gan.json`.
 
-    `facts` go into the card (recipe, steps, pairs). Raises UserError as `with_generator` does, and for an output folder that already
-    holds something else.
+    `facts` go into the card (recipe, steps, pairs). `dtype`: of the weights; None: by `student_precision`. Raises UserError as
+    `with_generator` does, and for an output folder that already holds something else.
     """
     refuse_other_folder(folder, STUDENT_FILE, "student")
+    dtype = _storage(pipeline, dtype)
     pipeline = with_generator(pipeline, generator_weights, timestep)
     kind = _family(pipeline)
-    card = student_card(facts, dtype, kind.one_step_usage(pipeline), extras, kind.task, _gain(pipeline))
+    card = student_card(facts, dtype, kind.one_step_usage(pipeline), extras, kind.task, output_gain(pipeline.scheduler))
     _cast(pipeline, dtype)
     with atomic_folder(folder) as target:
         with no_progress_bars():
@@ -127,14 +124,19 @@ def _write_card(folder: Path, card: str, extras: CardExtras) -> None:
 
 
 def export_single_file(
-    pipeline: Any, generator_weights: dict[str, Tensor], timestep: int, path: Path, facts: dict[str, Any], dtype: torch.dtype
+    pipeline: Any, generator_weights: dict[str, Tensor], timestep: int, path: Path, facts: dict[str, Any], dtype: torch.dtype | None
 ) -> None:
     """Writes one `.safetensors` file in the layout of the original Stable Diffusion checkpoints, for user interfaces; its metadata
-    holds `facts`. Raises UserError for a file that is there already, another suffix, or a family without such a layout."""
+    holds `facts`.
+
+    `dtype` as in `export_student`. Raises UserError for a file that is there already, another suffix, or a family without such a
+    layout.
+    """
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: expected a name that ends in .safetensors")
     if path.exists():
         raise UserError(f"{path}: is there already; choose a new name")
+    dtype = _storage(pipeline, dtype)
     pipeline = with_generator(pipeline, generator_weights, timestep)
     _cast(pipeline, dtype)
     weights = original_layout(pipeline)
@@ -153,17 +155,20 @@ def export_lora(
     timestep: int,
     folder: Path,
     facts: dict[str, Any],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     extras: CardExtras,
 ) -> None:
     """Writes a folder with a LoRA of the teacher's `pipeline` (`lora_layers`' result) and its card.
 
-    Raises UserError as `export_student` does.
+    `dtype` as in `export_student`. Raises UserError as `export_student` does.
     """
     refuse_other_folder(folder, LORA_FILE, "LoRA")
     _check_timestep(pipeline, timestep)
+    dtype = _storage(pipeline, dtype)
     weights, metadata = {k: v.to(dtype) for k, v in layers[0].items()}, layers[1]
     name = type(pipeline).__name__
+    # The teacher's own size may be another one.
+    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     usage = (
         f"from diffusers import DDIMScheduler, {name}\n"
         f'pipeline = {name}.from_pretrained("{extras.teacher or "the teacher"}")\n'
@@ -171,9 +176,9 @@ def export_lora(
         "pipeline.scheduler = DDIMScheduler.from_config(\n"
         '    pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False\n'
         ")\n"
-        'image = pipeline("red heart", num_inference_steps=1, guidance_scale=1).images[0]'
+        f'image = pipeline("red heart", height={side}, width={side}, num_inference_steps=1, guidance_scale=1).images[0]'
     )
-    card = student_card(facts, dtype, usage, extras, _family(pipeline).task, _gain(pipeline))
+    card = student_card(facts, dtype, usage, extras, _family(pipeline).task, output_gain(pipeline.scheduler))
     with atomic_folder(folder) as target:
         pipeline.save_lora_weights(target, unet_lora_layers=weights, unet_lora_adapter_metadata=metadata)
         _write_card(target, card, extras)
@@ -228,7 +233,7 @@ def student_card(facts: dict[str, Any], dtype: torch.dtype, usage: str, extras: 
     stored = str(dtype).removeprefix("torch.")
     rounding = ""
     if gain is not None:
-        best = "float32" if gain > 50 else "float32 or float16"
+        best = "float32" if student_precision(gain) == "float32" else "float32 or float16"
         rounding = f" Run in {best}: the last layer's output is multiplied by {gain:.1f}, so what rounds it becomes visible grain."
     lines = "\n".join(f"- {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items())
     front = {"library_name": "diffusers", "pipeline_tag": task, "tags": ["diffusion2gan", "one-step"]}

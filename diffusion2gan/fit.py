@@ -21,7 +21,7 @@ from diffusion2gan.ema import Ema
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import disk_errors, sweep_temporaries, torch_load_safe, torch_save_atomic
 from diffusion2gan.interrupt import stop_requests
-from diffusion2gan.run_log import RunLog, refuse_lost_checkpoint
+from diffusion2gan.run_log import RunLog, mark_checkpointed, refuse_lost_checkpoint
 from diffusion2gan.schedule import warmup_and_decay
 
 
@@ -143,6 +143,7 @@ def fit(
             stopping = told[1].item() > 0
             if rank == 0 and (done % config.checkpoint_every == 0 or done == config.steps or stopping):
                 _save(path, model, ema, optimizer, config, done)
+                mark_checkpointed(folder)
             if stopping:
                 if world > 1:
                     # A process that leaves now would have the others stopped before they have saved.
@@ -155,7 +156,7 @@ def _resume(path: Path, model: nn.Module, ema: Ema, optimizer: torch.optim.Optim
     """Loads a checkpoint, if there is one; returns the step to go on from. Raises UserError for one of other settings."""
     sweep_temporaries(path.parent)
     if not path.exists():
-        refuse_lost_checkpoint(path.parent, path.name, config.checkpoint_every)
+        refuse_lost_checkpoint(path.parent, path.name)
         return 0
     saved = torch_load_safe(path)
     if not isinstance(saved, dict) or not {"model", "ema", "optimizer", "step"} <= saved.keys():

@@ -79,10 +79,19 @@ def _last_layers_in_float32(network: nn.Module) -> None:
         network.conv_out = replacement
 
 
+def _copy_in_training(teacher: Teacher) -> Any:
+    """Of the teacher's network, without its dropout: the masks would differ between processes, and after a resume."""
+    network = copy.deepcopy(teacher.network).train()
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return network
+
+
 def trainable_copy(teacher: Teacher) -> Any:
     """The teacher's network to be trained: in float32 or better, for steps of 1e-5 and an average's 1e-3 would round away in half
     precision."""
-    network = copy.deepcopy(teacher.network).requires_grad_(True).train()
+    network = _copy_in_training(teacher).requires_grad_(True)
     # torch's own `to`: diffusers' warns of modules to be kept in float32 and names none.
     return nn.Module.to(network, torch.promote_types(teacher.dtype, torch.float32))
 
@@ -112,7 +121,7 @@ class OneStepGenerator(nn.Module):
         if config.lora_rank is None:
             network = trainable_copy(teacher)
         else:
-            network = copy.deepcopy(teacher.network).train()
+            network = _copy_in_training(teacher)
             add_lora(network, config.lora_rank, config.lora_alpha)
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
@@ -132,6 +141,7 @@ class OneStepGenerator(nn.Module):
         return cls(network, teacher.evaluate, teacher.prediction_type, alpha, timestep)
 
     def forward(self, noise: Tensor, condition: TextCondition) -> Tensor:
+        """G(z, c): z (B, C, H, W) and c of B rows -> x (B, C, H, W), scaled latents, in float32 (float64 for a float64 network)."""
         dtype = next(self.network.parameters()).dtype
         timestep = torch.full((), self.timestep, device=noise.device)
         return self.to_x(noise, self._evaluate(noise.to(dtype), timestep, condition.to(dtype), self.network))

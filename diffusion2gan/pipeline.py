@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,10 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import Quantiser, to_uint8
 from diffusion2gan.pairs.seeds import draw_noise
-from diffusion2gan.teachers.folders import family_of, no_progress_bars
+from diffusion2gan.teachers.folders import family_of, no_progress_bars, output_gain, stored_scheduler, student_precision
 from diffusion2gan.teachers.load import LoadedTeacher, load_teacher
 from diffusion2gan.teachers.ode import OdeSolver
-from diffusion2gan.teachers.protocol import TeacherConfig
+from diffusion2gan.teachers.protocol import Precision, TeacherConfig
 
 STUDENT_FILE = "diffusion2gan.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -59,15 +60,18 @@ class OneStepPipeline:
     ) -> OneStepPipeline:
         """Loads a folder or hub repository written by `export`.
 
-        dtype: of the network, by default float16 on a GPU and float32 elsewhere; the last layers compute in float32 in any case.
+        dtype: of the network; by default float32, but float16 on a GPU unless the student's output is multiplied by too much for it
+        (its card says by how much). The last layers compute in float32 in any case.
         device: by default the GPU where there is one. decoder: `tiny` (or a folder or hub id of an `AutoencoderTiny`) decodes 20
         times faster and a little worse. compile: compiles network and decoder, which takes minutes at the first call of each batch size.
-        Raises UserError for anything else than a student, and for a decoder of other latents.
+        Raises UserError for anything else than a student, another dtype, and a decoder of other latents.
         """
+        if dtype is not None and dtype not in get_args(Precision):
+            raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(get_args(Precision))}")
         folder = _student_folder(source, revision)
         facts = _student_facts(folder, source)
         device = device or default_device()
-        dtype = dtype or ("float16" if device.startswith("cuda") else "float32")
+        dtype = dtype or _default_precision(folder, device)
         config = TeacherConfig.model_validate({"family": family_of(folder) or "stable_diffusion", "source": str(folder), "dtype": dtype})
         teacher = load_teacher(config, device)
         if decoder is not None:
@@ -106,9 +110,11 @@ class OneStepPipeline:
     ) -> Any:
         """Pictures of one or more prompts, `images_per_prompt` of each, one after the other.
 
-        seed: of the first picture, the next ones have the next numbers; or one for each picture.
-        Returns PIL images; with output_type `uint8` an array (N, h, w, 3), with `latent` a tensor (N, C, H, W) of scaled latents.
-        Raises UserError for a number of seeds that is not that of the pictures.
+        seed: of the first picture, the next ones have the next numbers, across the prompts; or one for each picture. From 0 to 2^63 - 1;
+        those from 2^62 on are evaluation's.
+        Returns PIL images; with output_type `uint8` an array (N, h, w, 3), with `latent` a tensor (N, C, H, W) of latents, float32 in the
+        U-Net's scaling.
+        Raises UserError for a number of seeds that is not that of the pictures, and for one that no noise is drawn from.
         """
         if output_type not in get_args(OutputType):
             raise UserError(f"output_type is {output_type!r}, expected one of {', '.join(get_args(OutputType))}")
@@ -116,11 +122,7 @@ class OneStepPipeline:
             raise UserError(f"batch_size is {batch_size}, expected at least 1")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [p for p in prompts for _ in range(images_per_prompt)]
-        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts):
-            raise UserError(f"{len(seeds)} seeds for {len(prompts)} pictures; give one number, or one for each picture")
-        if not prompts:
-            raise UserError("no prompts and no pictures asked for, expected at least one of each")
+        seeds = _checked_seeds([seed + i for i in range(len(prompts))] if isinstance(seed, int | numbers.Real) else seed, len(prompts))
         if output_type == "latent":
             shape, starts = self.teacher.latent_shape, range(0, len(prompts), batch_size)
             return torch.cat([self.latents(prompts[i : i + batch_size], draw_noise(seeds[i : i + batch_size], shape)) for i in starts])
@@ -129,20 +131,40 @@ class OneStepPipeline:
 
     @torch.inference_mode()
     def latents(self, prompts: Sequence[str], noise: np.ndarray) -> Tensor:
-        """x = G(z, c): noise (B, C, H, W) float32 on the host -> (B, C, H, W)."""
+        """x = G(z, c): noise (B, C, H, W) float32 on the host -> (B, C, H, W), float32 in the U-Net's scaling (float64 for a float64
+        network). Raises UserError unless B, at least one, is the number of prompts."""
+        if not 0 < len(prompts) == len(noise):
+            raise UserError(f"{len(noise)} noises for {len(prompts)} prompts, expected one for each and at least one")
         state = torch.promote_types(self.teacher.dtype, torch.float32)
         z = torch.from_numpy(noise).to(self.teacher.device, state).contiguous(memory_format=torch.channels_last)
         return self.generator(z, self.teacher.encode_prompts(prompts))
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 32, *, quantiser: Quantiser = "round") -> np.ndarray:
-        """Pictures (B, h, w, 3) uint8, one for each prompt and seed."""
-        parts = []
+        """Pictures (B, h, w, 3) uint8, one for each prompt and seed. Raises UserError unless there are as many, and at least one."""
+        seeds, parts = _checked_seeds(seeds, len(prompts)), []
         for start in range(0, len(prompts), batch_size):
             stop = start + batch_size
             x = self.latents(prompts[start:stop], draw_noise(seeds[start:stop], self.teacher.latent_shape))
             parts.append(to_uint8(self.teacher.decode(x), quantiser))
         return np.concatenate(parts)
+
+
+def _checked_seeds(seeds: Sequence[int], pictures: int) -> list[int]:
+    """Plain numbers. Raises UserError for others than whole ones of 63 bits, and unless there is one for each of at least one picture."""
+    for seed in seeds:
+        if not isinstance(seed, numbers.Integral) or not 0 <= seed < 1 << 63:
+            raise UserError(f"seed is {seed!r}, expected a whole number from 0 to 2^63 - 1")
+    if len(seeds) != pictures:
+        raise UserError(f"{len(seeds)} seeds for {pictures} pictures; give one number, or one for each picture")
+    if not pictures:
+        raise UserError("no prompts and no pictures asked for, expected at least one of each")
+    return [int(seed) for seed in seeds]
+
+
+def _default_precision(folder: Path, device: str) -> str:
+    """Half only where it is fast, and no rounding becomes visible."""
+    return student_precision(output_gain(stored_scheduler(folder))) if device.startswith("cuda") else "float32"
 
 
 def _student_folder(source: str | Path, revision: str | None) -> Path:

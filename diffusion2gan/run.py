@@ -102,7 +102,7 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision, kwargs_handlers=[patience])
     if recipe.training.mixed_precision == "bf16":
         warn_of_slow_bf16(accelerator.device, "training.mixed_precision=no")
-    pairs = PairDataset(store)
+    pairs = PairDataset(store, share=(accelerator.process_index, accelerator.num_processes))
     teacher = load_teacher(recipe.teacher, accelerator.device)
     settings = store_settings(teacher, recipe.pairs, _prompts_digest(recipe, pairs))
     check_pairs(recipe, settings, pairs.manifest, store)
@@ -121,6 +121,7 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     discriminator = build_discriminator(recipe.discriminator, teacher, recipe.training.seed) if with_d else None
     if recipe.training.shard and discriminator is not None:
         discriminator.to("cpu")
+    teacher.network_to_host()
     with disk_errors(folder):
         if accelerator.is_main_process:
             open_run(recipe, folder)
@@ -236,7 +237,7 @@ def _prompts_digest(recipe: Recipe, pairs: PairDataset) -> str:
 def export_run(
     folder: Path,
     out: Path,
-    dtype: str = "float16",
+    dtype: str | None = None,
     use_ema: bool = True,
     step: int | None = None,
     kind: Literal["folder", "single-file", "lora"] = "folder",
@@ -245,7 +246,8 @@ def export_run(
     """Writes the student of a run's last checkpoint, or that of `step`: a diffusers folder, one file in the original layout, or, of
     a LoRA run, a folder with the LoRA alone.
 
-    `results`: a Markdown file of measurements for the card.
+    `dtype`: of the stored weights; None: float16, or float32 where the student's output is multiplied by too much for it. `results`: a
+    Markdown file of measurements for the card.
     """
     if not (folder / "recipe.yaml").exists():
         raise UserError(f"{folder}: no run here (no recipe.yaml); name a folder written by `diffusion2gan train`")
@@ -284,6 +286,7 @@ def export_run(
         "evaluations": _evaluations(recipe, pairs, state.step).by_role,
     }
     weights = with_whole_tensors(state.ema if use_ema else state.model)
+    stored_in = None if dtype is None else getattr(torch, dtype)
     rank, alpha = recipe.generator.lora_rank, recipe.generator.lora_alpha
     extras = _card_extras(recipe, folder, state.step, results)
     if kind == "lora":
@@ -292,7 +295,7 @@ def export_run(
         if recipe.generator.start is not None:
             raise UserError(f"{folder}: its LoRA changes {recipe.generator.start}, not the teacher; export a folder or a single file")
         layers = lora_layers(pipeline.unet.float(), weights, rank, alpha)
-        export_lora(pipeline, layers, recipe.generator.timestep, out, facts, getattr(torch, dtype), extras)
+        export_lora(pipeline, layers, recipe.generator.timestep, out, facts, stored_in, extras)
         return
     if rank is not None:
         if recipe.generator.start is not None:
@@ -300,7 +303,7 @@ def export_run(
         # The changes were trained on the frozen weights as the teacher's precision has them.
         frozen = torch.nn.Module.to(pipeline.unet, getattr(torch, recipe.teacher.dtype))
         weights = fused_weights(torch.nn.Module.to(frozen, torch.float32), weights, rank, alpha)
-    student = (pipeline, weights, recipe.generator.timestep, out, facts, getattr(torch, dtype))
+    student = (pipeline, weights, recipe.generator.timestep, out, facts, stored_in)
     if kind == "single-file":
         export_single_file(*student)
     else:

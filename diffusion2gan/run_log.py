@@ -37,13 +37,21 @@ class RunLog:
             write_bytes_atomic(self.folder / "samples" / f"{name}-{step:08d}.png", png_bytes(picture))
 
 
-def refuse_lost_checkpoint(folder: Path, expected: str, checkpoint_every: int) -> None:
-    """Raises UserError where the log of `folder` goes beyond its first checkpoint, and no checkpoint is left to go on from."""
-    last = max((row["step"] for row in read_scalars(folder / "metrics.jsonl")), default=0)
-    # Not equal: a process may have been killed while it wrote its first one.
-    if last > checkpoint_every:
+# An empty file, there as soon as a run has a checkpoint.
+_MARK = "checkpointed"
+
+
+def mark_checkpointed(folder: Path) -> None:
+    """To be called once a checkpoint of the run in `folder` is written: `refuse_lost_checkpoint` misses it from then on."""
+    with disk_errors(folder / _MARK):
+        (folder / _MARK).touch()
+
+
+def refuse_lost_checkpoint(folder: Path, expected: str) -> None:
+    """To be called where no checkpoint was found. Raises UserError if there has been one: the run would begin anew unasked."""
+    if (folder / _MARK).exists():
         raise UserError(
-            f"{folder}: metrics.jsonl goes to step {last}, but there is no checkpoint ({expected}); put it back, or remove the folder to begin anew"
+            f"{folder}: this run had a checkpoint ({expected}), and has none now; put it back, or remove the folder to begin anew"
         )
 
 

@@ -43,10 +43,15 @@ forbid()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def _tiny_tokenizer() -> CLIPTokenizer:
-    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1} | {c: 2 + i for i, c in enumerate(LETTERS)}
-    vocabulary |= {c + "</w>": 28 + i for i, c in enumerate(LETTERS)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=8)
+def _tiny_tokenizer(letters: str = LETTERS, pad: str = "<|endoftext|>") -> CLIPTokenizer:
+    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1} | {c: 2 + i for i, c in enumerate(letters)}
+    vocabulary |= {c + "</w>": 28 + i for i, c in enumerate(letters)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=8, pad_token=pad)
+
+
+def tiny_second_tokenizer() -> CLIPTokenizer:
+    """Another vocabulary and, as SDXL's second one, another token to pad with."""
+    return _tiny_tokenizer(LETTERS[::-1], pad="z</w>")
 
 
 def _tiny_text_config(layers: int = 1, projection: int = 16) -> CLIPTextConfig:
@@ -86,8 +91,8 @@ def tiny_sdxl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
     torch.manual_seed(seed)
     text, text_2 = CLIPTextModel(_tiny_text_config(2)), CLIPTextModelWithProjection(_tiny_text_config(3, projection=12))
     return StableDiffusionXLPipeline(
-        vae=_tiny_vae(), text_encoder=text, text_encoder_2=text_2, tokenizer=_tiny_tokenizer(), tokenizer_2=_tiny_tokenizer(), unet=tiny_sdxl_unet(),
-        scheduler=_tiny_scheduler("epsilon"), add_watermarker=False,
+        vae=_tiny_vae(), text_encoder=text, text_encoder_2=text_2, tokenizer=_tiny_tokenizer(), tokenizer_2=tiny_second_tokenizer(),
+        unet=tiny_sdxl_unet(), scheduler=_tiny_scheduler("epsilon"), add_watermarker=False,
     )  # fmt: skip
 
 

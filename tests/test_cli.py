@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from diffusion2gan import cli
 from diffusion2gan.recipe import load_recipe
 from diffusion2gan.training.state import checkpoints, load_state
 from tests.conftest import tiny_pipeline
@@ -217,20 +220,53 @@ def _small_disk(path: Path) -> bool:
 
 
 def test_full_disk(world: Path, tmp_path: Path) -> None:
-    """A real full file system: the store's shards fit one by one until they don't."""
+    """A real full file system: a checkpoint that does not fit, and shards that fit one by one until they don't."""
     disk = tmp_path / "disk"
     if not _small_disk(disk):
         pytest.skip("cannot mount a small tmpfs here")
     try:
         command = ("train", world / "recipe.yaml", "--pairs", world / "store", "--out", disk / "run")
         _assert_one_line(run_command(*command), "the disk is full")
+        simulate = ("simulate", world / "recipe.yaml", "--out", disk / "store", "--set", "pairs.count=240")
+        _assert_one_line(run_command(*simulate), "the disk is full")
+        assert list((disk / "store").glob("shard-*.arrow"))
         assert not list(disk.rglob("*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         assert run_command(*command).returncode == 0
+        assert run_command(*simulate).returncode == 0
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         _assert_one_line(run_command(*command, "--set", "training.steps=14"), "cannot write here")
     finally:
         subprocess.run(["umount", str(disk)], check=False)
+
+
+def _too_large(_: object) -> None:
+    torch.empty(1 << 58, dtype=torch.uint8)
+
+
+def _too_large_for_the_gpu(_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of ...")
+
+
+@pytest.mark.parametrize(
+    ("work", "said"),
+    [
+        (_too_large, "out of host memory (288230376151711744 bytes more were asked for)"),
+        (_too_large_for_the_gpu, "out of GPU memory (20.00 GiB more were asked for)"),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    work: Callable[[object], None], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Parser:
+        def parse_args(self, _: object) -> argparse.Namespace:
+            return argparse.Namespace(function=work)
+
+    monkeypatch.setattr(cli, "_parser", Parser)
+    assert cli.main([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert "lower pairs.batch_size or training.micro_batch_size" in line
 
 
 def test_a_run_stays_with_its_teacher(world: Path, tmp_path: Path, tiny_teacher_folder: Path, prompts_file: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +19,10 @@ from diffusion2gan.embedded.emoji import EmojiDataset
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation import emoji10k
 from diffusion2gan.recipe import load_recipe
+from diffusion2gan.run import simulate_recipe
 from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
-from tests.helpers import tree_digest
+from tests.helpers import ROOT, tree_digest
 
 
 def test_demo_from_nothing_to_report(tiny_embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,11 +67,16 @@ class _MeanColours:
         return images.reshape(n, 4, h // 4, 4, w // 4, 3).mean((2, 4)).reshape(n, -1).astype(np.float32)
 
 
-def test_benchmark_of_a_student(tiny_embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def one_colour_emoji(monkeypatch: pytest.MonkeyPatch) -> None:
     records = emoji.packaged_records()
     images = np.random.default_rng(0).integers(0, 255, (len(records), 1, 1, 3)).astype(np.uint8).repeat(16, 1).repeat(16, 2)
     monkeypatch.setattr(emoji, "load", lambda: EmojiDataset(images, records))
     monkeypatch.setattr("diffusion2gan.evaluation.scoring.ScoringNetwork", _MeanColours)
+
+
+@pytest.mark.usefixtures("one_colour_emoji")
+def test_benchmark_of_a_student(tiny_embedded: Path, tmp_path: Path) -> None:
     student = tmp_path / "whole"
     result = evaluate_student(student, tmp_path / "scores", tmp_path / "shared", count=64, preservation_count=4)
     assert result["partial"]
@@ -85,3 +94,42 @@ def test_benchmark_of_a_student(tiny_embedded: Path, tmp_path: Path, monkeypatch
     with pytest.raises(UserError, match="its own teacher"):
         evaluate_student(student, tmp_path / "scores2", tmp_path / "shared", count=64)
     assert result["protocol"] == emoji10k.PROTOCOL
+
+
+@pytest.mark.usefixtures("one_colour_emoji")
+def test_rows_are_added_to_an_ablation(tiny_embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`benchmarks/ablation.py`: two recipes with one seed, then with another."""
+    changes = [
+        "pairs.count=24", "pairs.precision=float32", "pairs.compile=false", "pairs.batch_size=8", "pairs.shard_size=8", "pairs.ode.steps=4",
+        "training.steps=2", "training.batch_size=4", "training.holdout=8", "training.warmup_steps=1", "training.decay_steps=1",
+        "training.mixed_precision=no", "training.compile=false",
+    ]  # fmt: skip
+    simulate_recipe(load_recipe("ablations/mse", changes), tmp_path / "store", progress=False)
+    main = runpy.run_path(str(ROOT / "benchmarks" / "ablation.py"))["main"]
+    scored: list[dict[str, Any]] = []
+
+    def evaluate_once(*arguments: Any) -> dict[str, Any]:
+        """It is tested above, and takes its time."""
+        if not scored:
+            scored.append(evaluate_student(*arguments, count=32, preservation_count=2))
+        return scored[0]
+
+    monkeypatch.setitem(main.__globals__, "evaluate_student", evaluate_once)
+    out = tmp_path / "out"
+
+    def run(seed: int, *more: str) -> None:
+        set_all = [argument for change in [*changes, *more] for argument in ("--set", change)]
+        given = ["ablations/mse", "ablations/l1", "--seeds", str(seed), "--pictures", "2", "--list", "validation"]
+        monkeypatch.setattr(sys, "argv", ["ablation", *given, "--store", str(tmp_path / "store"), "--out", str(out), *set_all])
+        main()
+
+    run(0)
+    assert not (out / "differences.md").exists()
+    run(1)
+    rows = json.loads((out / "table.json").read_text())
+    assert [(r["row"], r["seed"]) for r in rows] == [("mse", 0), ("l1", 0), ("mse", 1), ("l1", 1)]
+    assert len({r["held-out MSE"] for r in rows}) == 4
+    assert "| l1 - mse | 2 |" in (out / "differences.md").read_text()
+    assert (out / "pictures.png").stat().st_size > 1000
+    with pytest.raises(SystemExit, match="choose another --out"):
+        run(2, "training.learning_rate=1e-5")

@@ -15,11 +15,15 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusion2gan.cli import main
+from diffusion2gan.ema import trained_state
 from diffusion2gan.errors import UserError
-from diffusion2gan.export import export_single_file, push_to_hub
+from diffusion2gan.export import CardExtras, export_lora, export_single_file, export_student, push_to_hub
+from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
+from diffusion2gan.lora import lora_layers
 from diffusion2gan.recipe import parse_recipe
 from diffusion2gan.run import simulate_recipe, train_recipe
 from diffusion2gan.single_file import original_layout, original_open_clip
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from tests.conftest import tiny_pipeline, tiny_pixel_pipeline, tiny_sdxl_pipeline
 from tests.helpers import recipe_values
 
@@ -177,6 +181,36 @@ def test_one_file_from_the_command_line(run: Path, tmp_path: Path, capsys: pytes
     assert main(["export", str(run), str(tmp_path / "c"), "--results", str(tmp_path / "none.md")]) == 2
     assert "none.md: cannot be read" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["student", "student.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("build", "dtype"),
+    [(tiny_pipeline, "float16"), (lambda: tiny_pixel_pipeline(edm=True), "float16"), (tiny_pixel_pipeline, "float32")],
+)
+def test_half_precision_unless_it_shows(build: Any, dtype: str, tmp_path: Path) -> None:
+    """x is 14.6 times the output of the first, v-prediction's of the second, 157 times that of the third."""
+    pipeline = build()
+    weights = {f"network.{k}": v for k, v in pipeline.unet.state_dict().items()}
+    export_student(pipeline, weights, 999, tmp_path / "student", {}, None)
+    with safe_open(tmp_path / "student" / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert file.get_tensor("conv_in.weight").dtype == getattr(torch, dtype)
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert f"Weights are stored in {dtype}." in card
+    assert ("Run in float32:" in card) is (dtype == "float32")
+
+
+def test_the_card_of_a_lora_says_its_size(tmp_path: Path) -> None:
+    """The teacher that it is loaded into may draw at another one by itself."""
+    pytest.importorskip("peft")
+    pipeline = tiny_pipeline()
+    pipeline.unet.register_to_config(sample_size=16)
+    generator = OneStepGenerator.from_teacher(StableDiffusionTeacher.from_pipeline(pipeline), GeneratorConfig(lora_rank=2))
+    layers = lora_layers(pipeline.unet, trained_state(generator), 2, None)
+    export_lora(pipeline, layers, 999, tmp_path / "lora", {}, None, CardExtras())
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert 'pipeline("red heart", height=32, width=32, num_inference_steps=1' in card
+    with safe_open(tmp_path / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
 
 
 def test_pixels_have_no_original_layout(tmp_path: Path) -> None:

@@ -49,6 +49,18 @@ def test_training_does_not_touch_the_teacher(tiny_teacher: StableDiffusionTeache
     assert not torch.equal(generator.network.conv_out.weight, before["conv_out.weight"])
 
 
+def test_dropout_is_not_trained_with(tiny_teacher: StableDiffusionTeacher) -> None:
+    """Its masks would differ after a resume, and between the two evaluations of a finite difference."""
+    for module in tiny_teacher.network.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    noise, condition = torch.randn(1, 4, 8, 8), tiny_teacher.encode_prompts(["a"])
+    for config in (GeneratorConfig(), GeneratorConfig(lora_rank=2)):
+        student = OneStepGenerator.from_teacher(tiny_teacher, config)
+        assert student.network.training
+        assert torch.equal(student(noise, condition), student(noise, condition))
+
+
 def test_last_layers_run_in_float32_under_autocast(tiny_teacher: StableDiffusionTeacher) -> None:
     """Rounding the prediction to bf16 would put 14.6 times its rounding error into x (design.md: 0.024 rms)."""
     generator = OneStepGenerator.from_teacher(tiny_teacher).eval()

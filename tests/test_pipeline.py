@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 from diffusion2gan import OneStepPipeline, UserError
+from diffusion2gan import pipeline as module
 from diffusion2gan.export import export_student
-from diffusion2gan.pairs.seeds import draw_noise
+from diffusion2gan.pairs.seeds import draw_noise, evaluation_seed
+from diffusion2gan.teachers.load import load_teacher
+from diffusion2gan.teachers.protocol import TeacherConfig
 from tests.conftest import tiny_pipeline, tiny_pixel_pipeline
 
 
@@ -65,6 +69,66 @@ def test_what_cannot_be_drawn(folder: Path) -> None:
     for prompts, count in (([], 1), (["cat"], 0)):
         with pytest.raises(UserError, match="no prompts and no pictures"):
             pipeline(prompts, images_per_prompt=count)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 63, 1.5, [0.5], ["7"], np.int64(-1)])
+def test_seeds_that_are_none(seed: Any, folder: Path) -> None:
+    pipeline = OneStepPipeline.from_pretrained(folder)
+    for output_type in ("uint8", "latent"):
+        with pytest.raises(UserError, match=r"seed is .*, expected a whole number from 0 to 2\^63 - 1"):
+            pipeline("cat", seed=seed, output_type=output_type)
+    with pytest.raises(UserError, match=r"expected a whole number from 0 to 2\^63 - 1"):
+        pipeline.generate(["cat"], seed if isinstance(seed, list) else [seed])
+
+
+def test_seeds_of_numpy_and_of_evaluations(folder: Path) -> None:
+    pipeline = OneStepPipeline.from_pretrained(folder)
+    expected = pipeline(["red", "cat"], seed=3, output_type="uint8")
+    for seed in (np.int64(3), np.uint8(3), np.array([3, 4]), range(3, 5)):
+        np.testing.assert_array_equal(pipeline(["red", "cat"], seed=seed, output_type="uint8"), expected)
+    np.testing.assert_array_equal(pipeline.generate(["red", "cat"], np.array([3, 4])), expected)
+    assert pipeline.generate(["cat"], [evaluation_seed(5)]).shape == (1, 16, 16, 3)
+
+
+def test_as_many_seeds_and_noises_as_prompts(folder: Path) -> None:
+    pipeline = OneStepPipeline.from_pretrained(folder)
+    with pytest.raises(UserError, match=r"1 seeds for 2 pictures"):
+        pipeline.generate(["red", "cat"], [1])
+    with pytest.raises(UserError, match=r"3 seeds for 2 pictures"):
+        pipeline.generate(["red", "cat"], [1, 2, 3])
+    with pytest.raises(UserError, match="no prompts and no pictures"):
+        pipeline.generate([], [])
+    for prompts, count in (([], 0), (["cat"], 2), (["red", "cat"], 1)):
+        with pytest.raises(UserError, match=f"{count} noises for {len(prompts)} prompts, expected one for each and at least one"):
+            pipeline.latents(prompts, draw_noise(range(count), (4, 8, 8)))
+
+
+def test_precisions_that_are_none(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"dtype is 'fp16', expected one of float64, float32, bfloat16, float16"):
+        OneStepPipeline.from_pretrained(folder, "fp16")
+
+
+@pytest.mark.parametrize(
+    ("build", "dtype"),
+    [(tiny_pipeline, torch.float16), (lambda: tiny_pixel_pipeline(edm=True), torch.float16), (tiny_pixel_pipeline, torch.float32)],
+)
+def test_half_precision_on_a_gpu_unless_it_shows(build: Any, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDPM's x is 157 times the network's output; without a GPU all is float32."""
+
+    def load_without_gpu(config: TeacherConfig, device: str) -> Any:
+        assert device in ("cuda:1", "cpu")
+        return load_teacher(config)
+
+    pipeline = build()
+    weights = {f"network.{k}": v for k, v in pipeline.unet.state_dict().items()}
+    export_student(pipeline, weights, 999, tmp_path / "student", {}, torch.float32)
+    monkeypatch.setattr(module, "load_teacher", load_without_gpu)
+    assert OneStepPipeline.from_pretrained(tmp_path / "student", device="cuda:1").teacher.dtype == dtype
+    assert OneStepPipeline.from_pretrained(tmp_path / "student", device="cpu").teacher.dtype == torch.float32
+    assert OneStepPipeline.from_pretrained(tmp_path / "student", "bfloat16", "cuda:1").teacher.dtype == torch.bfloat16
+    (tmp_path / "student" / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(UserError, match=r"student: has no scheduler of diffusers \(.*\); restore the folder"):
+        OneStepPipeline.from_pretrained(tmp_path / "student", device="cuda:1")
 
 
 def test_sources_that_are_no_student(folder: Path, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 Kang et al. 2023: the input resized to every resolution enters the trunk there, every resolution gives its own
 predictions, and each prediction has an unconditional part and one modulated by a global code of the text. Our own code; the
-parameter count is near that of the teacher's network.
+parameter count is that of the teacher's network within an eighth for the embedded teacher and SD 1.5, a sixth of it for SDXL, whose
+transformers are most of it.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ class ConvolutionalDiscriminator(nn.Module):
     def for_teacher(cls, teacher: Teacher, config: DiscriminatorConfig) -> ConvolutionalDiscriminator:
         """One for `teacher`'s latents and text, as deep as its network."""
         channels = [WIDTH * c for c in teacher.network.config.block_out_channels]
-        text_width = teacher.encode_prompts([""]).embeddings.shape[2]
+        # A prompt that every teacher reads: where there are classes, it is a class.
+        text_width = teacher.encode_prompts(["0"]).embeddings.shape[2]
         dtype = torch.promote_types(teacher.dtype, torch.float32)
         return cls(teacher.latent_shape, channels, text_width, config).to(teacher.device, dtype)
 

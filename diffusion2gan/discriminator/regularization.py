@@ -5,7 +5,7 @@ Legend: B batch, C latent channels, H and W latent size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import torch
@@ -51,11 +51,12 @@ def r1_samples(generator: np.random.Generator, batch: int, count: int) -> np.nda
 
 
 def mix_and_match(
-    uniform: np.ndarray, shares: Sequence[float], rows: np.ndarray, prompts: Sequence[str], noise_is_seen: bool = True
+    uniform: np.ndarray, shares: Sequence[float], rows: np.ndarray, texts: Sequence[Hashable], noise_is_seen: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which fakes of a batch are real latents in a wrong company, and whose.
 
-    uniform: (B, 2) in [0, 1). shares: of OTHER_LATENT, OTHER_TEXT and OTHER_NOISE. rows: (B,) the pair of each sample; prompts: its text.
+    uniform: (B, 2) in [0, 1). shares: of OTHER_LATENT, OTHER_TEXT and OTHER_NOISE. rows: (B,) the pair of each sample; texts: what the teacher
+    reads of its prompt (`Teacher.reads`).
     noise_is_seen: whether D sees z; to one that does not, another latent of the same text is no mismatch.
     Returns kind (B,) of KINDS and partner (B,): the sample that lends its latent, text or noise. A partner is never the same
     pair, and for OTHER_TEXT never of the same text; a sample that finds no such partner stays GENERATED, with itself.
@@ -64,12 +65,13 @@ def mix_and_match(
     drawn = np.searchsorted(edges, uniform[:, 0], side="right")  # 0, 1, 2: a swap; 3: none
     kinds = np.full(len(rows), GENERATED)
     partners = np.arange(len(rows))
-    texts = np.array(list(prompts), dtype=object)
+    numbers: dict[Hashable, int] = {}
+    text = np.array([numbers.setdefault(t, len(numbers)) for t in texts])
     for i in np.flatnonzero(drawn < len(shares)):
         kind = OTHER_LATENT + int(drawn[i])
         allowed = rows != rows[i]
         if kind == OTHER_TEXT or not noise_is_seen:
-            allowed &= texts != texts[i]
+            allowed &= text != text[i]
         candidates = np.flatnonzero(allowed)
         if len(candidates):
             kinds[i], partners[i] = kind, candidates[int(uniform[i, 1] * len(candidates))]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.teachers.protocol import PredictionType, TeacherConfig, TextCondition
+from diffusion2gan.teachers.protocol import Precision, PredictionType, TeacherConfig, TextCondition
 
 # What a family's folders are opened with, by `teacher.family`.
 PIPELINES: dict[str, Any] = {"stable_diffusion": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline, "pixel": DDPMPipeline}
@@ -84,14 +84,52 @@ def _local_folder(config: TeacherConfig, folder: str | Path) -> Path:
     return Path(pipeline.download(str(folder), revision=config.revision, variant=config.variant, use_safetensors=True))
 
 
-def family_of(folder: Path) -> str | None:
-    """The family of a diffusers folder by its model_index.json; None for another kind of folder. Raises UserError for a damaged one."""
+def _pipeline_class(folder: Path) -> str | None:
     path = folder / "model_index.json"
     try:
         index = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError:
         raise UserError(f"{path}: not valid JSON; restore the file") from None
-    return FAMILY_OF_CLASS.get(index.get("_class_name")) if isinstance(index, dict) else None
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    # A pipeline with code of its own has a list there.
+    return None if name is None else str(name)
+
+
+def family_of(folder: Path) -> str | None:
+    """The family of a diffusers folder by its model_index.json; None for another kind of folder. Raises UserError for a damaged one."""
+    name = _pipeline_class(folder)
+    return None if name is None else FAMILY_OF_CLASS.get(name)
+
+
+def check_parts(**parts: Any) -> None:
+    """Raises UserError for parts of a pipeline, given by their names, that are None."""
+    missing = [name for name, part in parts.items() if part is None]
+    if missing:
+        raise UserError(f"the teacher has no {', '.join(missing)}, expected a model that draws from text alone; choose another teacher")
+
+
+def output_gain(scheduler: Any) -> float | None:
+    """By how much x exceeds the network's output: 1 / sqrt(abar) at the last timestep of an epsilon-prediction, None for others."""
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None or scheduler.config.prediction_type != "epsilon":
+        return None
+    return float(alphas[-1] ** -0.5)
+
+
+def student_precision(gain: float | None) -> Precision:
+    """What a student of that `output_gain` is stored and drawn in unless its user says otherwise."""
+    # DDPM's 157 times makes visible grain of float16's rounding, Stable Diffusion's 14.6 does not.
+    return "float32" if gain is not None and gain > 50 else "float16"
+
+
+def stored_scheduler(folder: Path) -> Any:
+    """The scheduler of a diffusers folder, without the rest. Raises UserError when there is none."""
+    try:
+        config = DDIMScheduler.load_config(str(folder), subfolder="scheduler")
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{folder}: has no scheduler of diffusers ({reason}); restore the folder") from None
 
 
 def stored_weights(config: TeacherConfig, folder: str | Path) -> str:
@@ -114,15 +152,47 @@ def no_progress_bars() -> Iterator[None]:
                 logger.enable_progress_bar()
 
 
-def load_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dtype) -> Any:
-    """A stock pipeline of `config.family` from a folder or hub id, safetensors only, without safety checker.
+def _set_resolution(pipeline: Any, resolution: int | None) -> bool:
+    """Lets a pipeline draw at `resolution` pixels; returns whether that is another size than its network's own.
 
-    Raises UserError when it isn't one, or of another family.
+    Raises UserError for a size that the autoencoder's factor, or a network of pixels, does not divide.
     """
+    if resolution is None:
+        return False
+    vae = getattr(pipeline, "vae", None)
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    divisor = factor if vae is not None else 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    if resolution % divisor:
+        what = "by which its network shrinks pictures" if vae is None else "by which its autoencoder shrinks pictures"
+        raise UserError(f"teacher.resolution is {resolution}, expected a multiple of {divisor}, {what}; choose another size")
+    size, own = resolution // factor, pipeline.unet.config.sample_size
+    if own in (size, [size, size], (size, size)):
+        return False
+    pipeline.unet.register_to_config(sample_size=size)
+    return True
+
+
+def load_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dtype) -> Any:
+    """A stock pipeline of `config.family` from a folder or hub id, safetensors only, without safety checker; its network's
+    `sample_size` is that of `config.resolution`.
+
+    Raises UserError when it isn't one, or of another family or kind, and for a resolution that it cannot have.
+    """
+    pipeline = _stored_pipeline(config, folder, dtype)
+    _set_resolution(pipeline, config.resolution)
+    return pipeline
+
+
+def _stored_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dtype) -> Any:
     unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
         local = _local_folder(config, folder)
-        found = family_of(local)
+        name, found = _pipeline_class(local), family_of(local)
+        if name is not None and found is None:
+            raise UserError(
+                f"teacher.source: {folder} is a {name}, expected a {', '.join(FAMILY_OF_CLASS)}: a model that draws from text or noise "
+                "alone; name another"
+            )
         if found not in (None, config.family):
             raise UserError(f"teacher.family is {config.family}, but {folder} is of family {found}; set teacher.family={found}")
         with no_progress_bars():
@@ -130,7 +200,7 @@ def load_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dtype)
                 local, variant=config.variant, dtype=dtype, use_safetensors=True, **(unused if config.family == "stable_diffusion" else {})
             )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:150]
         raise UserError(
             f"teacher.source: {folder} is not a diffusers folder or hub id of family {config.family} ({reason}); name one that has model_index.json"
         ) from None
@@ -165,6 +235,8 @@ class DiffusersTeacher:
     text_encoder: nn.Module | None = None
     vae: Any = None
     """The autoencoder whose half `decode` evaluates; None where latents are pixels."""
+    resolution: int | None = None
+    """Side of the pictures in pixels where it is not the network's own."""
 
     def _take_schedule(self, scheduler_config: dict[str, Any]) -> None:
         # x is the ODE's solution. Clipping at every step has none that solvers agree on, and a latent has no range to be clipped to.
@@ -177,12 +249,16 @@ class DiffusersTeacher:
         self.alphas_cumprod = schedule.alphas_cumprod
         self.prediction_type = schedule.config.prediction_type
         self._weights: str | None = None
+        self._device: torch.device | None = None
         self.source = "memory"
 
     @classmethod
     def from_pretrained(cls, config: TeacherConfig, folder: str | Path, device: str | torch.device = "cpu") -> Self:
-        """Loads a diffusers folder or hub repository (safetensors only). Raises UserError when it isn't one."""
-        teacher = cls.from_pipeline(load_pipeline(config, folder, getattr(torch, config.dtype)).to(device))
+        """Loads a diffusers folder or hub repository (safetensors only). Raises UserError as `load_pipeline` does."""
+        pipeline = _stored_pipeline(config, folder, getattr(torch, config.dtype))
+        changed = _set_resolution(pipeline, config.resolution)
+        teacher = cls.from_pipeline(pipeline.to(device))
+        teacher.resolution = config.resolution if changed else None
         local = _local_folder(config, folder)
         teacher._weights = _files_digest(local, config.variant)
         # A path says nothing elsewhere; the digest does.
@@ -214,7 +290,12 @@ class DiffusersTeacher:
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        return self._device or next(self.network.parameters()).device
+
+    def network_to_host(self) -> None:
+        """Puts the network alone into the host's memory: a training has its own copies, and needs the other parts of the teacher."""
+        self._device = self.device
+        self.network.to("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -233,6 +314,8 @@ class DiffusersTeacher:
             "steps_offset": schedule.get("steps_offset", 0),
             "set_alpha_to_one": schedule.get("set_alpha_to_one", True),
             "prediction_type": self.prediction_type,
+            # Left out where it is the network's own: older stores stay what they are.
+            **({} if self.resolution is None else {"resolution": self.resolution}),
         }
 
     def decoder_in_float32(self) -> None:

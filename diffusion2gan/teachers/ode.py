@@ -78,11 +78,16 @@ def solve_ode(
     network: the teacher's in another precision, or compiled. reuse: compute once what the steps and both guidance branches
     share; a compiled network has to be called as it is.
     Returns x (B, C, H, W), scaled latents in noise's dtype (float32 or float64).
+    Raises UserError for steps and spacing that do not start near the last timestep, and for guidance without `negative`.
     """
     guided = config.guidance > 1
     with torch.inference_mode(), ExitStack() as stack:
         if guided:
-            assert negative is not None
+            if negative is None:
+                raise UserError(
+                    f"pairs.ode.guidance is {config.guidance} and there is no negative condition, expected the empty prompt's; "
+                    "give teacher.encode_negative(), or set guidance 1"
+                )
             condition = TextCondition.cat(negative.expand(len(noise)) if len(negative) == 1 else negative, condition)
         network = teacher.network if network is None else network
         if reuse:

@@ -9,7 +9,7 @@ schedule is 1,000 noise levels with rho = 7 between sigma_min and sigma_max. Bet
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,13 +134,17 @@ class PixelTeacher(DiffusersTeacher):
         """Prompts -> (B, 1, classes) one-hot, or (B, 1, 1) zeros. Raises UserError for a prompt that is no class number."""
         if not self._classes:
             return TextCondition(torch.zeros(len(prompts), 1, 1, dtype=self.dtype, device=self.device))
-        for prompt in prompts:
-            if not prompt.isdecimal() or int(prompt) >= self._classes:
-                raise UserError(
-                    f"prompt {prompt!r}: expected the number of a class, 0 to {self._classes - 1}: the teacher reads nothing else"
-                )
-        labels = torch.tensor([int(p) for p in prompts], device=self.device)
+        labels = torch.tensor([self._class(p) for p in prompts], device=self.device)
         return TextCondition(F.one_hot(labels, self._classes)[:, None].to(self.dtype))
+
+    def _class(self, prompt: str) -> int:
+        if not prompt.isdecimal() or int(prompt) >= self._classes:
+            raise UserError(f"prompt {prompt!r}: expected the number of a class, 0 to {self._classes - 1}: the teacher reads nothing else")
+        return int(prompt)
+
+    def reads(self, prompts: Sequence[str]) -> list[Hashable]:
+        """Their classes; None, whatever the prompt, where there are no classes. Raises UserError as `encode_prompts` does."""
+        return [self._class(prompt) if self._classes else None for prompt in prompts]
 
     def encode_negative(self, prompt: str = "") -> TextCondition:
         """Raises UserError: there is no unconditional branch."""

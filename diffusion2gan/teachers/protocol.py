@@ -5,16 +5,18 @@ Legend: B batch, C latent channels, H and W latent height and width, L tokens, D
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion2gan.config import Section
 
 PredictionType = Literal["epsilon", "v_prediction"]
+Precision = Literal["float64", "float32", "bfloat16", "float16"]
 
 
 class TeacherConfig(Section):
@@ -26,8 +28,10 @@ class TeacherConfig(Section):
     revision: str | None = None
     variant: str | None = None
     """Weight variant of the hub repository, e.g. `fp16`."""
-    dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
+    dtype: Precision = "float32"
     """Precision of the frozen networks. The state of the ODE stays in float32 or better."""
+    resolution: int | None = Field(None, ge=1)
+    """Side of the pictures in pixels; without a number, the network's own."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,10 @@ class Teacher(Protocol):
 
     def encode_prompts(self, prompts: Sequence[str]) -> TextCondition:
         """Prompts -> c."""
+        ...
+
+    def reads(self, prompts: Sequence[str]) -> list[Hashable]:
+        """What the teacher sees of each prompt: equal for two prompts that it cannot tell apart."""
         ...
 
     def encode_negative(self, prompt: str = "") -> TextCondition:

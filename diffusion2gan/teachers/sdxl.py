@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from diffusion2gan.teachers.folders import token_ids, tokenizer_digest
+from diffusion2gan.teachers.folders import check_parts, token_ids, tokenizer_digest
 from diffusion2gan.teachers.protocol import TextCondition
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 
@@ -18,7 +18,7 @@ class SDXLTeacher(StableDiffusionTeacher):
     """Implements `Teacher` for `StableDiffusionXLPipeline` folders.
 
     `TextCondition.added` holds `text_embeds` (B, D2), the second encoder's pooled output, and `time_ids` (B, 6): original size, crop and
-    target size in pixels, as the stock pipeline has them by default (the network's own size, no crop).
+    target size in pixels, as the stock pipeline has them by default (the whole picture, no crop).
     """
 
     family = "sdxl"
@@ -26,6 +26,7 @@ class SDXLTeacher(StableDiffusionTeacher):
 
     def __init__(self, pipeline: StableDiffusionXLPipeline):
         super().__init__(pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, dict(pipeline.scheduler.config))
+        check_parts(text_encoder_2=pipeline.text_encoder_2, tokenizer_2=pipeline.tokenizer_2)
         self.text_encoder_2, self.tokenizer_2 = pipeline.text_encoder_2, pipeline.tokenizer_2
         self.text_encoder_2.requires_grad_(False).eval()
         # The stock pipeline leaves the unconditional branch without text, unless it is given a negative prompt.
@@ -57,6 +58,11 @@ class SDXLTeacher(StableDiffusionTeacher):
             pooled = found[0]
         embeddings = torch.cat(layers, dim=-1).to(self.dtype)
         return TextCondition(embeddings, {"text_embeds": pooled.to(self.dtype), "time_ids": self._time_ids(len(prompts))})
+
+    def reads(self, prompts: Sequence[str]) -> list[Hashable]:
+        """The token ids of both tokenizers."""
+        second = token_ids(self.tokenizer_2, prompts).tolist()
+        return [(first, tuple(ids)) for first, ids in zip(super().reads(prompts), second, strict=True)]
 
     def _time_ids(self, batch: int) -> Tensor:
         side = 2 ** (len(self.vae.config.block_out_channels) - 1)

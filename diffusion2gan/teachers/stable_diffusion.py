@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffusion2gan.teachers.folders import DiffusersTeacher, token_ids, tokenizer_digest
+from diffusion2gan.errors import UserError
+from diffusion2gan.teachers.folders import DiffusersTeacher, check_parts, token_ids, tokenizer_digest
 from diffusion2gan.teachers.protocol import TextCondition
 
 
@@ -20,7 +21,10 @@ def decoded_at_once(height: int, width: int) -> int:
 
 
 class StableDiffusionTeacher(DiffusersTeacher):
-    """Implements `Teacher` for `StableDiffusionPipeline` folders; epsilon- and v-prediction."""
+    """Implements `Teacher` for `StableDiffusionPipeline` folders; epsilon- and v-prediction.
+
+    Raises UserError for a network that reads more than latent and text (inpainting, depth, upscaling), and for missing parts.
+    """
 
     family = "stable_diffusion"
     tiny_decoder = "madebyollin/taesd"
@@ -34,6 +38,13 @@ class StableDiffusionTeacher(DiffusersTeacher):
         tokenizer: CLIPTokenizer,
         scheduler_config: dict[str, Any],
     ):
+        check_parts(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+        reads, gives, decodes = unet.config.in_channels, unet.config.out_channels, vae.config.latent_channels
+        if not reads == gives == decodes:
+            raise UserError(
+                f"the teacher's network reads {reads} channels and gives {gives}, its autoencoder has {decodes}, expected one number: "
+                "a model that draws from text alone; choose another teacher"
+            )
         self.network, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         for module in (unet, vae, text_encoder):
             module.requires_grad_(False).eval()
@@ -54,6 +65,10 @@ class StableDiffusionTeacher(DiffusersTeacher):
     def encode_prompts(self, prompts: Sequence[str]) -> TextCondition:
         """Prompts -> embeddings (B, L, D)."""
         return TextCondition(self.text_encoder(token_ids(self.tokenizer, prompts).to(self.device))[0].to(self.dtype))
+
+    def reads(self, prompts: Sequence[str]) -> list[Hashable]:
+        """Their token ids."""
+        return [tuple(ids) for ids in token_ids(self.tokenizer, prompts).tolist()]
 
     def encode_negative(self, prompt: str = "") -> TextCondition:
         """The unconditional branch's condition, one row."""

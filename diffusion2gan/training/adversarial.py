@@ -30,11 +30,11 @@ from diffusion2gan.schedule import warmup_and_decay
 from diffusion2gan.teachers.attention import twice_differentiable_attention
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
 from diffusion2gan.training.batches import BatchShare, OdePairBatch
-from diffusion2gan.training.descent import Descent
+from diffusion2gan.training.descent import WholeOrSplit
 from diffusion2gan.training.optimizer import adamw
 from diffusion2gan.training.order import r1_generator
 from diffusion2gan.training.placement import Placement
-from diffusion2gan.training.sharding import own_rows, split_like
+from diffusion2gan.training.sharding import own_rows, split_like, whole
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -78,8 +78,10 @@ class AdversarialConfig(Section):
     """The share that are this pair's own real latents, with another pair's noise."""
     stop_regression: float = Field(3.0, gt=1)
     """Training stops when the regression loss, averaged over about 50 steps, exceeds so many times its value at the start."""
+    good_regression: float = Field(1.5, gt=0)
+    """An average is one to go back to while its regression loss on held-out pairs is at most so many times its value at the start."""
     stop_accuracy: tuple[Share, Share] = (0.51, 0.99)
-    """Training stops when D's accuracy on real and generated latents, over `stop_accuracy_steps` steps, lies outside."""
+    """Training stops when D's accuracy on real and generated latents, over the last `stop_accuracy_steps` steps, lies outside."""
     stop_accuracy_steps: int = Field(500, ge=1)
 
     @model_validator(mode="after")
@@ -113,9 +115,8 @@ class Guard:
 
     start: float
     regression: float
-    answers: list[float] = field(default_factory=lambda: [0.0] * 4)
-    """D's over the last `answer_steps` steps: right and all about real latents, right and all about generated ones."""
-    answer_steps: int = 0
+    answers: list[list[float]] = field(default_factory=list)
+    """D's in each of the last steps: right and all about real latents, right and all about generated ones."""
     good_step: int = 0
     """The last checkpoint whose average was good, of those up to `judged_step`."""
     judged_step: int = 0
@@ -132,15 +133,14 @@ class Guard:
 
     def follow_accuracy(self, answers: Sequence[float], config: AdversarialConfig) -> str | None:
         """Takes D's answers at a step; what is wrong with its accuracy, if anything."""
-        self.answers = [a + b for a, b in zip(self.answers, answers, strict=True)]
-        self.answer_steps += 1
-        if self.answer_steps < config.stop_accuracy_steps:
+        self.answers = [*self.answers, list(answers)][-config.stop_accuracy_steps :]
+        if len(self.answers) < config.stop_accuracy_steps:
             return None
         # Over so many steps, not a streak: in small batches one step says little. Of both kinds alike, however many of D's fakes
         # are G's own.
-        kinds = [(right, count) for right, count in (self.answers[:2], self.answers[2:]) if count]
+        sums = [sum(column) for column in zip(*self.answers, strict=True)]
+        kinds = [(right, count) for right, count in (sums[:2], sums[2:]) if count]
         mean, (low, high) = sum(right / count for right, count in kinds) / len(kinds), config.stop_accuracy
-        self.answers, self.answer_steps = [0.0] * 4, 0
         if low <= mean <= high:
             return None
         return (
@@ -148,10 +148,10 @@ class Guard:
             f"to {high:.0%} (adversarial.stop_accuracy)"
         )
 
-    def judge(self, step: int, validation_loss: float) -> None:
+    def judge(self, step: int, validation_loss: float, config: AdversarialConfig) -> None:
         """Takes the loss on held-out pairs of the average that is saved at `step`: is it one to go back to?"""
         self.judged_step = step
-        if validation_loss <= 1.5 * self.start:
+        if validation_loss <= config.good_regression * self.start:
             self.good_step = step
 
 
@@ -244,7 +244,7 @@ class Adversary:
         rate, betas = config.discriminator_learning_rate, config.discriminator_betas
         self._called: nn.Module = compile_for_one_shape(self.bare, accelerator.device, "training.compile") if compiled else self.bare
         optimizer = adamw(placement.optimizer, self.bare.parameters(), rate, betas, weight_decay)
-        self.descent = Descent(self.bare, self._called, optimizer, config.discriminator_gradient_clip, accelerator)
+        self.descent = WholeOrSplit(self.bare, self._called, optimizer, config.discriminator_gradient_clip, accelerator)
         described: Discriminator = discriminator  # type: ignore[assignment]
         self.sees_noise = described.config.noise
         self.statistics = Statistics(described.map_names, accelerator.device)
@@ -389,7 +389,12 @@ class Adversary:
         sums = self.accelerator.reduce(self.statistics.sums.clone(), "sum")
         self.statistics.sums.zero_()
         (r1, count), self._r1_told = self._r1_told, [0.0, 0]
-        return {"discriminator": self.statistics.tell(sums)} | ({"r1": r1 / count} if count else {})
+        return {"discriminator": self.statistics.tell(sums), "input_norms": self._input_norms()} | ({"r1": r1 / count} if count else {})
+
+    def _input_norms(self) -> dict[str, float]:
+        """Of the weights through which D sees the noise, and the latent below the first resolution: 0 at the start of a diffusion D."""
+        inputs = {n: p for n, p in self.bare.named_parameters() if n.startswith(("noise_in", "latent_in")) and n.endswith("weight")}
+        return {name.removesuffix(".weight"): round(whole(p.detach().norm()).item(), 6) for name, p in inputs.items()}
 
     def state(self) -> dict[str, Any]:
         """What this process saves for an exact resume (`own_rows`). To be called by every process: the statistics are of all of them."""

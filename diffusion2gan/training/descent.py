@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +16,46 @@ from diffusion2gan.training.clipping import RelativeClip
 from diffusion2gan.training.sharding import own_rows, split_optimizer_state
 
 
-class Descent:
-    """Of one network, G or D: whole on every process (DDP), or split over them (FSDP2).
+class Descent(ABC):
+    """Of one network, G or D. `trained`: what to call, in the block of `exchanging`. `clip` cuts the gradient."""
 
-    called: `network` as training calls it, compiled perhaps. `trained` is what to call, in the block of `exchanging`.
+    trained: nn.Module
+    raw_optimizer: torch.optim.Optimizer
+    clip: RelativeClip
+
+    @abstractmethod
+    def exchanging(self, exchange: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of one micro-batch: whether the processes exchange its gradients, and all before it, or keep them."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of `loss`, this micro-batch's share of the process' mean."""
+
+    @abstractmethod
+    def norm(self) -> float:
+        """The gradient's norm, before it is cut; nothing is changed yet. Every process has to call this."""
+
+    @abstractmethod
+    def step(self, rate: float, norm: float) -> None:
+        """Cuts the gradient that was measured as `norm`, makes a step at learning rate `rate`, and forgets the gradient."""
+
+    @abstractmethod
+    def restart(self) -> None:
+        """As before the first step, but for the weights."""
+
+    @abstractmethod
+    def state(self, rest: bool) -> dict[str, Any]:
+        """The optimiser's, as this process saves it. rest: what belongs to no process too. Every process has to call this."""
+
+    @abstractmethod
+    def load(self, state: dict[str, Any]) -> None:
+        """After the weights, what the processes together got from `state`."""
+
+
+class WholeOrSplit(Descent):
+    """Of a network that is whole on every process (DDP), or split over them (FSDP2).
+
+    called: `network` as training calls it, compiled perhaps.
     """
 
     def __init__(self, network: nn.Module, called: nn.Module, optimizer: torch.optim.Optimizer, clip: float, accelerator: Accelerator):
@@ -29,8 +66,7 @@ class Descent:
 
     @contextmanager
     def exchanging(self, exchange: bool) -> Iterator[None]:
-        """Around forward and backward of one micro-batch: whether the processes exchange its gradients, and all before it, or keep them.
-        What is split exchanges them always: kept, they would be whole on every process."""
+        # What is split exchanges them always: kept, they would be whole on every process.
         if exchange or isinstance(self.trained, FSDPModule):
             yield
         else:
@@ -38,15 +74,12 @@ class Descent:
                 yield
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of `loss`, this micro-batch's share of the process' mean."""
         self._accelerator.backward(loss)
 
     def norm(self) -> float:
-        """The gradient's norm, before it is cut; nothing is changed yet. Every process has to call this."""
         return self.clip.measure(self._network.parameters())
 
     def step(self, rate: float, norm: float) -> None:
-        """Cuts the gradient that was measured as `norm`, makes a step at learning rate `rate`, and forgets the gradient."""
         self.clip.apply(norm)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -54,15 +87,12 @@ class Descent:
         self._optimizer.zero_grad(set_to_none=True)
 
     def restart(self) -> None:
-        """As before the first step, but for the weights."""
         self.raw_optimizer.state.clear()
         self.clip = RelativeClip(self._clip_factor)
 
     def state(self, rest: bool) -> dict[str, Any]:
-        """The optimiser's, as this process saves it (`own_rows`). Every process has to call this."""
         state: dict[str, Any] = own_rows(self._optimizer.state_dict(), rest)
         return state
 
     def load(self, state: dict[str, Any]) -> None:
-        """After the weights, what the processes together got from `state`."""
         self._optimizer.load_state_dict(split_optimizer_state(state, self.raw_optimizer))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,7 +24,8 @@ class LossConfig(Section):
 
     distance: DistanceName = "e_latent_lpips"
     perceptual: str = "embedded"
-    """Weights of the perceptual network: `embedded`, or a folder written by `LatentLPIPS.save_pretrained`."""
+    """Weights of the perceptual network: `embedded`, or what `LatentLPIPS.from_pretrained` takes: sd15, sd21, sdxl, sd3, flux (released by
+    the paper's authors, non-commercial), a folder, a released file, a hub repository."""
     augment: str = Field("bgo", pattern="^[bgco]*$")
     """Augmentation letters of E-LatentLPIPS: b blit, g geometry, c colour, o cutout. The paper's set is `go`."""
     l1_weight: float = Field(0.0, ge=0)
@@ -53,9 +53,7 @@ class Distance(nn.Module):
 
 def _perceptual(config: LossConfig, embedded_name: str, channels: int) -> LatentLPIPS:
     source = config.perceptual
-    metric = LatentLPIPS.from_pretrained(
-        embedded_folder(embedded_name) if source == "embedded" else Path(source), l1_weight=config.l1_weight
-    )
+    metric = LatentLPIPS.from_pretrained(embedded_folder(embedded_name) if source == "embedded" else source, l1_weight=config.l1_weight)
     expected = metric.net.config.in_channels
     if expected != channels:
         raise UserError(f"loss.perceptual: {source} reads {expected} channels, expected {channels}; name a network of this latent space")

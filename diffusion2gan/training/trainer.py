@@ -34,12 +34,12 @@ from diffusion2gan.images import grid, to_uint8
 from diffusion2gan.interrupt import stop_requests
 from diffusion2gan.pairs.dataset import PairDataset
 from diffusion2gan.report import discriminator_picture
-from diffusion2gan.run_log import RunLog, read_scalars, refuse_lost_checkpoint
+from diffusion2gan.run_log import RunLog, mark_checkpointed, read_scalars, refuse_lost_checkpoint
 from diffusion2gan.schedule import warmup_and_decay
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
 from diffusion2gan.training.adversarial import AdversarialConfig, Adversary, Guard
 from diffusion2gan.training.batches import BatchShare, OdePairBatch, mixed_fakes, pair_batch
-from diffusion2gan.training.descent import Descent
+from diffusion2gan.training.descent import Descent, WholeOrSplit
 from diffusion2gan.training.distance import Distance
 from diffusion2gan.training.optimizer import OptimizerName, adamw
 from diffusion2gan.training.order import SampleOrder, augmentation_uniforms, mix_uniforms
@@ -180,7 +180,7 @@ class Trainer:
                 generator, optimizer, config.gradient_clip, self.accelerator, micro, config.zero, config.zero_offload
             )
         else:
-            self.descent = Descent(generator, trained, optimizer, config.gradient_clip, self.accelerator)
+            self.descent = WholeOrSplit(generator, trained, optimizer, config.gradient_clip, self.accelerator)
         self.adversarial, self.adversary = adversarial, self._adversary(adversarial, discriminator)
         self.guard: Guard | None = None
         self.total_steps = config.steps + (adversarial.steps if adversarial else 0)
@@ -292,7 +292,7 @@ class Trainer:
         if self.guard is None:
             last = checkpoints(self.folder / "checkpoints")
             return UserError(
-                f"step {self.step}: {wrong}; stopped before the update, the last good state is {last[-1] if last else 'the start'}; start again "
+                f"step {self.step}: {wrong}; stopped before the update, the last state saved is {last[-1] if last else 'the start'}; start again "
                 "in a new --out with a lower training.learning_rate"
             )
         good = self.guard.good_step
@@ -326,8 +326,8 @@ class Trainer:
             return batches
         # Partners come from the whole batch, so that two processes swap as one does.
         uniform = mix_uniforms(self.config.seed, step, len(rows))
-        prompts = [self.pairs.prompt(int(r)) for r in rows]
-        kind, partner = mix_and_match(uniform, self.adversary.config.mix_shares, rows, prompts, self.adversary.sees_noise)
+        texts = self.teacher.reads([self.pairs.prompt(int(r)) for r in rows])
+        kind, partner = mix_and_match(uniform, self.adversary.config.mix_shares, rows, texts, self.adversary.sees_noise)
         return [replace(b, mixed=mixed_fakes(b, self.pairs, kind[p], rows[partner[p]])) for b, p in zip(batches, parts, strict=True)]
 
     def _micro_batches(self, rows: np.ndarray, step: int, parts: list[slice]) -> list[OdePairBatch]:
@@ -456,12 +456,14 @@ class Trainer:
             save_split_state(state, self.folder / "checkpoints", self.config.keep_checkpoints, kept, self.accelerator)
         elif main:
             save_state(state, self.folder / "checkpoints", self.config.keep_checkpoints, kept)
+        if main:
+            mark_checkpointed(self.folder)
         self.accelerator.wait_for_everyone()
 
     def _judge(self) -> None:
         """In phase 2: whether the average of this step is one to go back to. Every process comes to the same answer."""
-        if self.guard is not None and self.guard.judged_step != self.step:
-            self.guard.judge(self.step, self._validation()["validation_loss"])
+        if self.guard is not None and self.adversarial is not None and self.guard.judged_step != self.step:
+            self.guard.judge(self.step, self._validation()["validation_loss"], self.adversarial)
 
     def _validation(self) -> dict[str, float]:
         """`validate` of this step, computed once."""
@@ -483,5 +485,5 @@ class Trainer:
             # Where the run was asked to stop, nobody had the time.
             self._judge()
         else:
-            refuse_lost_checkpoint(self.folder, "checkpoints/step-*.pt", self.config.checkpoint_every)
+            refuse_lost_checkpoint(self.folder, "checkpoints/step-*.pt")
         self.log.rewind(self.step)

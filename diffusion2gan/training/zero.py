@@ -51,7 +51,7 @@ class _Clip(RelativeClip):
 
 
 class ZeroDescent(Descent):
-    """`Descent` of a network whose optimiser DeepSpeed splits. Raises UserError without DeepSpeed, and outside of torchrun."""
+    """Of a network whose optimiser DeepSpeed splits. Raises UserError without DeepSpeed, and outside of torchrun."""
 
     def __init__(
         self,

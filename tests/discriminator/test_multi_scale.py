@@ -1,17 +1,24 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
-from diffusion2gan.discriminator.convolutional import ConvolutionalDiscriminator
+from diffusion2gan.discriminator.build import build_discriminator
+from diffusion2gan.discriminator.convolutional import WIDTH, ConvolutionalDiscriminator
 from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig, MultiScaleDiscriminator, score
 from diffusion2gan.discriminator.unet_taps import READOUTS, UNetTaps
+from diffusion2gan.embedded.weights import embedded_folder
 from diffusion2gan.errors import UserError
+from diffusion2gan.teachers.pixel import PixelTeacher
 from diffusion2gan.teachers.protocol import TextCondition
+from diffusion2gan.teachers.published import SD15
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
-from tests.conftest import tiny_pipeline, tiny_sdxl_unet
+from tests.conftest import tiny_pipeline, tiny_pixel_unet, tiny_sdxl_unet
 
 
 def _evaluate(latent: Tensor, timestep: Tensor, condition: TextCondition, network: nn.Module) -> Tensor:
@@ -41,19 +48,33 @@ def _inputs(plan: str, batch: int = 2, size: int = 16) -> tuple[Tensor, Tensor, 
     return torch.randn(batch, 4, size, size), torch.randn(batch, 4, size, size), TextCondition(torch.randn(batch, 5, width), added)
 
 
-def _teachers_features(network: UNet2DConditionModel, latent: Tensor, condition: TextCondition) -> tuple[Tensor, list[Tensor]]:
-    """The network's prediction and the outputs of its decoder blocks' last layers, by hooks of the test's own."""
-    kept: list[Tensor] = []
-    hooks = [
-        (getattr(b, "attentions", None) or b.resnets)[-1].register_forward_hook(
-            lambda _m, _a, out: kept.append(out[0] if isinstance(out, tuple) else out)
-        )
-        for b in network.up_blocks
-    ]
+def _teachers_features(network: UNet2DConditionModel, latent: Tensor, condition: TextCondition) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    """The network's prediction and its decoder blocks' READOUTS, by hooks of the test's own.
+
+    `joined`: the outputs of their last layers. `below`: the outputs of the middle block and of the upsamplers. `skip`: of the
+    encoder's residuals each block takes as many as it has resnets, from the end; its first resnet joins the last of them.
+    """
+    joined: list[Tensor] = []
+    below: list[Tensor] = []
+    residuals: list[Tensor] = []
+
+    def keep(into: list[Tensor]) -> Callable[[Any, Any, Any], None]:
+        return lambda _m, _a, out: into.append(out[0] if isinstance(out, tuple) else out)
+
+    blocks = network.up_blocks
+    hooks = [(getattr(b, "attentions", None) or b.resnets)[-1].register_forward_hook(keep(joined)) for b in blocks]
+    hooks += [m.register_forward_hook(keep(below)) for m in (network.mid_block, *(u for b in blocks for u in b.upsamplers or []))]
+    hooks.append(network.conv_in.register_forward_hook(keep(residuals)))
+    hooks += [b.register_forward_hook(lambda _m, _a, out: residuals.extend(out[1])) for b in network.down_blocks]
     prediction = _evaluate(latent, torch.tensor(0), condition, network)
     for hook in hooks:
         hook.remove()
-    return prediction, [k if isinstance(k, Tensor) else k.sample for k in kept]
+    skip = []
+    for block in blocks:
+        skip.append(residuals[-1])
+        del residuals[-len(block.resnets) :]
+    assert not residuals
+    return prediction, {"skip": skip, "below": below, "joined": [k if isinstance(k, Tensor) else k.sample for k in joined]}
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -72,15 +93,13 @@ def test_at_the_start_the_features_are_the_teachers(plan: str) -> None:
         maps = discriminator(latent, noise, condition)
     assert list(maps) == [f"{i}.{r}" for i in range(levels) for r in READOUTS]
     assert len(maps) == 3 * levels
-    for i, feature in enumerate(features):
-        assert torch.equal(read[f"{i}.joined"], feature)
+    for i in range(levels):
+        for name in READOUTS:
+            assert torch.equal(read[f"{i}.{name}"], features[name][i]), (i, name)
         # Read before the upsampler: each resolution is its own.
         assert maps[f"{i}.joined"].shape == (2, 1, 16 >> (levels - 1 - i), 16 >> (levels - 1 - i))
         assert maps[f"{i}.joined"].shape == maps[f"{i}.below"].shape == maps[f"{i}.skip"].shape
     assert torch.equal(out(act(norm(read[f"{levels - 1}.joined"]))), prediction)
-    # What enters a block is what the block below it gave, upsampled.
-    below = network.up_blocks[0].upsamplers[0](features[0])
-    assert torch.equal(read["1.below"], below)
     assert all(0 < m.abs().max() < 1 for m in maps.values())
 
 
@@ -191,6 +210,29 @@ def test_the_switches_of_table_2(kind: str, noise: bool, multi_scale: bool, tiny
         base = score(discriminator(latent, z, condition))
         assert torch.equal(base, score(discriminator(latent, z.flip(0), condition))) is not noise
         assert not torch.equal(base, score(discriminator(latent, z, condition[torch.tensor([2, 1, 0])])))
+
+
+@pytest.mark.parametrize("name", ["embedded", "sd15"])
+def test_the_scratch_discriminator_weighs_what_the_teacher_does(name: str) -> None:
+    """Within an eighth."""
+    config = SD15.unet if name == "sd15" else UNet2DConditionModel.load_config(str(embedded_folder("teacher")), subfolder="unet")
+    with torch.device("meta"):
+        network = UNet2DConditionModel.from_config(dict(config))
+        shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+        channels = [WIDTH * c for c in config["block_out_channels"]]
+        scratch = ConvolutionalDiscriminator(shape, channels, config["cross_attention_dim"], DiscriminatorConfig(kind="scratch"))
+    ours, theirs = (sum(p.numel() for p in m.parameters()) for m in (scratch, network))
+    assert 7 / 8 < ours / theirs < 9 / 8
+
+
+@pytest.mark.parametrize("classes", [None, 10])
+@pytest.mark.parametrize("kind", ["diffusion", "scratch"])
+def test_around_a_teacher_of_pixels(kind: str, classes: int | None) -> None:
+    teacher = PixelTeacher(tiny_pixel_unet(classes=classes), dict(DDPMScheduler().config))
+    discriminator = build_discriminator(DiscriminatorConfig.model_validate({"kind": kind}), teacher)
+    maps = discriminator(torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), teacher.encode_prompts(["3", "7"]))
+    assert len(maps) == (6 if kind == "diffusion" else 2)
+    assert score(maps).shape == (2,)
 
 
 def test_a_copy_of_the_teacher_not_the_teacher(tiny_teacher: StableDiffusionTeacher) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from diffusion2gan.errors import UserError
 from diffusion2gan.teachers.ode import SolverConfig, evaluations_per_pair, solve_ode
 from diffusion2gan.teachers.protocol import TextCondition
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
@@ -64,6 +65,15 @@ def test_gaussian_closed_form(solver: str, limit: float) -> None:
 def test_guidance_one_is_half_the_work() -> None:
     assert evaluations_per_pair(SolverConfig(steps=50, guidance=3.0)) == 100
     assert evaluations_per_pair(SolverConfig(steps=50, guidance=1.0)) == 50
+
+
+def test_what_cannot_be_solved(tiny_teacher: StableDiffusionTeacher) -> None:
+    noise, condition = torch.zeros(1, 4, 8, 8), tiny_teacher.encode_prompts(["cat"])
+    with pytest.raises(UserError, match=r"guidance is 3.0 and there is no negative condition, expected .*encode_negative"):
+        solve_ode(tiny_teacher, noise, condition, None, SolverConfig(steps=5))
+    # A stride of 2 would begin at 799, where the noise is no longer all there is.
+    with pytest.raises(UserError, match=r"400 steps with leading spacing start at timestep 799, expected about 999; use a divisor of 1000"):
+        solve_ode(tiny_teacher, noise, condition, None, SolverConfig(steps=400, guidance=1))
 
 
 def test_rows_do_not_influence_each_other(tiny_teacher: StableDiffusionTeacher) -> None:

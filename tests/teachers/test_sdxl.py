@@ -77,6 +77,14 @@ def test_identity_tells_second_encoders_apart(tmp_path: Path) -> None:
     assert digests[0] != digests[1]
 
 
+def test_identity_tells_second_tokenizers_apart() -> None:
+    pipeline = tiny_sdxl_pipeline()
+    before = SDXLTeacher.from_pipeline(pipeline).identity()
+    pipeline.tokenizer_2 = pipeline.tokenizer
+    after = SDXLTeacher.from_pipeline(pipeline).identity()
+    assert {k for k in before if before[k] != after[k]} == {"tokenizer_2"}
+
+
 def test_families_are_not_confused(tmp_path: Path, tiny_teacher_folder: Path) -> None:
     tiny_sdxl_pipeline().save_pretrained(tmp_path / "xl")
     with pytest.raises(UserError, match=r"teacher.family is stable_diffusion, but .*xl is of family sdxl; set teacher.family=sdxl"):

@@ -77,6 +77,10 @@ def test_both_phases(store: Path, tmp_path: Path) -> None:
         assert len(told["columns"]) == 7
         assert told["real"]["count"] == 4
         assert sum(told[k]["count"] for k in told if k not in ("columns", "real")) == 4
+        # What begins at 0 has begun to be seen.
+        assert rows[step]["input_norms"].keys() == {"noise_in", "latent_in.0"}
+        assert min(rows[step]["input_norms"].values()) > 0
+    assert rows[8]["input_norms"]["noise_in"] == pytest.approx(trainer.adversary.bare.noise_in.weight.norm().item(), abs=1e-6)
     assert (tmp_path / "samples" / "discriminator-00000008.png").exists()
     assert not list((tmp_path / "samples").glob("discriminator-00000000.png"))
 
@@ -209,6 +213,15 @@ def test_d_learns_to_tell_and_g_lowers_eq_6(kind: str, store: Path, tmp_path: Pa
     assert terms[-1] < terms[0] - 0.02
 
 
+def test_single_sample_r1_every_16_steps_by_default(store: Path, tmp_path: Path) -> None:
+    """Section 3.3: of a batch, one sample in each process."""
+    assert AdversarialConfig(steps=1).r1_every == 16
+    trainer = _phase_2(_trainer(store, tmp_path, {"r1_every": 16}, steps=0, batch_size=8))
+    assert trainer.adversary is not None
+    drawn = [len(trainer.adversary._r1_rows(step, 0)[0]) for step in range(33)]
+    assert drawn == [1 if step % 16 == 0 else 0 for step in range(33)]
+
+
 def test_what_d_sees(store: Path, tmp_path: Path) -> None:
     """Each kind of fake: whose latent, whose noise, whose text. Against the pairs themselves."""
     shares = {"other_latent": 0.3, "other_text": 0.3, "other_noise": 0.3}
@@ -241,18 +254,22 @@ def test_what_d_sees(store: Path, tmp_path: Path) -> None:
 
 
 def test_d_is_given_g_only_where_nothing_was_swapped(store: Path, tmp_path: Path) -> None:
-    trainer = _phase_2(_trainer(store, tmp_path, {"other_latent": 0.25, "other_noise": 0.25, "r1": "none"}, steps=0, batch_size=8))
+    shares = {"other_latent": 0.2, "other_text": 0.2, "other_noise": 0.2, "r1": "none"}
+    trainer = _phase_2(_trainer(store, tmp_path, shares, steps=0, batch_size=8))
     adversary = trainer.adversary
     assert adversary is not None
     (batch,) = trainer._load(0)
     mixed = batch.mixed
     assert mixed is not None
-    given: list[tuple[Tensor, Tensor]] = []
-    adversary.bare.register_forward_pre_hook(lambda _m, a: given.append((a[0].clone(), a[1].clone())))
+    given: list[tuple[Tensor, Tensor, Tensor]] = []
+    adversary.bare.register_forward_pre_hook(lambda _m, a: given.append((a[0].clone(), a[1].clone(), a[2].embeddings.clone())))
     fake = torch.full_like(batch.latent, 7.0)
     adversary._step(batch, trainer.teacher.encode_prompts(batch.prompts), fake, None)
-    latent, noise = given[0]
+    latent, noise, text = given[0]
     assert torch.equal(latent[:8], batch.latent)
+    expected = trainer.teacher.encode_prompts([*batch.prompts, *mixed.prompts]).embeddings
+    torch.testing.assert_close(text, expected)
+    assert (mixed.kind == OTHER_TEXT).any() and not torch.equal(expected[:8], expected[8:])
     assert torch.equal(noise, torch.cat([batch.noise, mixed.noise]))
     for i, kind in enumerate(mixed.kind.tolist()):
         assert torch.equal(latent[8 + i], fake[i] if kind == GENERATED else mixed.latent[i])
@@ -423,6 +440,15 @@ class TestGuard:
         wrong = [guard.follow_accuracy([64, 64, 0, 6 if i % 2 else 0], config) for i in range(500)]
         assert "was 50.0% over" in str(wrong[-1])
 
+    def test_a_collapse_is_seen_wherever_it_begins(self) -> None:
+        config, guard = AdversarialConfig(steps=1), Guard(start=1.0, regression=1.0)
+        for _ in range(750):
+            assert guard.follow_accuracy([8, 10, 8, 10], config) is None
+        # The last of the good steps leaves the window with the 500th bad one.
+        wrong = [guard.follow_accuracy([10, 10, 10, 10], config) for _ in range(500)]
+        assert wrong[450] is None
+        assert "was 100.0% over 500 steps" in str(wrong[-1])
+
     def test_nothing_wrong(self) -> None:
         config, guard = AdversarialConfig(steps=1), Guard(start=1.0, regression=1.0)
         for _ in range(2000):
@@ -431,8 +457,9 @@ class TestGuard:
 
     def test_the_last_good_average(self) -> None:
         guard = Guard(start=1.0, regression=1.0)
+        config = AdversarialConfig(steps=1, good_regression=1.5)
         for step, loss, good in ((1, 1.4, 1), (2, 1.6, 1), (3, 0.9, 3), (4, float("nan"), 3)):
-            guard.judge(step, loss)
+            guard.judge(step, loss, config)
             assert (guard.good_step, guard.judged_step) == (good, step)
 
 

@@ -317,11 +317,14 @@ def test_the_perceptual_network_stays_as_it_is(store: Path, tmp_path: Path, perc
         assert torch.equal(value, before[name]), name
 
 
-def test_a_lost_checkpoint_is_not_a_new_run(store: Path, tmp_path: Path) -> None:
-    _trainer(store, tmp_path).run(progress=False)
+@pytest.mark.parametrize("stopped_at", [None, 2])
+def test_a_lost_checkpoint_is_not_a_new_run(stopped_at: int | None, store: Path, tmp_path: Path) -> None:
+    """Nor where the run was stopped before its first regular one, or is to write fewer now."""
+    trainer = _trainer(store, tmp_path, checkpoint_every=5)
+    trainer.run(progress=False, deadline=lambda: trainer.step + 1 == stopped_at)
     log = (tmp_path / "metrics.jsonl").read_bytes()
     for path in checkpoints(tmp_path / "checkpoints"):
         path.unlink()
-    with pytest.raises(UserError, match="no checkpoint"):
-        _trainer(store, tmp_path)
+    with pytest.raises(UserError, match=r"had a checkpoint \(checkpoints/step-\*.pt\), and has none now"):
+        _trainer(store, tmp_path, checkpoint_every=1000)
     assert (tmp_path / "metrics.jsonl").read_bytes() == log

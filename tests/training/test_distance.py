@@ -1,0 +1,34 @@
+"""The distance that a recipe names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual import LatentLPIPS, LatentVGG, released
+from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+from diffusion2gan.training.distance import LossConfig, build_distance
+
+
+@pytest.mark.parametrize("named_by", ["folder", "hub"])
+def test_a_metric_from_elsewhere(
+    named_by: str, tiny_teacher: StableDiffusionTeacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metric = LatentLPIPS(LatentVGG(LatentVGGConfig(width=0.125)), calibrated=True)
+    metric.save_pretrained(tmp_path)
+    monkeypatch.setattr(released, "_from_hub", lambda repository, name: tmp_path / name)
+    source = "someone/latent-lpips" if named_by == "hub" else str(tmp_path)
+    distance = build_distance(LossConfig(distance="latent_lpips", perceptual=source, l1_weight=0.5), tiny_teacher)
+    x0, x1 = torch.randn(2, 3, 4, 8, 8)
+    expected = metric(x0, x1) + 0.5 * (x0 - x1).abs().flatten(1).mean(1)
+    torch.testing.assert_close(distance(x0, x1), expected)
+
+
+def test_a_metric_of_another_latent_space(tiny_teacher: StableDiffusionTeacher, tmp_path: Path) -> None:
+    LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=16, width=0.125)), calibrated=True).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="reads 16 channels, expected 4"):
+        build_distance(LossConfig(perceptual=str(tmp_path)), tiny_teacher)
