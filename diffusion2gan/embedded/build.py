@@ -123,6 +123,9 @@ def pack(work: Path, root: Path) -> list[str]:
             # A student shares everything but its network and its scheduler with the teacher.
             ignore = shutil.ignore_patterns("vae", "text_encoder", "tokenizer", ".*") if name == "student" else shutil.ignore_patterns(".*")
             shutil.copytree(work / name, draft / name, ignore=ignore)
+            card = root / name / "README.md"
+            if card.exists() and not (draft / name / card.name).exists():
+                shutil.copyfile(card, draft / name / card.name)
             lines.append(f"packed {name}: {sum(p.stat().st_size for p in (draft / name).rglob('*') if p.is_file()):,} bytes")
         sizes = [p.stat().st_size for p in draft.rglob("*") if p.is_file()]
         if sum(sizes) > MAX_TOTAL or max(sizes, default=0) > MAX_FILE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from diffusion2gan.fit import FitConfig, fit
 from diffusion2gan.images import to_tensor
 from diffusion2gan.perceptual import LatentLPIPS
 from diffusion2gan.run_log import read_scalars
+from tests.conftest import tiny_pipeline
+from tests.helpers import tree_digest
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +159,7 @@ def test_fit_without_or_with_a_damaged_checkpoint(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="a checkpoint"):
             fit(model, loss, config, tmp_path)
     path.unlink()
-    with pytest.raises(UserError, match="there is no checkpoint"):
+    with pytest.raises(UserError, match="had a checkpoint .checkpoint.pt., and has none now"):
         fit(model, loss, config, tmp_path)
     torch.save({"weights": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="not a checkpoint of this training"):
@@ -182,6 +185,34 @@ def test_unpacked_weights_train_on(dataset: EmojiDataset, tmp_path: Path) -> Non
         assert torch.equal(model.unet.state_dict()[name], value.float()), name
     assert CLIPTokenizer.from_pretrained(again / "tokenizer").get_vocab() == tokenizer.get_vocab()
     assert build.training_facts(tmp_path / "work") == {}
+
+
+def test_packed_weights_are_what_the_package_loads(
+    tiny_embedded: Path, dataset: EmojiDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of those before, whose card stays; the student without the parts that it shares; nothing of it for too large a file."""
+    monkeypatch.setattr(emoji, "load", lambda: dataset)
+    (tiny_embedded / "teacher" / "README.md").write_text("the card")
+    work = tmp_path / "work"
+    tiny_pipeline(seed=7).save_pretrained(work / "teacher")
+    tiny_pipeline(seed=8).save_pretrained(work / "student")
+    lines = build.pack(work, tiny_embedded)
+    assert [line.split(":")[0] for line in lines[:-1]] == ["packed teacher", "packed student"]
+    packed = StableDiffusionPipeline.from_pretrained(tiny_embedded / "teacher", safety_checker=None)
+    for name, value in tiny_pipeline(seed=7).unet.state_dict().items():
+        assert torch.equal(packed.unet.state_dict()[name], value)
+    assert (tiny_embedded / "teacher" / "README.md").read_text() == "the card"
+    assert {p.name for p in (tiny_embedded / "student").iterdir() if p.is_dir()} == {"unet", "scheduler"}
+    assert (tiny_embedded / "latent_vgg" / "config.json").exists()
+    packed_records = gzip.decompress((tiny_embedded.parent / "data" / "records.jsonl.gz").read_bytes()).decode()
+    assert len(packed_records.splitlines()) == len(dataset.records)
+    before = tree_digest(tiny_embedded)
+    monkeypatch.setattr(build, "MAX_FILE", 1000)
+    with pytest.raises(UserError, match="expected at most .* and 1,000; pack less"):
+        build.pack(work, tiny_embedded)
+    assert tree_digest(tiny_embedded) == before
+    with pytest.raises(UserError, match="the package's own folder"):
+        build.pack(tiny_embedded, tiny_embedded)
 
 
 def test_fit_refuses_other_steps_while_the_rate_falls(tmp_path: Path) -> None:
