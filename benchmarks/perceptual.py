@@ -6,8 +6,10 @@
 Random weights at full width: time and memory do not depend on them. The gradient is taken with respect to one input, as in
 training. The released package (`pip install elatentlpips torchvision`) is built offline with the very weights of ours.
 Methods take turns within each shape, so that a drifting machine cancels out; times are medians. Extra memory is what a call
-allocates beyond its inputs and weights (GPU: torch's peak; CPU: the allocator's peak by the profiler). A method that fails at a
-shape (the package compiles a CUDA extension; memory) is recorded with its error.
+allocates beyond its inputs and weights (GPU: torch's peak; CPU: the allocator's peak by the profiler). A method that fails (the
+package is not installed, or cannot compile its CUDA extension; memory) is recorded with its error.
+All networks and latents are channels-last. `--compile` compiles every method, and of the package its network: its augmentation
+takes numbers from the host, and would compile again for each draw.
 
 The ratios say how many times the package's, or decode + LPIPS', time and memory ours are taken in; above 1, ours is better.
 """
@@ -50,18 +52,16 @@ THEIRS = {
 }
 
 
-def released_package(metric: LatentLPIPS, channels: int, device: torch.device) -> Any | None:
-    """The released package with the weights of `metric`, or None where it is not installed."""
+def released_package(metric: LatentLPIPS, channels: int, device: torch.device) -> Any:
+    """The released package with the weights of `metric`. ImportError where it, or what it needs, is not installed."""
     if "pkg_resources" not in sys.modules:
         from packaging import version
 
         sys.modules["pkg_resources"] = types.ModuleType("pkg_resources")
         sys.modules["pkg_resources"].parse_version = version.parse  # type: ignore[attr-defined]
-    try:
-        import elatentlpips
-        from elatentlpips.vgg16 import LatentVGG16BN
-    except ImportError:
-        return None
+    import elatentlpips
+    from elatentlpips.vgg16 import LatentVGG16BN
+
     state, encoder, here = metric.cpu().state_dict(), ENCODERS[channels], Path.cwd()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         (Path(folder) / "ckpt").mkdir()
@@ -81,13 +81,14 @@ def released_package(metric: LatentLPIPS, channels: int, device: torch.device) -
     return package
 
 
-def unet_step(device: torch.device) -> Distance:
+def unet_step(device: torch.device, prepared: Callable[[Any], Any]) -> Distance:
     """Stable Diffusion 1.5's U-Net, random weights: forward and backward to its weights, as a step of distillation has it."""
     unet = random_unet(device).to(memory_format=torch.channels_last)
+    network = prepared(unet)
 
     def run(x0: Tensor, _x1: Tensor) -> Tensor:
         unet.zero_grad(set_to_none=True)
-        return unet(x0, 999, x0.new_zeros(len(x0), 77, 768), return_dict=False)[0]
+        return network(x0, 999, x0.new_zeros(len(x0), 77, 768), return_dict=False)[0]
 
     return run
 
@@ -98,15 +99,15 @@ def distances(channels: int, device: torch.device, compiled: bool, decoded: bool
     latent = LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=channels))).to(device, memory_format=torch.channels_last)
     # Each shape and letter set is one more graph of the same code.
     torch._dynamo.config.recompile_limit = 128
-    plain: Distance = torch.compile(latent, dynamic=False) if compiled else latent
-    rows: dict[str, Distance] = {"mse": losses.mse, "latent_lpips": plain}
-    for letters in ("bg", "bgo"):
+    prepared: Callable[[Any], Any] = partial(torch.compile, dynamic=False) if compiled else lambda function: function
+    rows: dict[str, Distance] = {"mse": prepared(losses.mse), "latent_lpips": prepared(latent)}
+
+    def ensembled(letters: str) -> Distance:
         metric = ELatentLPIPS(latent, letters)
-        function: Distance = metric
-        if compiled:
-            graph = torch.compile(lambda a, b, p, metric=metric: metric(a, b, p), dynamic=False)
-            function = lambda a, b, metric=metric, graph=graph: graph(a, b, metric.draw(len(a), a.shape[1:], device=a.device))  # noqa: E731
-        rows[f"e_latent_lpips {letters}"] = function
+        network = prepared(metric)
+        return lambda a, b: network(a, b, metric.draw(len(a), a.shape[1:], device=a.device))
+
+    rows |= {f"e_latent_lpips {letters}": ensembled(letters) for letters in ("bg", "bgo")}
     augmentation = Augmentation("bg")
 
     def augmented(a: Tensor, b: Tensor) -> Tensor:
@@ -114,18 +115,27 @@ def distances(channels: int, device: torch.device, compiled: bool, decoded: bool
         return augmentation.apply(a, drawn) + augmentation.apply(b, drawn)
 
     rows["augmentation bg alone"] = augmented
-    package = released_package(latent, channels, device)
-    if package is not None:
-        rows["package, no augmentation"] = lambda a, b: package(a, b, ensembling=False, add_l1_loss=False)
-        rows["package bg"] = lambda a, b: package(a, b, ensembling=True, add_l1_loss=False)
+    try:
+        package = released_package(latent, channels, device)
+    except ImportError as error:
+        rows |= dict.fromkeys(THEIRS.values(), partial(_fail, error))
+    else:
+        network = prepared(partial(package, ensembling=False, add_l1_loss=False))
+        rows["package, no augmentation"] = network
+        rows["package bg"] = lambda a, b: network(*package.augment(a, b))
         rows["package, augmentation bg alone"] = lambda a, b: torch.add(*package.augment(a, b))
     if decoded:
         vae = random_vae(device, channels).requires_grad_(False).eval().to(memory_format=torch.channels_last)
-        pixel = LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=3, kept_poolings=(1, 2, 3, 4, 5), tap="before"))).to(device)
-        rows["decode + lpips"] = DecodedLPIPS(lambda x: vae.decode(x, return_dict=False)[0], pixel)
+        pixel = LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=3, kept_poolings=(1, 2, 3, 4, 5), tap="before")))
+        pixel.to(device, memory_format=torch.channels_last)
+        rows["decode + lpips"] = prepared(DecodedLPIPS(lambda x: vae.decode(x, return_dict=False)[0], pixel))
     if unet and channels == 4:
-        rows["sd15 U-Net"] = unet_step(device)
+        rows["sd15 U-Net"] = unet_step(device, prepared)
     return rows
+
+
+def _fail(error: ImportError, _x0: Tensor, _x1: Tensor) -> Tensor:
+    raise error
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -165,7 +175,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"), nargs="+", default=["float32"])
-    parser.add_argument("--compile", action="store_true", help="compile our distances (the package does not compile)")
+    parser.add_argument("--compile", action="store_true", help="compile every method (of the package, its network)")
     parser.add_argument("--skip-decoded", action="store_true", help="leave decode + LPIPS out (0.5 TB of traffic a CPU call)")
     parser.add_argument("--unet", action="store_true", help="also a training step of Stable Diffusion 1.5's U-Net, at 4 channels")
     parser.add_argument("--repeats", type=int, default=5)

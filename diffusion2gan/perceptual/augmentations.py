@@ -35,10 +35,18 @@ class AugmentationParameters(NamedTuple):
     """(B, 3): added brightness, factor of saturation, factor of contrast."""
     cutout: Tensor
     """(B, 2): centre (x, y) of the erased rectangle; the latent spans 0 to 1."""
+    letters: str | None = None
+    """Those they were drawn for; None: they fit any."""
+    size: tuple[int, int] | None = None
+    """(H, W) they were drawn for; None: they fit any."""
+
+    def rows(self, which: slice) -> AugmentationParameters:
+        """The parameters of some of the samples."""
+        return self._replace(affine=self.affine[which], colour=self.colour[which], cutout=self.cutout[which])
 
     @staticmethod
     def identity(batch: int, device: torch.device | str | None = None) -> AugmentationParameters:
-        """Parameters that change nothing; the cutout lies outside the latent."""
+        """Parameters that change nothing, for any letters and size; the cutout lies outside the latent."""
         affine = torch.eye(2, 3, device=device).expand(batch, 2, 3)
         # Made on the device: a copy from the host would wait for it.
         colour = torch.stack([torch.zeros(batch, device=device), *[torch.ones(batch, device=device)] * 2], dim=1)
@@ -46,13 +54,14 @@ class AugmentationParameters(NamedTuple):
 
 
 class Augmentation:
-    """T of Eq. 3 for the given letters, a subset of "bgco"; "" is the identity. UserError for other letters."""
+    """T of Eq. 3 for the given letters, a subset of "bgco"; "" (or None) is the identity. UserError for other letters."""
 
     N_UNIFORM: ClassVar[int] = 15
     """Uniform numbers one sample needs, whatever the letters: dropping a letter leaves the draws of the others as they are."""
 
-    def __init__(self, letters: str = "bgo"):
-        if set(letters) - set(LETTERS) or len(set(letters)) != len(letters):
+    def __init__(self, letters: str | None = "bgo"):
+        letters = "" if letters is None else letters
+        if not isinstance(letters, str) or set(letters) - set(LETTERS) or len(set(letters)) != len(letters):
             raise UserError(f"augmentation is {letters!r}, expected letters of {LETTERS!r}, each at most once; the paper's set is 'go'")
         self.letters = letters
 
@@ -79,7 +88,7 @@ class Augmentation:
             uniform = uniform.to(device, non_blocking=True)
         u = uniform.unbind(1)
         neutral = AugmentationParameters.identity(batch, uniform.device)
-        affine, colour, cutout = (value.to(uniform.dtype) for value in neutral)
+        affine, colour, cutout = (value.to(uniform.dtype) for value in neutral[:3])
         if "b" in self.letters or "g" in self.letters:
             affine = self._draw_affine(u[:10], height, width)
         if "c" in self.letters:
@@ -87,7 +96,7 @@ class Augmentation:
             colour = torch.stack((u[10] - 0.5, 2 * u[11], u[12] + 0.5), dim=1)
         if "o" in self.letters:
             cutout = torch.stack((u[13], u[14]), dim=1)
-        return AugmentationParameters(affine, colour, cutout)
+        return AugmentationParameters(affine, colour, cutout, self.letters, (height, width))
 
     def _draw_affine(self, u: tuple[Tensor, ...], height: int, width: int) -> Tensor:
         """(B, 2, 3). Composed in pixels, origin at the centre: a rotation in normalised coordinates would shear a non-square latent.
@@ -123,12 +132,14 @@ class Augmentation:
     def apply(self, x: Tensor, parameters: AugmentationParameters) -> Tensor:
         """T(x): (B, C, H, W) -> the same shape and dtype, computed in float32 or better.
 
-        Differentiable twice with respect to x; no host sync, so it compiles as one graph.
+        Differentiable twice with respect to x; no host sync, so it compiles as one graph. UserError for parameters that were
+        drawn for other letters or another size.
         """
+        self._check_fits(x, parameters)
         dtype = x.dtype
         # A bf16 coordinate is off by a quarter of a pixel at 64 x 64.
         x = x.to(torch.promote_types(torch.promote_types(dtype, parameters.affine.dtype), torch.float32))
-        affine, colour, cutout = (value.to(x.device, x.dtype) for value in parameters)
+        affine, colour, cutout = (value.to(x.device, x.dtype) for value in parameters[:3])
         if "g" in self.letters:
             x = _smoothed(x, _linear_in_pixels(affine, x))
             x = F.grid_sample(x, _grid(affine, x), mode="bicubic", padding_mode="reflection", align_corners=False)
@@ -146,6 +157,16 @@ class Augmentation:
             in_y = (_centres(x.shape[2], x) - cutout[:, 1:]).abs() < 0.25  # (B, H)
             x = torch.where((in_y[:, :, None] & in_x[:, None, :])[:, None], 0.0, x)
         return x.to(dtype)
+
+    def _check_fits(self, x: Tensor, parameters: AugmentationParameters) -> None:
+        letters, size = parameters.letters, parameters.size
+        if letters is not None and set(letters) != set(self.letters):
+            raise UserError(
+                f"parameters were drawn for the letters {letters!r}, expected {self.letters!r}; draw them with this object's draw"
+            )
+        if size is not None and size != tuple(x.shape[2:]):
+            was, now = (" x ".join(map(str, sides)) for sides in (size, x.shape[2:]))
+            raise UserError(f"parameters were drawn for latents of {was}, the latent has {now}; draw them for the shape of the latent")
 
 
 def _normal(u: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ a calibration is a regression on some thousand numbers and takes seconds, whatev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,10 +40,9 @@ class Judgements:
 
 
 @torch.no_grad()
-def channel_differences(metric: LatentLPIPS, x0: Tensor, x1: Tensor) -> Tensor:
-    """(B, C, H, W) twice -> (B, D): what the heads weigh. The distance is `head_vector(metric)` times it."""
-    pairs = zip(metric.target_features(x0), metric.target_features(x1), strict=True)
-    return torch.cat([(f0 - f1).square().mean(dim=(2, 3)) for f0, f1 in pairs], dim=1)
+def channel_differences(features0: Sequence[Tensor], features1: Sequence[Tensor]) -> Tensor:
+    """`LatentLPIPS.target_features` of B pictures, twice -> (B, D): what the heads weigh. The distance is `head_vector` times it."""
+    return torch.cat([(f0 - f1).square().mean(dim=(2, 3)) for f0, f1 in zip(features0, features1, strict=True)], dim=1)
 
 
 def head_vector(metric: LatentLPIPS) -> Tensor:
@@ -51,14 +50,13 @@ def head_vector(metric: LatentLPIPS) -> Tensor:
     return torch.cat([head.weight.flatten() for head in metric.lins])
 
 
+@torch.no_grad()
 def judge(metric: LatentLPIPS, batches: Iterable[TripletBatch], encode: Encode, total: int | None = None) -> Judgements:
     """Runs the backbone over triplets. `encode` takes pictures to what the metric reads."""
     parts = []
     for reference, first, second, judgement in tqdm(batches, total=total, desc="triplets", unit="batch", mininterval=1):
-        x, x0, x1 = (encode(v) for v in (reference, first, second))
-        parts.append(
-            Judgements(channel_differences(metric, x, x0).cpu(), channel_differences(metric, x, x1).cpu(), judgement.float().cpu())
-        )
+        target, f0, f1 = (metric.target_features(encode(x)) for x in (reference, first, second))
+        parts.append(Judgements(channel_differences(target, f0).cpu(), channel_differences(target, f1).cpu(), judgement.float().cpu()))
     if not parts:
         raise UserError("no triplets were found, expected at least one; check the folder")
     return Judgements.cat(parts)
@@ -103,14 +101,21 @@ def calibrate(
     As LPIPS: cross entropy of the ranking network on the two distances, weights set back to 0 after each step where they
     fell below; the rate falls to 0 over the second half. Unlike LPIPS, whose dropout leaves out single locations of a channel
     and nearly averages out, dropout here leaves out whole channels of a triplet. The heads' scale is left as it was (mean 1),
-    so that calibrated and uncalibrated distances are of one order. UserError for fewer than 100 triplets.
+    so that calibrated and uncalibrated distances are of one order. UserError for fewer than 100 triplets, and for differences
+    that are all zero or not finite.
     """
     count = len(judgements.judgement)
     if count < 100:
         raise UserError(f"calibration has {count} triplets, expected at least 100; give more")
     generator = torch.Generator().manual_seed(seed)
     # The ranking network's constants are made for distances of order 1; the mean of channel differences is far below.
-    scale = 1 / judgements.first.sum(1).mean()
+    size = judgements.first.sum(1).mean()
+    if not 0 < size < torch.inf:
+        raise UserError(
+            f"the pictures called first differ from their references by {size:.3g} on average, expected a number above 0; "
+            "check that the data set is not damaged and that the metric tells pictures apart"
+        )
+    scale = 1 / size
     first, second = judgements.first * scale, judgements.second * scale
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

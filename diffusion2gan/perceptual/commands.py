@@ -38,6 +38,8 @@ READINGS: dict[str, dict[str, Any]] = {
     "released": {"kept_poolings": (4, 5), "tap": "after"},
     "before": {"kept_poolings": (3, 4), "tap": "before"},
 }
+# A network of pixels is LPIPS' own: no pooling removed, features before them.
+PIXEL_READING: dict[str, Any] = {"kept_poolings": (1, 2, 3, 4, 5), "tap": "before"}
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def train_command(
 ) -> dict[str, float]:
     """Encodes the images of `data` once into OUT/latents, trains F on them and writes the uncalibrated distance to OUT/metric.
 
+    `reading` is of a network that reads latents; `vae="pixels"` is read as by LPIPS, with all five poolings.
     Runs in any number of processes (`torchrun --nproc-per-node N -m diffusion2gan perceptual train ...`). Returns top-1 and top-5 on the validation
     images. The same command goes on where it stopped.
     """
@@ -105,6 +108,8 @@ def train_command(
     rank, world, device = state.process_index, state.num_processes, state.device
     if batch_size % world:
         raise UserError(f"--batch-size is {batch_size}, expected a multiple of the {world} processes")
+    if vae == "pixels" and reading != "released":
+        raise UserError(f"--reading is {reading} with --vae pixels, which keeps all five poolings; leave --reading away")
     caches = {split: out / "latents" / split for split in ("train", "val")}
     encoder = open_autoencoder(vae, device, getattr(torch, encode_dtype))
     for split, folder in caches.items():
@@ -119,7 +124,9 @@ def train_command(
     config = FitConfig(
         steps, batch_size, learning_rate, warmup_steps=min(1000, steps // 10), decay_steps=steps // 2, weight_decay=0.05, compile=compiled
     )  # fmt: skip
-    shape = LatentVGGConfig(in_channels=encoder.channels, width=width, norm=norm, **READINGS[reading])
+    shape = LatentVGGConfig(
+        in_channels=encoder.channels, width=width, norm=norm, **(PIXEL_READING if vae == "pixels" else READINGS[reading])
+    )
     share = batch_size // world
     # About once an epoch: one process looks, the others wait.
     validate_every = max(500, len(train) // batch_size)

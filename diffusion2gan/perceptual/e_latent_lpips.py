@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual.augmentations import Augmentation, AugmentationParameters
-from diffusion2gan.perceptual.latent_lpips import LatentLPIPS
+from diffusion2gan.perceptual.latent_lpips import LatentLPIPS, LatentSpace
 
 
 class ELatentLPIPS(nn.Module):
@@ -21,14 +21,14 @@ class ELatentLPIPS(nn.Module):
         loss(x0, x1).mean().backward()
 
     The expectation is estimated by `ensemble` draws a call; the paper uses one. `augment` chooses T (see `augmentations`):
-    the paper names geometry and cutout ("go"), flips and turns are added here by default, "" is LatentLPIPS itself. The
-    metric's L1 term, if it has one, compares the inputs as they came.
+    the paper names geometry and cutout ("go"), flips and turns are added here by default, "" (or None) is LatentLPIPS itself.
+    The metric's L1 term, if it has one, compares the inputs as they came.
     """
 
-    def __init__(self, metric: LatentLPIPS, augment: str = "bgo", ensemble: int = 1):
+    def __init__(self, metric: LatentLPIPS, augment: str | None = "bgo", ensemble: int = 1):
         super().__init__()
-        if ensemble < 1:
-            raise UserError(f"ensemble is {ensemble}, expected 1 or more: the draws averaged in one call")
+        if not isinstance(ensemble, int) or ensemble < 1:
+            raise UserError(f"ensemble is {ensemble!r}, expected a whole number of 1 or more: the draws averaged in one call")
         self.metric = metric
         self.augmentation = Augmentation(augment)
         self.ensemble = ensemble
@@ -64,8 +64,11 @@ class ELatentLPIPS(nn.Module):
         `parameters` come from `draw`; without them they are drawn here (from `generator`). A call with parameters compiles
         as one graph. `features`: `target_features(x1, parameters)` of the same parameters. `raw`: the inputs are the
         autoencoder's own latents. `spatial`: (B, H, W) instead, a map in the coordinates of the augmented latents.
-        UserError if the parameters' rows are not B x ensemble, and as `LatentLPIPS.forward`.
+        UserError if the parameters were drawn for other letters, another H x W or other than B x ensemble rows, or a generator
+        is beside them, and as `LatentLPIPS.forward`.
         """
+        if generator is not None and parameters is not None:
+            raise UserError("generator was given beside parameters, expected one of them: these are drawn already; leave generator away")
         if features is not None and parameters is None:
             raise UserError("features were given without the parameters they were computed with; pass both")
         if spatial and (self.ensemble > 1 or self.metric.l1_weight) and set(self.augmentation.letters) & set("bg"):
@@ -73,6 +76,7 @@ class ELatentLPIPS(nn.Module):
                 "spatial=True gives a map in augmented coordinates, which other draws and the L1 term do not share; "
                 "use ensemble=1 and l1_weight=0, or augment without b and g"
             )
+        self.metric.check_unread(x1, features)
         x0, x1 = self.metric.checked(x0, x1, raw)
         parameters = self._checked_parameters(x0, parameters, generator)
         target = None if x1 is None or features is not None else self._augmented(x1, parameters)
@@ -99,10 +103,20 @@ class ELatentLPIPS(nn.Module):
         many = x.repeat_interleave(self.ensemble, dim=0) if self.ensemble > 1 else x
         return self.augmentation.apply(many, parameters)
 
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes the metric, as `LatentLPIPS.save_pretrained`; `augment` and `ensemble` belong to the loss and are chosen when it is loaded."""
+        self.metric.save_pretrained(folder, dtype)
+
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, augment: str = "bgo", ensemble: int = 1, clamp: bool = True, l1_weight: float | None = None
+        cls,
+        source: str | Path,
+        augment: str | None = "bgo",
+        ensemble: int = 1,
+        clamp: bool = True,
+        l1_weight: float | None = None,
+        space: LatentSpace | None = None,
     ) -> Self:
         """E-LatentLPIPS over the metric of `source`: "sd15", "sd21", "sdxl", "sd3", "flux", a folder, a file or a hub
         repository; see `LatentLPIPS.from_pretrained`."""
-        return cls(LatentLPIPS.from_pretrained(source, clamp, l1_weight), augment, ensemble)
+        return cls(LatentLPIPS.from_pretrained(source, clamp, l1_weight, space), augment, ensemble)

@@ -5,11 +5,13 @@ B, C, H, W: batch, latent channels, height and width of the latent. No augmentat
 
 from __future__ import annotations
 
+import math
+import numbers
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +19,13 @@ from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual.checkpoint import load_weights, read_config, read_weights, save_folder
+from diffusion2gan.perceptual.gradient_scale import computes_in_float16, with_scaled_gradients
 from diffusion2gan.perceptual.latent_vgg import LatentVGG, LatentVGGConfig
 
 # The released metric's, inside the root: features of zero stay zero, and their gradient is finite.
 EPS = 1e-8
+
+Record = TypeVar("Record", "LatentSpace", "Origin")
 
 
 def unit_normalized(features: Tensor) -> Tensor:
@@ -30,16 +35,45 @@ def unit_normalized(features: Tensor) -> Tensor:
     return f * torch.rsqrt(f.square().sum(dim=1, keepdim=True) + EPS)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 @dataclass(frozen=True)
 class LatentSpace:
-    """How an autoencoder's own latents become those that its diffusion model reads: (latent - shift) * scale."""
+    """How an autoencoder's own latents become those that its diffusion model reads: (latent - shift) * scale.
+
+    UserError for what is no finite number, and for a scale that is not above 0.
+    """
 
     scale: float = 1.0
     shift: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not _is_number(self.scale) or not self.scale > 0:
+            raise UserError(f"space.scale is {self.scale!r}, expected a number above 0: the autoencoder's scaling_factor")
+        if not _is_number(self.shift):
+            raise UserError(f"space.shift is {self.shift!r}, expected a number: the autoencoder's shift_factor, or 0")
+
     def scaled(self, latent: Tensor) -> Tensor:
-        """The autoencoder's latents (B, C, H, W), scaled."""
+        """The autoencoder's latents (B, C, H, W), scaled, in float32 or better."""
+        # In half precision the difference and the product would each be rounded.
+        latent = latent.to(torch.promote_types(latent.dtype, torch.float32))
         return (latent - self.shift) * self.scale if self.shift else latent * self.scale
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which published file weights were taken from."""
+
+    source: str
+    """Repository and path on the hub, or the name of the file that was given."""
+    sha256: str
+    """Of that file, as it was loaded."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, str) or not isinstance(self.sha256, str):
+            raise UserError(f"origin is {asdict(self)}, expected two texts: a file's name and its sha256")
 
 
 class Head(nn.Module):
@@ -65,8 +99,8 @@ class LatentLPIPS(nn.Module):
     Five feature maps are normalised to unit length along the channels; their squared difference is weighted per channel
     by a non-negative head, averaged over locations and summed over maps. `l1_weight` adds mean |x0 - x1|, which is in
     the released package and not in the paper: 0 by default. Heads of ones are the uncalibrated distance.
-    `space` says how raw latents are scaled, for `raw=True`; None where that is not known. `licence`: of weights that are not
-    this project's; it is saved with them and shown whenever they are loaded.
+    `space` says how raw latents are scaled, for `raw=True`; None where that is not known. `licence` and `origin`: of weights
+    that are not this project's; they are saved with them, and the licence is shown whenever they are loaded.
 
     State-dict names are those of the released checkpoints (`net.slice1.0.weight`, `lin0.model.1.weight`).
     """
@@ -78,6 +112,7 @@ class LatentLPIPS(nn.Module):
         calibrated: bool = False,
         space: LatentSpace | None = LatentSpace(),
         licence: str | None = None,
+        origin: Origin | None = None,
     ):
         super().__init__()
         self.net = net
@@ -85,9 +120,10 @@ class LatentLPIPS(nn.Module):
         self.calibrated = calibrated
         self.space = space
         self.licence = licence
+        self.origin = origin
         self.check_values = True
         """Whether inputs are looked at for NaN and for missing scaling; a trainer, which looks at the loss, switches it off."""
-        self._plausible = False
+        self._found_finite = self._found_plausible = False
         for i, channels in enumerate(net.channels):
             self.add_module(f"lin{i}", Head(channels).requires_grad_(False))
 
@@ -96,7 +132,11 @@ class LatentLPIPS(nn.Module):
         """All there is beside the weights, as it is saved."""
         space = self.space and asdict(self.space)
         own = {"l1_weight": self.l1_weight, "calibrated": self.calibrated, "space": space, "net": asdict(self.net.config)}
-        return own | ({"licence": self.licence} if self.licence else {})
+        return own | ({"licence": self.licence} if self.licence else {}) | ({"origin": asdict(self.origin)} if self.origin else {})
+
+    def extra_repr(self) -> str:
+        """What is no module: the settings beside the network's."""
+        return ", ".join(f"{key}={value!r}" for key, value in self.settings.items() if key != "net")
 
     @property
     def lins(self) -> list[Head]:
@@ -120,24 +160,33 @@ class LatentLPIPS(nn.Module):
             return self._features(x1)
 
     def _features(self, x: Tensor) -> list[Tensor]:
-        return [unit_normalized(f) for f in self.net(x)]
+        weight = next(self.net.parameters())
+        scale = torch.is_grad_enabled() and not weight.requires_grad and computes_in_float16(weight.dtype, x.device)
+        return [unit_normalized(f) for f in (with_scaled_gradients(self.net, x) if scale else self.net(x))]
 
     def forward(
         self, x0: Tensor, x1: Tensor | None = None, *, features: Sequence[Tensor] | None = None, raw: bool = False, spatial: bool = False
     ) -> Tensor:
         """Distance of x0 from the target x1, both (B, C, H, W) scaled as the U-Net sees them -> (B,), or (B, H, W) if `spatial`.
 
-        `features` are `target_features(x1)` computed before; with them x1 is needed by the L1 term alone. `raw`: the
-        inputs are the autoencoder's own latents and are scaled here.
+        `features` are `target_features(x1)` computed before; with them x1 is for the L1 term alone, and refused without
+        one. `raw`: the inputs are the autoencoder's own latents and are scaled here. The result is float32, or float64 if
+        the network is.
         UserError if the shapes differ, neither x1 nor features are given, or an input cannot be a latent.
         """
+        self.check_unread(x1, features)
         x0, x1 = self.checked(x0, x1, raw)
         distance = self.distance(x0, x1, features=features, spatial=spatial)
         return distance + self.l1_weight * self.l1(x0, x1, spatial) if self.l1_weight else distance
 
+    def check_unread(self, x1: Tensor | None, features: Sequence[Tensor] | None) -> None:
+        """UserError for an x1 that nothing would read."""
+        if x1 is not None and features is not None and not self.l1_weight:
+            raise UserError("x1 was given beside features, expected one of them: without an L1 term x1 is not read; leave x1 away")
+
     def checked(self, x0: Tensor, x1: Tensor | None, raw: bool, name: str = "x0") -> tuple[Tensor, Tensor | None]:
-        """The inputs, scaled if `raw`. UserError for integers, a wrong number of channels, different shapes, NaN or infinity,
-        and for raw latents of an unknown scale.
+        """The inputs, scaled if `raw`. UserError for integers, empty batches, a wrong number of channels, different shapes, NaN
+        or infinity, and for raw latents of an unknown scale.
 
         What needs the values is looked at in every call on the CPU, and on another device, which would have to be waited
         for, in the first; not inside a compiled graph.
@@ -150,6 +199,8 @@ class LatentLPIPS(nn.Module):
                 raise UserError(
                     f"{which} has shape {tuple(x.shape)}, expected (B, {channels}, H, W); use the checkpoint of this autoencoder's latents"
                 )
+            if x.numel() == 0:
+                raise UserError(f"{which} has shape {tuple(x.shape)}, expected at least one latent; leave empty batches out")
             if not x.is_floating_point():
                 raise UserError(f"{which} is of {x.dtype}, expected floating-point latents; pass what the autoencoder's encode gives")
         if x1 is not None:
@@ -157,29 +208,36 @@ class LatentLPIPS(nn.Module):
         if raw:
             if self.space is None:
                 raise UserError(
-                    "raw=True, but the scale of this metric's latents is not known; scale them, or set metric.space = LatentSpace(scale, shift)"
+                    "raw=True, but the scale of this metric's latents is not known; scale them, "
+                    "or load it with from_pretrained(..., space=diffusion2gan.perceptual.LatentSpace(scale, shift))"
                 )
             x0, x1 = self.space.scaled(x0), None if x1 is None else self.space.scaled(x1)
-        if self.check_values and not torch.compiler.is_compiling() and not (self._plausible and x0.device.type != "cpu"):
-            self._look_at_values(x0, x1, name, raw)
+        if self.check_values and not torch.compiler.is_compiling():
+            if x0.device.type == "cpu" or not self._found_finite:
+                self._check_finite({name: x0} if x1 is None else {name: x0, "x1": x1})
+                self._found_finite = True
+            target = x0 if name == "x1" else x1
+            if not self._found_plausible and target is not None:
+                self._check_deviation(target, raw)
+                self._found_plausible = True
         return x0, x1
 
     @torch.no_grad()
-    def _look_at_values(self, x0: Tensor, x1: Tensor | None, name: str, raw: bool) -> None:
-        for which, x in ((name, x0), ("x1", x1)):
-            if x is not None and not x.isfinite().all():
-                raise UserError(f"{which} has NaN or infinite values, expected finite latents; look where they come from")
-        target = x0 if name == "x1" else x1
-        if not self._plausible and target is not None and target.numel() > 1:
-            deviation = target.float().std().item()
-            # Scaled latents of real pictures have about 1; those of a flat colour, less.
-            if deviation > 2.5 and not raw:
-                advice = "these look like unscaled latents; multiply them by the autoencoder's scaling_factor, or pass raw=True"
-                warnings.warn(f"x1 has a standard deviation of {deviation:.2f}, expected about 1: {advice}", stacklevel=5)
-            elif deviation < 0.3 and raw:
-                advice = "these look like scaled latents; leave raw=True away"
-                warnings.warn(f"x1 has a standard deviation of {deviation:.2f} once scaled, expected about 1: {advice}", stacklevel=5)
-            self._plausible = True
+    def _check_finite(self, inputs: Mapping[str, Tensor]) -> None:
+        for name, x in inputs.items():
+            if not x.isfinite().all():
+                raise UserError(f"{name} has NaN or infinite values, expected finite latents; look where they come from")
+
+    @torch.no_grad()
+    def _check_deviation(self, target: Tensor, raw: bool) -> None:
+        deviation = target.float().std(correction=0).item()
+        # Scaled latents of real pictures have about 1; those of a flat colour, less.
+        if deviation > 2.5 and not raw:
+            advice = "these look like unscaled latents; multiply them by the autoencoder's scaling_factor, or pass raw=True"
+            warnings.warn(f"x1 has a standard deviation of {deviation:.2f}, expected about 1: {advice}", stacklevel=5)
+        elif deviation < 0.3 and raw:
+            advice = "these look like scaled latents; leave raw=True away"
+            warnings.warn(f"x1 has a standard deviation of {deviation:.2f} once scaled, expected about 1: {advice}", stacklevel=5)
 
     def l1(self, x0: Tensor, x1: Tensor | None, spatial: bool = False) -> Tensor:
         """mean |x0 - x1| over channels and locations, (B,), or over channels, (B, H, W)."""
@@ -237,15 +295,18 @@ class LatentLPIPS(nn.Module):
         save_folder(self, {"class": "LatentLPIPS", **self.settings}, folder, dtype)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, clamp: bool = True, l1_weight: float | None = None) -> Self:
-        """The frozen float32 metric of a source:
+    def from_pretrained(
+        cls, source: str | Path, clamp: bool = True, l1_weight: float | None = None, space: LatentSpace | None = None
+    ) -> Self:
+        """The frozen float32 metric of a source, on the CPU:
 
         - a folder that `save_pretrained` wrote, or a hub repository (`owner/name`) of such files,
         - "sd15", "sd21", "sdxl", "sd3" or "flux": the checkpoint released by the paper's first author, whose licence
           (CC BY-NC 4.0) is shown as a warning; it is downloaded once into the hub's cache,
         - the path of such a checkpoint (`*_latest_vgg16_tuned.pth`).
 
-        `clamp`: see `load_weights`. `l1_weight` replaces the stored one. UserError for anything that cannot be loaded.
+        `clamp`: see `load_weights`. `l1_weight` and `space` replace what is stored; the space of a released checkpoint is known
+        from its name, and not known under another. UserError for anything that cannot be loaded.
         """
         from diffusion2gan.perceptual.released import LICENCE, LicenceNotice, resolve
 
@@ -255,7 +316,8 @@ class LatentLPIPS(nn.Module):
             if first.ndim != 4:
                 raise UserError(f"{source}: net.slice1.0.weight has shape {tuple(first.shape)}, expected (64, C, 3, 3); download it again")
             channels = first.shape[1]
-            metric = cls(LatentVGG(LatentVGGConfig(in_channels=channels)), calibrated=True, space=resolved.space, licence=LICENCE)
+            net = LatentVGG(LatentVGGConfig(in_channels=channels))
+            metric = cls(net, calibrated=True, space=resolved.space, licence=LICENCE, origin=resolved.origin)
             metric.load_weights(resolved.state, source, clamp)
         else:
             metric = cls._from_folder(resolved.folder, clamp)
@@ -263,29 +325,47 @@ class LatentLPIPS(nn.Module):
             warnings.warn(f"{Path(source).name}: these weights are not this project's ({metric.licence})", LicenceNotice, stacklevel=2)
         if l1_weight is not None:
             metric.l1_weight = _checked_l1_weight(l1_weight)
+        if space is not None:
+            metric.space = space
         return metric
 
     @classmethod
     def _from_folder(cls, folder: Path, clamp: bool) -> Self:
         config = read_config(folder, "LatentLPIPS")
-        net, space, licence = config.pop("net", None), config.pop("space", {}), config.pop("licence", None)
-        if not isinstance(net, dict) or config.keys() != {"l1_weight", "calibrated"} or set(space or {}) - {"scale", "shift"}:
+        if not {"l1_weight", "calibrated", "net"} <= config.keys() <= {"l1_weight", "calibrated", "net", "space", "licence", "origin"}:
             raise UserError(
-                f"{folder}: config.json lacks or adds a key, expected class, l1_weight, calibrated, space, net; save the metric again"
+                f"{folder}: config.json lacks or adds a key, expected class, l1_weight, calibrated, space, net "
+                "(and licence and origin of weights that are others'); save the metric again"
             )
-        metric = cls(
-            LatentVGG(LatentVGGConfig.from_dict(net, folder)),
-            space=None if space is None else LatentSpace(**space),
-            licence=licence,
-            **config,
-        )
+        net = LatentVGG(LatentVGGConfig.from_dict(config["net"], folder))
+        try:
+            if not isinstance(config["calibrated"], bool):
+                raise UserError(f"calibrated is {config['calibrated']!r}, expected true or false")
+            licence = config.get("licence")
+            if not isinstance(licence, str | None):
+                raise UserError(f"licence is {licence!r}, expected text or null")
+            space = _record(LatentSpace, config["space"], "space") if "space" in config else LatentSpace()
+            origin = _record(Origin, config.get("origin"), "origin")
+            metric = cls(net, config["l1_weight"], config["calibrated"], space, licence, origin)
+        except UserError as error:
+            raise UserError(f"{folder}: config.json: {error}; save the metric again") from None
         metric.load_weights(read_weights(folder), folder, clamp)
         return metric
 
 
+def _record(kind: type[Record], values: object, name: str) -> Record | None:
+    """A dataclass from its JSON object, None from null."""
+    if values is None:
+        return None
+    keys = [field.name for field in fields(kind)]
+    if not isinstance(values, dict) or values.keys() != set(keys):
+        raise UserError(f"{name} is {values!r}, expected null or {' and '.join(keys)}")
+    return kind(**values)
+
+
 def _checked_l1_weight(value: float) -> float:
-    if not value >= 0:
-        raise UserError(f"l1_weight is {value}, expected 0 or more; 0 is Eq. 3")
+    if not _is_number(value) or value < 0:
+        raise UserError(f"l1_weight is {value!r}, expected a number of 0 or more; 0 is Eq. 3")
     return value
 
 

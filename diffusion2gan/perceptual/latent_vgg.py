@@ -6,6 +6,7 @@ B, C, H, W: batch, latent channels, height and width of the latent.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -37,13 +38,14 @@ class LatentVGGConfig:
     """"batch" or "group"; group norm is for training with small batches and has no published weights."""
 
     def __post_init__(self) -> None:
-        if self.in_channels < 1:
-            raise UserError(f"in_channels is {self.in_channels}, expected 1 or more: the number of latent channels")
-        if not self.width > 0:
-            raise UserError(f"width is {self.width}, expected a number above 0; 1.0 is VGG16's own")
-        object.__setattr__(self, "kept_poolings", tuple(self.kept_poolings))  # a list, when it comes from JSON
-        if set(self.kept_poolings) - set(range(1, len(BLOCKS) + 1)):
-            raise UserError(f"kept_poolings is {self.kept_poolings}, expected numbers of 1 to {len(BLOCKS)}; (4, 5) is the paper's")
+        if not isinstance(self.in_channels, int) or self.in_channels < 1:
+            raise UserError(f"in_channels is {self.in_channels!r}, expected a whole number of 1 or more: the latent channels")
+        if not isinstance(self.width, int | float) or not 0 < self.width < math.inf:
+            raise UserError(f"width is {self.width!r}, expected a number above 0; 1.0 is VGG16's own")
+        kept = tuple(self.kept_poolings) if isinstance(self.kept_poolings, Iterable) else (None,)  # a list, when it comes from JSON
+        if any(number not in range(1, len(BLOCKS) + 1) for number in kept):
+            raise UserError(f"kept_poolings is {self.kept_poolings!r}, expected numbers of 1 to {len(BLOCKS)}; (4, 5) is the paper's")
+        object.__setattr__(self, "kept_poolings", kept)
         if self.tap not in ("after", "before"):
             raise UserError(f"tap is {self.tap!r}, expected 'after' or 'before'")
         if self.norm not in ("batch", "group"):
@@ -55,13 +57,17 @@ class LatentVGGConfig:
         return [max(8, 8 * round(c * self.width / 8)) for c, _ in BLOCKS]
 
     @classmethod
-    def from_dict(cls, values: dict[str, object], source: str | Path) -> LatentVGGConfig:
-        """The config in `values` (from the file `source`). UserError for an unknown key or a value that is not allowed."""
+    def from_dict(cls, values: object, source: str | Path) -> LatentVGGConfig:
+        """The config in the JSON object `values` (from the folder `source`). UserError for an unknown key or a value that is not allowed."""
+        allowed = ", ".join(cls.__dataclass_fields__)
+        if not isinstance(values, dict):
+            raise UserError(f"{source}: config.json: the network is {values!r}, expected an object with {allowed}; save it again")
+        if values.keys() - cls.__dataclass_fields__.keys():
+            raise UserError(f"{source}: keys are {', '.join(values)}, expected {allowed}; the file may be of a newer version")
         try:
-            return cls(**values)  # type: ignore[arg-type]
-        except TypeError:
-            allowed = ", ".join(cls.__dataclass_fields__)
-            raise UserError(f"{source}: keys are {', '.join(values)}, expected {allowed}; the file may be of a newer version") from None
+            return cls(**values)
+        except UserError as error:
+            raise UserError(f"{source}: config.json: {error}") from None
 
 
 class Pooling(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual.checkpoint import CONFIG, WEIGHTS
-from diffusion2gan.perceptual.latent_lpips import LatentSpace
+from diffusion2gan.perceptual.latent_lpips import LatentSpace, Origin
 
 REPOSITORY = "Mingguksky/elatentlpips"
 LICENCE = "CC BY-NC 4.0, non-commercial: M. Kang, elatentlpips"
@@ -43,21 +43,25 @@ class Resolved:
     folder: Path = field(default_factory=Path)
     state: dict[str, Tensor] | None = None
     space: LatentSpace | None = None
+    origin: Origin | None = None
 
 
 def resolve(source: str | Path) -> Resolved:
     """Finds `source`: see `LatentLPIPS.from_pretrained`. Raises UserError in one line."""
     path = Path(source)
     if str(source) in SPACES:
-        downloaded = _from_hub(REPOSITORY, f"elatentlpips_ckpt/{_FILE.format(source)}")
-        return Resolved(state=read_released(downloaded), space=SPACES[str(source)])
+        name = f"elatentlpips_ckpt/{_FILE.format(source)}"
+        downloaded = _from_hub(REPOSITORY, name)
+        origin = Origin(f"{REPOSITORY}/{name}", _sha256(downloaded))
+        return Resolved(state=read_released(downloaded), space=SPACES[str(source)], origin=origin)
     if path.is_dir():
         return Resolved(folder=path)
     if path.is_file():
         if path.suffix == ".safetensors":
             raise UserError(f"{path}: is one file of a folder, expected the folder that also holds {CONFIG}; name {path.parent}")
-        name = next((n for n in SPACES if path.name == _FILE.format(n)), None)
-        return Resolved(state=read_released(path), space=SPACES[name] if name else None)
+        encoder = next((n for n in SPACES if path.name == _FILE.format(n)), None)
+        state = read_released(path)
+        return Resolved(state=state, space=SPACES[encoder] if encoder else None, origin=Origin(path.name, _sha256(path)))
     if isinstance(source, str) and _HUB_ID.fullmatch(source) and not path.parent.is_dir():
         return Resolved(folder=[_from_hub(source, name) for name in (WEIGHTS, CONFIG)][-1].parent)
     names = ", ".join(SPACES)
@@ -76,11 +80,15 @@ def _from_hub(repository: str, name: str) -> Path:
     # The hub's cache names a large file by its sha256; a file that was changed there since is not what was downloaded.
     blob = path.resolve()
     if re.fullmatch("[0-9a-f]{64}", blob.name):
-        with open(blob, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = _sha256(blob)
         if found != blob.name:
             raise UserError(f"{blob}: its sha256 is {found[:16]}..., expected {blob.name[:16]}...; delete that file and load again")
     return path
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_released(path: Path) -> dict[str, Tensor]:

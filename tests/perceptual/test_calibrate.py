@@ -28,7 +28,8 @@ def test_the_distance_is_linear_in_the_heads() -> None:
     for head in metric.lins:
         nn.init.uniform_(head.weight)
     x0, x1 = torch.randn(2, 3, 3, 16, 16)
-    torch.testing.assert_close(channel_differences(metric, x0, x1) @ head_vector(metric), metric(x0, x1))
+    differences = channel_differences(metric.target_features(x0), metric.target_features(x1))
+    torch.testing.assert_close(differences @ head_vector(metric), metric(x0, x1))
 
 
 def _known(count: int, channels: int, useful: int, seed: int = 0) -> Judgements:
@@ -67,6 +68,16 @@ def test_too_few_triplets() -> None:
         judge(_metric(), [], lambda x: x)
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_pictures_that_cannot_be_compared(value: float) -> None:
+    """No heads are fitted to pictures that all equal their references, or whose features are not finite."""
+    metric = _metric()
+    known = _known(100, len(head_vector(metric)), 2)
+    with pytest.raises(UserError, match="differ from their references by .*, expected a number above 0"):
+        calibrate(metric, Judgements(known.first * value, known.second, known.judgement), steps=1)
+    assert not metric.calibrated and torch.equal(head_vector(metric), torch.ones(known.first.shape[1]))
+
+
 @pytest.fixture
 def bapps(tmp_path: Path) -> Path:
     """Two subsets of six triplets: p1 is the reference itself in every second one."""
@@ -87,7 +98,10 @@ def bapps(tmp_path: Path) -> Path:
 def test_bapps_folder(bapps: Path) -> None:
     found = subsets(bapps, "val", resolution=16)
     assert list(found) == ["cnn", "traditional"] and len(found["cnn"]) == 6
-    judgements = judge(_metric(), found["cnn"].batches(4), lambda x: x)
+    metric, passes = _metric(), []
+    metric.net.register_forward_hook(lambda *_: passes.append(1))
+    judgements = judge(metric, found["cnn"].batches(4), lambda x: x)
+    assert len(passes) == 2 * 3  # two batches; reference, first and second once each
     assert judgements.judgement.tolist() == [0, 1, 0, 1, 0, 1]
     assert two_afc(head_vector(_metric()), judgements) == 1.0
     reference, first, _, _ = next(found["cnn"].batches(1))

@@ -19,9 +19,11 @@ from PIL import Image
 
 from diffusion2gan import cli
 from diffusion2gan.errors import UserError
-from diffusion2gan.perceptual import LatentLPIPS, latent_cache
+from diffusion2gan.perceptual import LatentLPIPS, LatentVGG, latent_cache
 from diffusion2gan.perceptual.commands import open_autoencoder
 from diffusion2gan.perceptual.latent_cache import ImageFolder, LatentCache, cache_latents, centre_crop, random_crop
+from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
+from diffusion2gan.perceptual.train import Classifier, accuracies
 from tests.helpers import tree_digest
 
 
@@ -68,6 +70,36 @@ def test_train_learns_and_its_metric_loads(vae: Path, images: Path, tmp_path: Pa
     assert (metric.space.scale, metric.space.shift) == (0.5, 0.25)
     x0, x1 = torch.randn(2, 1, 6, 8, 8)
     assert metric(x0, x1, raw=True) > 0
+
+
+def test_pixels_are_read_as_by_lpips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--vae pixels`: all five poolings, features before them. Of 21 classes and more, top-5 is counted too."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for number in range(21):
+            folder = tmp_path / "images" / split / f"{number:02d}"
+            folder.mkdir(parents=True)
+            Image.fromarray(rng.integers(0, 255, (16, 16, 3)).astype(np.uint8)).save(folder / "x.png")
+    arguments = (Path("pixels"), tmp_path / "images", tmp_path / "out", "--epochs", "1")
+    assert _train(*arguments, "--reading", "before") == 2
+    assert "--reading is before with --vae pixels" in capsys.readouterr().err
+    assert _train(*arguments) == 0
+    metric = LatentLPIPS.from_pretrained(tmp_path / "out" / "metric")
+    assert metric.net.config == LatentVGGConfig(in_channels=3, width=0.125, kept_poolings=(1, 2, 3, 4, 5), tap="before")
+    accuracy = json.loads((tmp_path / "out" / "accuracy.json").read_text())
+    assert accuracy.keys() == {"top1_class", "top5_class"} and accuracy["top1_class"] <= accuracy["top5_class"] <= 1
+
+
+def test_top_1_and_top_5_by_hand() -> None:
+    model = Classifier(LatentVGGConfig(width=0.125), {"many": 21, "few": 20})
+    logits = -torch.arange(21.0).expand(8, 21)
+    model.forward = lambda x: {"many": logits, "few": logits[:, :20]}  # type: ignore[method-assign]
+    # Ranks 0, 1, 4, 5 and 20, and three labels that are left out; then nothing but ties, which are no right answers.
+    labels = torch.tensor([0, 1, 4, 5, 20, -1, -1, -1])
+    found = accuracies(model, [(torch.zeros(8, 4, 4, 4), {"many": labels, "few": labels.clamp(max=19)})])
+    assert found == pytest.approx({"top1_many": 1 / 5, "top5_many": 3 / 5, "top1_few": 1 / 5})
+    logits = torch.zeros(8, 21)
+    assert accuracies(model, [(torch.zeros(8, 4, 4, 4), {"many": labels, "few": labels.clamp(max=19)})])["top5_many"] == 0
 
 
 def test_encoding_is_done_once_and_goes_on(vae: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,9 +174,6 @@ def test_two_processes_learn_what_one_does(vae: Path, images: Path, tmp_path: Pa
 
 
 def test_calibrate_and_score(vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from diffusion2gan.perceptual import LatentVGG
-    from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
-
     rng = np.random.default_rng(0)
     for split, count in (("train", 110), ("val", 8)):
         base = tmp_path / "bapps" / "2afc" / split / "cnn"

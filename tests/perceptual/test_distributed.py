@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,9 +33,11 @@ def _data(loss: ELatentLPIPS) -> tuple[Tensor, Tensor, AugmentationParameters]:
     return z, x, loss.draw(BATCH, x.shape[1:], random)
 
 
-def _gradients(generator: nn.Module, loss: ELatentLPIPS, rows: slice) -> list[Tensor]:
+def _gradients(generator: nn.Module, loss: ELatentLPIPS, rows: slice, cached: bool = False) -> list[Tensor]:
     z, x, parameters = _data(loss)
-    loss(generator(z[rows]), x[rows], AugmentationParameters(*(value[rows] for value in parameters))).mean().backward()
+    drawn = parameters.rows(rows)
+    target = {"features": loss.target_features(x[rows], drawn)} if cached else {"x1": x[rows]}
+    loss(generator(z[rows]), parameters=drawn, **target).mean().backward()
     return [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in generator.parameters()]  # type: ignore[union-attr,misc]
 
 
@@ -51,8 +53,11 @@ def _worker(rank: int, folder: str) -> None:
     fully_shard(loss, mesh=mesh)
     assert all(isinstance(p, DTensor) for p in loss.parameters())
     fsdp = _gradients(generator, loss, rows)
+    generator.zero_grad()
+    register_fsdp_forward_method(loss, "target_features")
+    cached = _gradients(generator, loss, rows, cached=True)
     if rank == 0:
-        torch.save({"ddp": ddp, "fsdp": fsdp}, Path(folder) / "gradients.pt")
+        torch.save({"ddp": ddp, "fsdp": fsdp, "fsdp, cached features": cached}, Path(folder) / "gradients.pt")
     dist.barrier()
     # Not through the interpreter's end: a gloo thread that lets go of a tensor there aborts the process, once in many runs.
     os._exit(0)

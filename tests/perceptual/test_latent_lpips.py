@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion2gan.embedded.weights import embedded_folder
 from diffusion2gan.errors import UserError
-from diffusion2gan.perceptual import ELatentLPIPS, LatentLPIPS, LatentVGG
-from diffusion2gan.perceptual.augmentations import Augmentation, AugmentationParameters
-from diffusion2gan.perceptual.latent_lpips import LatentSpace, unit_normalized
+from diffusion2gan.perceptual import ELatentLPIPS, LatentLPIPS, LatentSpace, LatentVGG, latent_lpips, latent_vgg
+from diffusion2gan.perceptual.augmentations import Augmentation
+from diffusion2gan.perceptual.gradient_scale import with_scaled_gradients
+from diffusion2gan.perceptual.latent_lpips import unit_normalized
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.perceptual.lpips import DecodedLPIPS
 
@@ -78,7 +82,6 @@ def test_known_distance() -> None:
     expected = plain_distance(metric, x0, x1)
     torch.testing.assert_close(metric(x0, x1), expected)
     torch.testing.assert_close(ELatentLPIPS(metric, "")(x0, x1), expected)
-    torch.testing.assert_close(metric(x0, x1, features=metric.target_features(x1)), expected)
     torch.testing.assert_close(metric(x0, features=metric.target_features(x1)), expected)
     for head in metric.lins:
         nn.init.ones_(head.weight)
@@ -121,7 +124,7 @@ def test_ensemble_averages_draws() -> None:
     one, many = ELatentLPIPS(metric), ELatentLPIPS(metric, ensemble=3)
     x0, x1 = torch.randn(2, 2, 4, 8, 8)
     parameters = many.draw(2, x0.shape[1:])
-    separate = [one(x0, x1, AugmentationParameters(*(t[k::3] for t in parameters))) for k in range(3)]
+    separate = [one(x0, x1, parameters.rows(slice(k, None, 3))) for k in range(3)]
     torch.testing.assert_close(many(x0, x1, parameters), torch.stack(separate).mean(0))
     with pytest.raises(UserError, match="expected 2 x 3"):
         many(x0, x1, one.draw(2, x0.shape[1:]))
@@ -131,7 +134,7 @@ def test_rows_are_independent() -> None:
     loss = ELatentLPIPS(metric_of(), "bgco")
     x0, x1 = torch.randn(2, 4, 4, 8, 8)
     parameters = loss.draw(4, x0.shape[1:])
-    alone = loss(x0[2:3], x1[2:3], AugmentationParameters(*(t[2:3] for t in parameters)))
+    alone = loss(x0[2:3], x1[2:3], parameters.rows(slice(2, 3)))
     torch.testing.assert_close(loss(x0, x1, parameters)[2:3], alone, rtol=1e-5, atol=1e-6)
 
 
@@ -213,6 +216,67 @@ def test_4x4_and_bf16() -> None:
     torch.testing.assert_close(whole(x0.bfloat16(), x1.bfloat16(), parameters), low.detach(), rtol=0.1, atol=0.02)
 
 
+def test_autocast_fp16() -> None:
+    """Values near float32's, whole networks in float16 too; zero at equal inputs."""
+    loss = ELatentLPIPS(metric_of(), "bgco")
+    x0, x1 = torch.randn(2, 1, 4, 8, 8)
+    parameters = loss.draw(1, x0.shape[1:], torch.Generator().manual_seed(0))
+    expected = loss(x0, x1, parameters)
+    with torch.autocast("cpu", torch.float16):
+        low = loss(x0, x1, parameters)
+        assert torch.equal(loss(x1, x1.clone(), parameters), torch.zeros(1))
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, expected, rtol=0.01, atol=1e-4)
+    whole = ELatentLPIPS(metric_of().half(), "bgco")
+    torch.testing.assert_close(whole(x0, x1, parameters), expected, rtol=0.01, atol=1e-4)
+
+
+def test_gradients_in_float16_do_not_underflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss averaged over batch and locations sends gradients into the network that float16 does not hold."""
+    metric = metric_of()
+    x0, x1 = torch.randn(2, 2, 4, 16, 16)
+
+    def gradient(weight: float, autocast: bool = True) -> Tensor:
+        x = x0.clone().requires_grad_()
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            distance = metric(x, x1)
+        (weight * distance.mean()).backward()
+        assert x.grad is not None
+        return x.grad / weight
+
+    def error(found: Tensor) -> float:
+        return ((found - expected).norm() / expected.norm()).item()
+
+    expected = gradient(1.0, autocast=False)
+    ours = gradient(1.0)
+    assert error(ours) < 0.1  # the forward pass' rounding
+    # A power of two changes nothing: neither where float16 would hold nothing of it, nor what a scaler of the loss does.
+    for weight in (2.0**-20, 2.0**60):
+        assert torch.equal(gradient(weight), ours)
+    assert gradient(0.0).isnan().all() and not gradient(float("inf")).isfinite().all()
+    monkeypatch.setattr(latent_lpips, "computes_in_float16", lambda *_: False)
+    assert error(gradient(2.0**-20)) > 0.9
+
+
+def test_scaled_gradients_are_the_gradients() -> None:
+    convolution = nn.Conv2d(2, 3, 3).double().requires_grad_(False)
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+
+    def network(x: Tensor) -> list[Tensor]:
+        return [y := convolution(x).square(), 1e-9 * y.sin()]
+
+    def scaled(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(with_scaled_gradients(network, x))
+
+    assert all(torch.equal(a, b) for a, b in zip(scaled(x), network(x), strict=True))
+    assert torch.autograd.gradcheck(scaled, (x,))
+    (gradient,) = torch.autograd.grad(scaled(x)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+    none = torch.autograd.grad(sum(f.sum() for f in scaled(x)), x, torch.zeros((), dtype=torch.float64))[0]
+    assert torch.equal(none, torch.zeros_like(x))
+
+
 @pytest.mark.parametrize("ensemble", [1, 2])
 def test_compiles_as_one_graph(ensemble: int) -> None:
     loss = ELatentLPIPS(metric_of(), "bgco", ensemble)
@@ -225,6 +289,26 @@ def test_compiles_as_one_graph(ensemble: int) -> None:
     fast.sum().backward()
     slow.sum().backward()
     torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_options_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cached features, raw latents and maps, and float16 with its scaled gradients, on a network of one convolution a block."""
+    monkeypatch.setattr(latent_vgg, "BLOCKS", [(channels, 1) for channels, _ in latent_vgg.BLOCKS])
+    loss = ELatentLPIPS(LatentLPIPS(metric_of().net, space=LatentSpace(0.5, 0.25)), "bo")
+    x0, x1 = torch.randn(2, 1, 4, 8, 8)
+    parameters = loss.draw(1, x0.shape[1:])
+
+    def values(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+        features = loss.target_features(x1, parameters, raw=True)
+        with torch.autocast("cpu", torch.float16):
+            low = loss.metric(x0, features=features, raw=True)
+        return loss(x0, None, parameters, features=features, raw=True, spatial=True), low
+
+    x0.requires_grad_()
+    found, expected = (f(x0, x1) for f in (torch.compile(values, fullgraph=True, backend="aot_eager"), values))
+    for fast, slow in zip(found, expected, strict=True):
+        torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(*(torch.autograd.grad(low.sum() / 2**20, x0)[0] for _, low in (found, expected)))
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -263,6 +347,16 @@ def test_negative_heads(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="3 of .* negative and are now 0"):
         clamped = LatentLPIPS.from_pretrained(tmp_path)
     assert torch.equal(clamped.lins[1].weight, metric.lins[1].weight.clamp(min=0))
+    # A pair that differs where the negative weights look most: below zero with them, not without.
+    x0, x1 = (torch.randn(2, 64, 4, 8, 8, generator=torch.Generator().manual_seed(0)) / 10).requires_grad_().unbind()
+    metric.lins[1].weight.data[0, 3:] = 0
+    for head in (metric.lins[0], *metric.lins[2:]):
+        head.weight.data.zero_()
+    assert (metric(x0, x1) < 0).any()
+    metric.save_pretrained(tmp_path / "worst")
+    with pytest.warns(UserWarning, match="negative and are now 0"):
+        assert (LatentLPIPS.from_pretrained(tmp_path / "worst")(x0, x1) >= 0).all()
+    assert (clamped(x0, x1) >= 0).all()
     metric.lins[1].weight.data.abs_()
     metric.save_pretrained(tmp_path)
     with warnings.catch_warnings():
@@ -286,10 +380,87 @@ def test_errors() -> None:
     metric.l1_weight = 1.0
     with pytest.raises(UserError, match="no x1"):
         metric(x, features=metric.target_features(x))
-    with pytest.raises(UserError, match="ensemble is 0"):
-        ELatentLPIPS(metric, ensemble=0)
+    for ensemble in (0, 1.5):
+        with pytest.raises(UserError, match=f"ensemble is {ensemble}, expected a whole number"):
+            ELatentLPIPS(metric, ensemble=ensemble)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="l1_weight"):
         LatentLPIPS(metric.net, l1_weight=-1.0)
+    assert ELatentLPIPS(metric, augment=None).augmentation.letters == ""
+
+
+def test_arguments_that_exclude_each_other() -> None:
+    metric = metric_of()
+    loss, x = ELatentLPIPS(metric), torch.randn(1, 4, 8, 8)
+    parameters = loss.draw(1, x.shape[1:])
+    with pytest.raises(UserError, match="generator was given beside parameters"):
+        loss(x, x, parameters, torch.Generator())
+    for function, target in (
+        (metric, metric.target_features(x)),
+        (lambda *a, **k: loss(*a, parameters, **k), loss.target_features(x, parameters)),
+    ):
+        with pytest.raises(UserError, match="x1 was given beside features"):
+            function(x, x, features=target)
+    with pytest.raises(UserError, match="drawn for the letters 'bgo', expected 'go'"):
+        ELatentLPIPS(metric, "go")(x, x, parameters)
+    with pytest.raises(UserError, match="drawn for latents of 8 x 8, the latent has 8 x 12"):
+        loss(*torch.randn(2, 1, 4, 8, 12), parameters)
+    with pytest.raises(UserError, match="drawn for the letters"):
+        loss.target_features(x, ELatentLPIPS(metric, "").draw(1, x.shape[1:]))
+    # The order of letters is none of the augmentation.
+    torch.testing.assert_close(ELatentLPIPS(metric, "obg")(x, x.flip(2), parameters), loss(x, x.flip(2), parameters))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("l1_weight", "1", "l1_weight is '1', expected a number"),
+        ("l1_weight", None, "l1_weight is None, expected a number"),
+        ("l1_weight", True, "l1_weight is True, expected a number"),
+        ("calibrated", "no", "calibrated is 'no', expected true or false"),
+        ("licence", 3, "licence is 3, expected text or null"),
+        ("space", {"scale": "a", "shift": 0.0}, "space.scale is 'a', expected a number above 0"),
+        ("space", {"scale": 1.0, "shift": None}, "space.shift is None, expected a number"),
+        ("space", {"scale": 1.0}, "expected null or scale and shift"),
+        ("space", [1.0, 0.0], "expected null or scale and shift"),
+        ("origin", "the hub", "expected null or source and sha256"),
+        ("origin", {"source": "x", "sha256": 3}, "expected two texts"),
+        ("net", None, "the network is None, expected an object"),
+        ("net", {"width": "x"}, "width is 'x', expected a number above 0"),
+        ("net", {"in_channels": "4"}, "in_channels is '4', expected a whole number"),
+        ("net", {"in_channels": 4.5}, "in_channels is 4.5, expected a whole number"),
+        ("net", {"kept_poolings": 4}, "kept_poolings is 4, expected numbers of 1 to 5"),
+        ("net", {"kept_poolings": [[4]]}, "expected numbers of 1 to 5"),
+        ("net", {"height": 1}, "keys are height, expected in_channels"),
+        ("calibrated", ..., "lacks or adds a key"),
+        ("augment", "bgo", "lacks or adds a key"),
+    ],
+)
+def test_damaged_configs(key: str, value: Any, message: str, tmp_path: Path) -> None:
+    """One line that names the folder; `...`: the key is missing."""
+    config = {"class": "LatentLPIPS"} | metric_of().settings | {key: value}
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    with pytest.raises(UserError) as raised:
+        LatentLPIPS.from_pretrained(tmp_path)
+    assert message in str(raised.value) and str(raised.value).startswith(str(tmp_path)) and "\n" not in str(raised.value)
+
+
+def test_a_config_from_before_space_and_licence(tmp_path: Path) -> None:
+    metric = metric_of()
+    metric.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["space"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = LatentLPIPS.from_pretrained(tmp_path)
+    assert again.space == LatentSpace() and again.licence is None and again.origin is None
+
+
+@pytest.mark.parametrize("name", ["latent_vgg", "pixel_vgg"])
+def test_the_shipped_weights_are_calibrated(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metric = LatentLPIPS.from_pretrained(embedded_folder(name))
+    assert metric.calibrated and metric.licence is None
+    assert all((head.weight >= 0).all() and (head.weight > 0).any() for head in metric.lins)
 
 
 @pytest.mark.parametrize("augment", LETTER_SETS)
@@ -360,27 +531,62 @@ def test_raw_latents() -> None:
     metric.space = None
     with pytest.raises(UserError, match="scale of this metric's latents is not known"):
         metric(x0, x1, raw=True)
-    metric.space, metric._plausible = LatentSpace(0.18215), False
+    metric.space, metric._found_plausible = LatentSpace(0.18215), False
     with pytest.warns(UserWarning, match="look like scaled latents"):
         metric(x0, x1, raw=True)
+
+
+def test_raw_latents_are_scaled_in_float32() -> None:
+    space, x = LatentSpace(1.5305, 0.0609), torch.randn(1, 4, 8, 8)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(space.scaled(x.to(dtype)), (x.to(dtype).float() - 0.0609) * 1.5305)
+    assert space.scaled(x.double()).dtype == torch.float64
+    for values in ({"scale": 0.0}, {"scale": "a"}, {"shift": float("nan")}):
+        with pytest.raises(UserError, match="expected a number"):
+            LatentSpace(**values)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_a_latent() -> None:
     loss = ELatentLPIPS(metric_of())
     x = torch.randn(1, 4, 8, 8)
     for bad, message in (
-        (torch.randn(1, 16, 8, 8), r"x1 has shape \(1, 16, 8, 8\), expected \(B, 4, H, W\)"),
-        (torch.randint(0, 9, (1, 4, 8, 8)), "floating-point"),
-        (x * float("nan"), "NaN"),
-        (x / 0, "NaN or infinite"),
+        (torch.randn(1, 16, 8, 8), r"has shape \(1, 16, 8, 8\), expected \(B, 4, H, W\)"),
+        (torch.randn(4, 8, 8), r"has shape \(4, 8, 8\), expected \(B, 4, H, W\)"),
+        (torch.randn(0, 4, 8, 8), r"has shape \(0, 4, 8, 8\), expected at least one latent"),
+        (torch.randint(0, 9, (1, 4, 8, 8)), "is of torch.int64, expected floating-point"),
+        (x * float("nan"), "has NaN"),
+        (x / 0, "has NaN or infinite"),
     ):
-        with pytest.raises(UserError, match=message):
-            loss(x, bad)
+        for function in (loss, loss.metric):
+            with pytest.raises(UserError, match=f"x1 {message}"):
+                function(x, bad)
+            with pytest.raises(UserError, match=f"x0 {message}"):
+                function(bad, x)
+        with pytest.raises(UserError, match=f"x1 {message}"):
+            loss.metric.target_features(bad)
     with pytest.warns(UserWarning, match="look like unscaled latents"):
         loss(x, 5 * torch.randn(1, 4, 8, 8))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
         loss(x, 5 * torch.randn(1, 4, 8, 8))
+
+
+def test_values_are_looked_at_once_where_that_means_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another device than the CPU; also where no target ever passes, because its features come from elsewhere."""
+    metric, looked = metric_of().to("meta"), []
+    monkeypatch.setattr(metric, "_check_finite", lambda inputs: looked.append(list(inputs)))
+    monkeypatch.setattr(metric, "_check_deviation", lambda target, raw: looked.append("deviation"))
+    x = torch.randn(1, 4, 8, 8, device="meta")
+    for _ in range(3):
+        metric.checked(x, None, False)
+    assert looked == [["x0"]]
+    for _ in range(3):
+        metric.checked(x, x, False)
+    assert looked == [["x0"], "deviation"]
+    x = torch.randn(1, 4, 8, 8)
+    for _ in range(3):
+        metric.checked(x, None, False)
+    assert len(looked) == 5
 
 
 def test_lpips_through_a_decoder() -> None:
