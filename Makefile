@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Processes of the test suite; each computes with one thread.
-JOBS ?= 2
+# Processes of the test suite; each computes with one thread, or waits for processes that it has started.
+JOBS ?= 3
 # glibc gives large buffers back to the kernel at every step; keeping them makes CPU training up to twice as fast.
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
