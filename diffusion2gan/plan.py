@@ -2,75 +2,115 @@
 
 FLOPs and kept activations are counted, not guessed: the recipe's own networks run once on torch's fake tensors, which have shapes
 and no numbers (FLOPs = 2 x multiply-adds of convolutions, products and attention). Days follow from the share of a GPU's matrix
-rate that is really used, which is an assumption (`utilisation`), and say so.
+rate that is really used, which is an assumption (`utilisation`), and from the data sheets' rates between GPUs, and say so.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
+import yaml
 from diffusers import AutoencoderKL, UNet2DModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig
 
-from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig, MultiScaleDiscriminator
+from diffusion2gan.discriminator.convolutional import WIDTH, ConvolutionalDiscriminator
+from diffusion2gan.discriminator.multi_scale import MultiScaleDiscriminator, score
+from diffusion2gan.discriminator.regularization import r1_penalty
 from diffusion2gan.errors import UserError
 from diffusion2gan.lora import add_lora
 from diffusion2gan.perceptual import LatentVGG
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.report import markdown_table
+from diffusion2gan.teachers.attention import checkpoint_as_computed, twice_differentiable_attention
+from diffusion2gan.teachers.folders import PIPELINES
 from diffusion2gan.teachers.load import FAMILIES, teacher_folder
 from diffusion2gan.teachers.ode import evaluations_per_pair
 from diffusion2gan.teachers.protocol import TeacherConfig, TextCondition
 from diffusion2gan.teachers.published import PUBLISHED
 from diffusion2gan.teachers.stable_diffusion import decoded_at_once
 from diffusion2gan.training.batches import BatchShare
+from diffusion2gan.training.trainer import TrainingConfig
 
 TOKENS = 77
+NODE = 8
+"""GPUs of one machine, at most."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense half-precision matrix rate (TFLOP/s) and memory (GiB), of the maker's data sheet."""
+    """Of the makers' data sheets: dense half-precision matrix rate (TFLOP/s), memory (GiB), and in GB/s each way what a GPU has to the
+    others of its node, and a node to the other nodes."""
 
     tflops: float
     memory: float
+    link: float
+    network: float
+
+    def ring(self, gpus: int) -> float:
+        """GB/s each way at which all of `gpus` hand something round: the cards of a node's network carry a ring each, side by side."""
+        return self.link if gpus <= NODE else min(self.link, self.network)
 
 
+# NVLink, and the cards of a DGX (V100: four of 100 Gb/s, A100: eight of 200, H100: eight of 400); otherwise PCIe 4.0 x16 and one card of
+# 100 Gb/s.
 GPUS: Mapping[str, Gpu] = {
-    "a100-40gb": Gpu(312, 40),
-    "a100": Gpu(312, 80),
-    "h100": Gpu(989, 80),
-    "h200": Gpu(989, 141),
-    "l40s": Gpu(362, 48),
-    "a10": Gpu(125, 24),
-    "rtx4090": Gpu(165, 24),
-    "rtx3090": Gpu(71, 24),
-    "v100": Gpu(125, 32),
+    "a100-40gb": Gpu(312, 40, 300, 200),
+    "a100": Gpu(312, 80, 300, 200),
+    "h100": Gpu(989, 80, 450, 400),
+    "h200": Gpu(989, 141, 450, 400),
+    "l40s": Gpu(362, 48, 32, 12.5),
+    "a10": Gpu(125, 24, 32, 12.5),
+    "rtx4090": Gpu(165, 24, 32, 12.5),
+    "rtx3090": Gpu(71, 24, 32, 12.5),
+    "v100": Gpu(125, 32, 150, 50),
+}
+# Text encoders of the published teachers, counted from the config.json of their repositories' text_encoder and text_encoder_2: CLIP
+# ViT-L/14; OpenCLIP ViT-H/14; ViT-L/14 and OpenCLIP ViT-bigG/14.
+TEXT_PARAMETERS: Mapping[str, int] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": 123_060_480,
+    "stabilityai/stable-diffusion-2-1-base": 340_387_840,
+    "stabilityai/stable-diffusion-xl-base-1.0": 123_060_480 + 694_659_840,
 }
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one network at a batch of one: FLOPs of a forward pass, parameters, bytes that a forward in 16 bits keeps for backward."""
+    """Of one network at a batch of one: FLOPs of a forward pass, parameters, and in 16 bits the bytes that a forward keeps for backward
+    (`kept`) and that are alive at once in one without backward (`alive`)."""
 
     flops: float
     parameters: int
-    activations: int
+    kept: int
+    alive: int
 
 
 def measure(network: nn.Module, call: Callable[[nn.Module], Any]) -> Cost:
     """Counts `call(network)`, on fake tensors."""
+    parameters = sum(p.numel() for p in network.parameters())
+    return Cost(_flops(lambda: call(network)), parameters, _kept(network, call), _alive(network, call))
+
+
+def _kept(network: nn.Module, call: Callable[[nn.Module], Any]) -> int:
+    """Bytes that `call(network)` keeps for backward."""
     kept: dict[int, int] = {}
-    own = {p.untyped_storage()._cdata for p in network.parameters()}
+    own = _storages(network)
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -82,7 +122,40 @@ def measure(network: nn.Module, call: Callable[[nn.Module], Any]) -> Cost:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         held = call(network)
     del held
-    return Cost(_flops(lambda: call(network)), sum(p.numel() for p in network.parameters()), sum(kept.values()))
+    return sum(kept.values())
+
+
+def _storages(network: nn.Module) -> set[int]:
+    return {p.untyped_storage()._cdata for p in network.parameters()}
+
+
+class _Alive(TorchDispatchMode):
+    """Inside the block: `most`, the bytes alive at once of storages that are made there, beside those of `own`."""
+
+    def __init__(self, own: set[int]):
+        super().__init__()
+        self.most = self._now = 0
+        self._known = own
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = function(*arguments, **(named or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self._now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self._now)
+        return result
+
+    def _free(self, known: int, size: int) -> None:
+        self._known.discard(known)
+        self._now -= size
+
+
+def _alive(network: nn.Module, call: Callable[[nn.Module], Any]) -> int:
+    with torch.no_grad(), _Alive(_storages(network)) as counted:
+        call(network)
+    return counted.most
 
 
 def _flops(call: Callable[[], Any]) -> float:
@@ -98,7 +171,7 @@ def _network_class(teacher: TeacherConfig) -> Any:
 
 
 def _configuration(teacher: TeacherConfig, part: str) -> dict[str, Any]:
-    """`unet` or `vae` of the teacher: of its folder, or as published. Raises UserError when neither is known."""
+    """`unet`, `vae` or another part of the teacher: of its folder, or as published. Raises UserError when neither is known."""
     kind = _network_class(teacher) if part == "unet" else AutoencoderKL
     folder = teacher_folder(teacher)
     if teacher.source in PUBLISHED and not Path(folder).is_dir():
@@ -114,11 +187,25 @@ def _configuration(teacher: TeacherConfig, part: str) -> dict[str, Any]:
         ) from None
 
 
+def _text_parameters(teacher: TeacherConfig) -> int:
+    """Of the teacher's text encoders: of its folder's, or as published. Raises UserError when neither is known."""
+    if teacher.source in TEXT_PARAMETERS and not Path(teacher_folder(teacher)).is_dir():
+        return TEXT_PARAMETERS[teacher.source]
+    count = 0
+    for part in inspect.signature(PIPELINES[teacher.family].__init__).parameters:
+        if part.startswith("text_encoder"):
+            configuration = _configuration(teacher, part)
+            with torch.device("meta"):
+                encoder = getattr(transformers, configuration["architectures"][0])(CLIPTextConfig(**configuration))
+            count += sum(p.numel() for p in encoder.parameters())
+    return count
+
+
 @contextmanager
-def _shapes_alone() -> Iterator[None]:
-    """Tensors without numbers, new ones in half precision: mixed precision keeps most of what it keeps in it."""
+def _shapes_alone(dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
+    """Tensors without numbers, new ones of `dtype`: in half precision mixed precision keeps most of what it keeps."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         with FakeTensorMode():
             yield
@@ -156,20 +243,27 @@ class Networks:
     generator: Cost
     discriminator: Cost | None
     perceptual: Cost | None
+    """Of latents; of pictures with `lpips`, whose decoder comes before it."""
     decoder: Cost | None
     """None where latents are pixels."""
     latent: tuple[int, int, int]
     trained: int
     """Parameters of the generator that are trained: all, or a LoRA's."""
+    encoders: int
+    """Parameters of the teacher's text encoders and autoencoder."""
+    penalty: int
+    """Bytes that R1 of one sample keeps for backward."""
 
 
 def networks(recipe: Recipe) -> Networks:
     """Builds and counts them. Raises UserError for a teacher whose sizes cannot be had."""
-    teacher = recipe.teacher
+    teacher, loss = recipe.teacher, recipe.loss
     unet_config = _configuration(teacher, "unet")
     vae_config = _configuration(teacher, "vae") if FAMILIES[teacher.family].has_vae else None
-    size = unet_config["sample_size"]
+    factor = 1 if vae_config is None else 2 ** (len(vae_config["block_out_channels"]) - 1)
+    size = teacher.resolution // factor if teacher.resolution else unet_config["sample_size"]
     latent = (unet_config["in_channels"], *((size, size) if isinstance(size, int) else size))
+    text = _text_parameters(teacher)
     with _shapes_alone():
         x, condition = torch.empty(1, *latent), _condition(unet_config)
         timestep = torch.empty((), dtype=torch.int64)
@@ -177,21 +271,26 @@ def networks(recipe: Recipe) -> Networks:
         if recipe.generator.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         generator = measure(unet, lambda n: _evaluate(x, timestep, condition, n))
-        discriminator = None
-        if recipe.adversarial is not None and recipe.adversarial.weight and recipe.discriminator.kind == "diffusion":
-            network = _network_class(teacher).from_config(unet_config)
-            discriminator = _discriminator(recipe.discriminator, network, x, condition)
-        perceptual, width = None, 0.25 if recipe.loss.perceptual == "embedded" else 1.0
-        if recipe.loss.distance in ("latent_lpips", "e_latent_lpips"):
+        discriminator, penalty = None, 0
+        if recipe.adversarial is not None and recipe.adversarial.weight:
+            discriminator = measure(_new_discriminator(recipe, unet_config, latent, condition), lambda n: n(x, x, condition))
+            # Of finite differences, two forwards in float32.
+            penalty = 2 * 2 * discriminator.kept if recipe.adversarial.r1 == "finite_difference" else 0
+        perceptual, width = None, 0.25 if loss.perceptual == "embedded" else 1.0
+        if loss.distance in ("latent_lpips", "e_latent_lpips"):
             perceptual = _perceptual(latent, width=width)
+        elif loss.distance == "lpips":
+            pixels = (3, factor * latent[1], factor * latent[2])
+            perceptual = _perceptual(pixels, width=width, kept_poolings=(1, 2, 3, 4, 5))
         decoder = None
         if vae_config is not None:
             vae = AutoencoderKL.from_config(vae_config)
             decoder = measure(vae, lambda n: cast(Any, n).decode(x, return_dict=False))
-        elif recipe.loss.distance == "lpips":
-            perceptual = _perceptual(latent, width=width, kept_poolings=(1, 2, 3, 4, 5))
+    if recipe.adversarial is not None and recipe.adversarial.weight and recipe.adversarial.r1 == "exact":
+        penalty = _exact_penalty(recipe, unet_config, latent)
     trained = generator.parameters if recipe.generator.lora_rank is None else _changes(recipe, unet_config)
-    return Networks(generator, discriminator, perceptual, decoder, latent, trained)
+    encoders = text + (decoder.parameters if decoder else 0)
+    return Networks(generator, discriminator, perceptual, decoder, latent, trained, encoders, penalty)
 
 
 def _changes(recipe: Recipe, unet_config: Mapping[str, Any]) -> int:
@@ -204,10 +303,23 @@ def _changes(recipe: Recipe, unet_config: Mapping[str, Any]) -> int:
     return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
-def _discriminator(config: DiscriminatorConfig, around: nn.Module, x: Tensor, condition: TextCondition) -> Cost:
-    # Checkpointing lowers what is kept by as much as the generator's does; it is counted without.
-    network = MultiScaleDiscriminator(around, _evaluate, config)
-    return measure(network, lambda n: n(x, x, condition))
+def _new_discriminator(recipe: Recipe, unet_config: Mapping[str, Any], latent: tuple[int, int, int], condition: TextCondition) -> nn.Module:
+    config = recipe.discriminator
+    if config.kind == "scratch":
+        channels = [WIDTH * c for c in unet_config["block_out_channels"]]
+        return ConvolutionalDiscriminator(latent, channels, condition.embeddings.shape[2], config)
+    around = _network_class(recipe.teacher).from_config(unet_config)
+    if config.gradient_checkpointing:
+        around.enable_gradient_checkpointing(checkpoint_as_computed)
+    return MultiScaleDiscriminator(around, _evaluate, config)
+
+
+def _exact_penalty(recipe: Recipe, unet_config: Mapping[str, Any], latent: tuple[int, int, int]) -> int:
+    """Bytes that R1 by double backward keeps of a sample: in float32, and by attention that keeps every score."""
+    with _shapes_alone(torch.float32), twice_differentiable_attention():
+        x, condition = torch.empty(1, *latent), _condition(unet_config)
+        network = _new_discriminator(recipe, unet_config, latent, condition)
+        return _kept(network, lambda n: r1_penalty(lambda of: score(n(of, x, condition)), x))
 
 
 def _perceptual(latent: tuple[int, int, int], **shape: Any) -> Cost:
@@ -219,99 +331,176 @@ def _perceptual(latent: tuple[int, int, int], **shape: Any) -> Cost:
 # --- The plan -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class StagePlan:
-    """`evaluations` of the diffusion network; `flops` in all; `memory` (bytes) of one GPU, `disk` (bytes)."""
+    """`evaluations` of the diffusion network; `flops` in all; `memory` (bytes) of one of `gpus`, `disk` (bytes), `exchanged`: bytes that
+    each GPU hands on in all."""
 
     name: str
+    gpus: int
     evaluations: int
     flops: float
     memory: float
     disk: float = 0.0
+    exchanged: float = 0.0
+
+    def arithmetic_days(self, gpu: Gpu, utilisation: float) -> float:
+        return self.flops / (gpu.tflops * 1e12 * utilisation) / 86_400
+
+    def exchange_days(self, gpu: Gpu) -> float:
+        """GPU-days in which gradients, and weights that are split, go round; nothing else is done meanwhile."""
+        return self.gpus * self.exchanged / (gpu.ring(self.gpus) * 1e9) / 86_400
 
     def gpu_days(self, gpu: Gpu, utilisation: float) -> float:
-        return self.flops / (gpu.tflops * 1e12 * utilisation) / 86_400
+        return self.arithmetic_days(gpu, utilisation) + self.exchange_days(gpu)
 
 
 # Bytes a number of the frozen networks.
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-# Bytes a parameter: float32 weight and gradient; Adam's two moments; the generator's average.
-_TRAINED, _MOMENTS, _AVERAGE = 8, {"adamw": 8, "adamw_8bit": 2}, 4
-# Without a backward pass little more than the widest layers is alive at once: about this share of what one would keep.
-_ALIVE = 0.1
-# A decoder's last layers are its widest, and it decodes in float32: a quarter of what it would keep, twice as wide.
-_DECODING = 0.5
+# Bytes a parameter: a float32 weight, gradient or average; Adam's two moments; a weight that autocast has converted.
+_NUMBER, _MOMENTS, _CONVERTED = 4, {"adamw": 8, "adamw_8bit": 2}, 2
 EVALUATED = 30_000
 
 
 def stages(recipe: Recipe, gpus: int, counted: Networks | None = None) -> list[StagePlan]:
     """simulate, phase 1, phase 2 and an evaluation on 30,000 pictures. `counted`: what `networks(recipe)` returned.
     Raises UserError when the batch does not divide."""
-    pairs, training = recipe.pairs, recipe.training
+    training = recipe.training
     of_phase_1 = BatchShare.of(training.batch_size, training.micro_batch_size, gpus, "training.batch_size")
     of_phase_2 = BatchShare.of(recipe.phase_2_batch_size, training.micro_batch_size, gpus, "adversarial.batch_size")
     n = counted or networks(recipe)
-    g, loss = n.generator, _loss_flops(recipe, n)
-    again = 1 if recipe.generator.gradient_checkpointing else 0
-    whole = recipe.generator.lora_rank is None
-    # Forward, backward to the activations and, of a network that is trained whole, to the weights.
-    passes = (3 if whole else 2) + again
-    elements = n.latent[0] * n.latent[1] * n.latent[2]
-    stored = {"none": 2, "float16": 4, "float32": 6}[pairs.noise_storage] * elements + 150  # latent, noise, a caption and a seed
-
-    evaluations = pairs.count * evaluations_per_pair(pairs.ode)
-    guided = 2 if pairs.ode.guidance > 1 else 1
-    half = 2 if pairs.precision in ("float16", "bfloat16") else 4
-    simulate = StagePlan(
-        "simulate", evaluations, evaluations * g.flops,
-        g.parameters * (half + (4 if half == 2 else 0)) + _ALIVE * pairs.batch_size * guided * g.activations, pairs.count * stored,
-    )  # fmt: skip
-
-    images = recipe.samples(training.steps)
-    # The teacher's own network stays loaded; a LoRA changes a second frozen one.
-    frozen = _BYTES[recipe.teacher.dtype] * g.parameters * (1 if whole else 2)
-    # What is trained is copied to every GPU, or split over them.
-    parts = gpus if training.shard else 1
-    trained = (_TRAINED + _MOMENTS[training.optimizer]) / parts
-    if training.zero:
-        # Weights; gradients; the optimiser's moments and its own copy of the weights, split or on the host.
-        gradients = 4 / gpus if training.zero == 2 else 4
-        trained = 4 + gradients + (0 if training.zero_offload else (_MOMENTS[training.optimizer] + 4) / gpus)
-    resident = frozen + n.trained * (trained + (0 if training.ema_on_cpu else _AVERAGE / parts))
-    kept = (n.perceptual.activations if n.perceptual else 0) + g.activations
-    saved = 4 + _MOMENTS[training.optimizer]
-    checkpoint = (saved + 4) * n.trained  # weights, moments, average
-    phase_1 = StagePlan(
-        "phase 1", images, images * (passes * g.flops + loss), resident + of_phase_1.micro * kept, training.keep_checkpoints * checkpoint
-    )
-    plan = [simulate, phase_1]
+    plan = [_simulate(recipe, gpus, n), _phase("phase 1", recipe, gpus, n, of_phase_1, training.steps, None)]
     if recipe.adversarial is not None:
-        images = recipe.samples(recipe.total_steps) - images
-        per_image = passes * g.flops + loss
-        memory, disk = resident + of_phase_2.micro * kept, float(training.keep_checkpoints * checkpoint)
-        if n.discriminator is not None:
-            d = n.discriminator
-            # D's step: real and fake, forward and backward; G's step: forward, and backward to the latent alone.
-            # What is split cannot leave D's gradients out in G's step.
-            per_image += g.flops + 2 * (3 + again) * d.flops + ((3 if training.shard else 2) + again) * d.flops
-            memory += d.parameters * trained + of_phase_2.micro * d.activations
-            disk += training.keep_checkpoints * saved * d.parameters
-        plan.append(StagePlan("phase 2", images, images * per_image, memory, disk))
-    plan.append(
-        StagePlan(
-            f"{EVALUATED:,} pictures",
-            EVALUATED,
-            EVALUATED * (g.flops + (n.decoder.flops if n.decoder else 0)),
-            4 * g.parameters + _DECODING * decoded_at_once(*n.latent[1:]) * (n.decoder.activations if n.decoder else 0),
-        )
-    )
+        plan.append(_phase("phase 2", recipe, gpus, n, of_phase_2, recipe.adversarial.steps, n.discriminator))
+    work = EVALUATED * (n.generator.flops + (n.decoder.flops if n.decoder else 0))
+    whole = _NUMBER * (n.generator.parameters + n.encoders)
+    plan.append(StagePlan(f"{EVALUATED:,} pictures", gpus, EVALUATED, work, whole + _decoding(n, "float32", EVALUATED)))
     return plan
 
 
-def _loss_flops(recipe: Recipe, n: Networks) -> float:
-    """Of one image: two forwards and a backward to the input, through the latent network or through decoder and pixels."""
-    if n.perceptual is not None:
-        return 3 * n.perceptual.flops
-    # Decoding both, and back through one; the pixel network is a sixteenth of that.
-    return 3 * n.decoder.flops * 17 / 16 if recipe.loss.distance == "lpips" and n.decoder else 0.0
+def _simulate(recipe: Recipe, gpus: int, n: Networks) -> StagePlan:
+    pairs, own, g = recipe.pairs, recipe.teacher.dtype, n.generator
+    elements = n.latent[0] * n.latent[1] * n.latent[2]
+    stored = {"none": 2, "float16": 4, "float32": 6}[pairs.noise_storage] * elements + 150  # latent, noise, a caption and a seed
+    evaluations = pairs.count * evaluations_per_pair(pairs.ode)
+    precision = pairs.precision or own
+    # In another precision, or compiled, a copy of the teacher's network solves.
+    copy = _BYTES[precision] * g.parameters if precision != own or pairs.compile else 0
+    guided = 2 if pairs.ode.guidance > 1 else 1
+    alive = pairs.batch_size * guided * g.alive * _BYTES[precision] / 2
+    memory = _BYTES[own] * (g.parameters + n.encoders) + copy + alive
+    return StagePlan("simulate", gpus, evaluations, evaluations * g.flops, memory, pairs.count * stored)
+
+
+def _phase(name: str, recipe: Recipe, gpus: int, n: Networks, share: BatchShare, steps: int, d: Cost | None) -> StagePlan:
+    """A phase of training, with `d` or by the regression loss alone."""
+    training, g, micro, images = recipe.training, n.generator, share.micro, steps * share.size
+    checkpointed, whole = recipe.generator.gradient_checkpointing, recipe.generator.lora_rank is None
+    loss, loss_kept = _loss(recipe, n)
+    # Forward, backward to the activations and, of a network that is trained whole, to the weights.
+    per_image = ((3 if whole else 2) + checkpointed) * g.flops + loss
+    # Under mixed precision most of what is kept has 16 bits, and the weights are kept in 16 bits too; checkpointing keeps those only until
+    # the forward is over.
+    mixed = training.mixed_precision == "bf16"
+    wide, converted = (1, _CONVERTED) if mixed else (2, 0)
+    weight, optimizer, gradient = _bytes_a_parameter(training, gpus)
+    average = 0 if training.ema_on_cpu else _NUMBER / (gpus if training.shard else 1)
+    own = _BYTES[recipe.teacher.dtype]
+    frozen = own * n.encoders + (_NUMBER * n.perceptual.parameters if n.perceptual else 0)
+    # A LoRA changes a frozen copy of the teacher's network, which stays too.
+    frozen += 0 if whole else 2 * own * g.parameters
+    # D waits on the GPU for its phase.
+    resident = frozen + n.trained * (weight + optimizer + average) + (weight * n.discriminator.parameters if n.discriminator else 0)
+    weights = converted * (g.parameters if whole or own > _CONVERTED else n.trained)
+    graph = wide * micro * g.kept + (0 if checkpointed else weights)
+    step = gradient * n.trained + wide * micro * (g.kept + loss_kept) + weights
+    exchanged = _passes(training, share.accumulation) * n.trained
+    # Weights, moments, and of G the average.
+    saved = (_NUMBER + _MOMENTS[training.optimizer]) * (n.trained + (d.parameters if d else 0)) + _NUMBER * n.trained
+    if d is not None:
+        assert recipe.adversarial is not None
+        shared, again = share.accumulation == 1, recipe.discriminator.gradient_checkpointing
+        # D's step: real and fake, forward and backward; G's step: forward, and backward to the latent alone. What is split cannot leave
+        # D's gradients out in G's step. Of several micro-batches G's latents are computed once more.
+        per_image += 2 * (3 + again) * d.flops + ((3 if training.shard else 2) + again) * d.flops + (0 if shared else g.flops)
+        per_image += d.flops if recipe.adversarial.loss == "relativistic" else 0
+        resident += optimizer * d.parameters
+        penalties = math.ceil((recipe.adversarial.r1_count or gpus) / gpus / share.accumulation)
+        of_d = gradient * d.parameters + 2 * wide * micro * d.kept + converted * d.parameters + penalties * n.penalty
+        of_g = gradient * (n.trained + (d.parameters if training.shard else 0)) + graph
+        of_g += wide * micro * (loss_kept + d.kept) + converted * d.parameters
+        # With a single micro-batch G's graph waits for its own step.
+        step = max(of_d + (graph if shared else 0), of_g)
+        # What is split is gathered for every evaluation: G's for its latents, D's in both steps.
+        exchanged += _passes(training, share.accumulation) * d.parameters * (2 if training.shard else 1)
+        exchanged += share.accumulation * n.trained if training.shard and not shared else 0
+    # Pictures of held-out pairs are drawn by the average, while the weights wait.
+    pictures = min(training.sample_count, training.micro_batch_size or training.sample_count)
+    drawing = _NUMBER / (gpus if training.shard else 1) * n.trained + _decoding(n, recipe.teacher.dtype, pictures)
+    return StagePlan(
+        name,
+        gpus,
+        images,
+        images * per_image,
+        resident + max(step, drawing),
+        training.keep_checkpoints * saved,
+        steps * _NUMBER * exchanged * (gpus - 1) / gpus,
+    )
+
+
+def _bytes_a_parameter(training: TrainingConfig, gpus: int) -> tuple[float, float, float]:
+    """Of a network that is trained, on one GPU: of its weight, of the optimiser, and of the gradient, which goes with every step."""
+    moments = _MOMENTS[training.optimizer]
+    if training.shard:
+        return _NUMBER / gpus, moments / gpus, _NUMBER / gpus
+    if training.zero:
+        # The optimiser has a copy of the weights; it is split, or on the host.
+        optimizer = 0 if training.zero_offload else (moments + _NUMBER) / gpus
+        return _NUMBER, optimizer, _NUMBER / gpus if training.zero == 2 else _NUMBER
+    # DDP's buckets, in which gradients are exchanged, stay with the weights.
+    return _NUMBER * (2 if gpus > 1 else 1), moments, _NUMBER
+
+
+def _passes(training: TrainingConfig, accumulation: int) -> int:
+    """How often all parameters go round the ring in a step: summing gradients takes two rounds, gathering what is split one."""
+    if training.shard:
+        # Weights for forward and backward, then gradients; of every micro-batch.
+        return 3 * accumulation
+    # ZeRO 2 splits the gradients of every micro-batch, and gathers the weights once.
+    return accumulation + 1 if training.zero == 2 else 2
+
+
+def _loss(recipe: Recipe, n: Networks) -> tuple[float, int]:
+    """FLOPs and kept bytes of one image: two forwards and a backward to the input, through the latent network or decoder and pixels."""
+    parts = [n.perceptual, n.decoder if recipe.loss.distance == "lpips" else None]
+    return 3 * sum(p.flops for p in parts if p), sum(p.kept for p in parts if p)
+
+
+def _decoding(n: Networks, dtype: str, pictures: int) -> float:
+    """Bytes that drawing so many takes."""
+    at_once = min(pictures, decoded_at_once(*n.latent[1:]))
+    return at_once * n.decoder.alive * _BYTES[dtype] / 2 if n.decoder else 0.0
+
+
+# What of a recipe to look at before it runs.
+_TOLD: Mapping[str, set[str]] = {
+    "teacher": {"source", "dtype", "resolution"},
+    "pairs": {"count", "ode", "precision", "compile", "batch_size"},
+    "generator": {"gradient_checkpointing", "lora_rank", "start"},
+    "loss": {"distance", "perceptual", "augment"},
+    "training": {
+        "steps", "batch_size", "micro_batch_size", "learning_rate", "mixed_precision", "compile", "optimizer", "ema_on_cpu", "zero", "shard",
+    },
+    "adversarial": {"steps", "batch_size", "weight", "loss", "learning_rate", "discriminator_learning_rate", "r1", "r1_every", "r1_count"},
+    "discriminator": {"kind", "noise", "multi_scale", "gradient_checkpointing"},
+}  # fmt: skip
+
+
+def _told(recipe: Recipe) -> str:
+    """The resolved recipe's sections, a line each, as Markdown's code."""
+    values = recipe.model_dump(mode="json", include=dict(_TOLD), exclude_none=True)
+    if recipe.adversarial is None:
+        del values["discriminator"]
+    flow = partial(yaml.safe_dump, default_flow_style=True, sort_keys=False, width=math.inf)
+    return "".join(f"    {key}: {flow(section)}" for key, section in values.items())
 
 
 def plan_table(recipe: Recipe, gpu_name: str, count: int, utilisation: float) -> str:
@@ -324,7 +513,7 @@ def plan_table(recipe: Recipe, gpu_name: str, count: int, utilisation: float) ->
     gpu, found = GPUS[gpu_name], stages(recipe, count, n)
     rows = []
     for s in found:
-        days = s.gpu_days(gpu, utilisation)
+        days, exchanging = s.gpu_days(gpu, utilisation), s.exchange_days(gpu)
         fits = "" if s.memory <= 0.9 * gpu.memory * 2**30 else " (does not fit)"
         rows.append(
             [
@@ -333,16 +522,25 @@ def plan_table(recipe: Recipe, gpu_name: str, count: int, utilisation: float) ->
                 f"{s.flops / 1e18:.4g}",
                 days,
                 24 * days / count,
+                24 * exchanging / count,
+                "exchange" if exchanging > days / 2 else "arithmetic",
                 f"{s.memory / 2**30:.3g}{fits}",
                 f"{s.disk / 1e9:.4g}",
             ]
         )
     total = sum(s.gpu_days(gpu, utilisation) for s in found)
-    columns = ["stage", "evaluations", "EFLOP", "GPU-days", f"hours on {count}", "memory a GPU, GiB", "disk, GB"]
+    columns = [
+        "stage", "evaluations", "EFLOP", "GPU-days", f"hours on {count}", "of them exchange", "bound by", "memory a GPU, GiB", "disk, GB",
+    ]  # fmt: skip
+    exchange = (
+        f" and what is trained is exchanged at {gpu.ring(count):g} GB/s each way, none of it during the arithmetic" if count > 1 else ""
+    )
     return (
         f"{recipe.name} on {count} x {gpu_name}: network {n.generator.parameters / 1e6:,.0f} M parameters, "
         f"{n.generator.flops / 1e12:.3g} TFLOP an evaluation\n\n"
+        + _told(recipe)
+        + "\n"
         + markdown_table(columns, rows)
-        + f"\n{total:.3g} GPU-days in all, if {utilisation:.0%} of the {gpu.tflops:g} TFLOP/s of half-precision matrix units is used: an "
-        "assumption; FLOPs are counted, memory is weights, optimiser and kept activations, without the allocator's own.\n"
+        + f"\n{total:.3g} GPU-days in all, if {utilisation:.0%} of the {gpu.tflops:g} TFLOP/s of half-precision matrix units is used{exchange}: "
+        "assumptions; FLOPs are counted but for R1's, memory is weights, optimiser and kept activations, without the allocator's own.\n"
     )
