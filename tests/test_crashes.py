@@ -247,7 +247,7 @@ def test_two_torchrun_workers_make_the_same_store(tmp_path: Path, world: dict[st
 
 def test_workers_join_die_and_come_back(tmp_path: Path, world: dict[str, Path]) -> None:
     """Elastic: no rendezvous, only RANK and WORLD_SIZE, which need not even agree. One worker is killed, a third joins late."""
-    settings = ("--set", "pairs.count=64", "--set", "pairs.ode.steps=30")
+    settings = ("--set", "pairs.count=64", "--set", "pairs.ode.steps=20")
     store = tmp_path / "elastic"
 
     def start(rank: int, size: int, lane: int) -> Command:
@@ -292,7 +292,7 @@ def test_two_processes_train_as_one(tmp_path: Path, world: dict[str, Path]) -> N
     """DDP over gloo: the same losses and weights as one process with the whole batch, and the same again after a resume."""
     run = tmp_path / "run"
     command = ("train", world["recipe"], "--pairs", world["store"], "--out", run)
-    _under_torchrun(*command, "--set", "training.steps=6")
+    _in_two_processes(*command, "--set", "training.steps=6")
     _in_two_processes(*command)
     one = {r["step"]: r["loss"] for r in metrics(world["run"]) if "loss" in r}
     two = {r["step"]: r["loss"] for r in metrics(run) if "loss" in r}
@@ -367,28 +367,26 @@ def _rows_of_the_second(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes_with_split_weights_train_as_one(tmp_path: Path, gan: dict[str, Path], split_gan: Path) -> None:
-    """FSDP2 over gloo, both phases, against one process with the whole batch; then on with one, and back."""
+    """FSDP2 over gloo, both phases, against one process with the whole batch: begun by one, ended by two."""
     split = ("train", gan["recipe"], "--pairs", gan["store"], *SPLIT, "--out", tmp_path / "two")
-    _in_two_processes(*split, "--set", "adversarial.steps=3")
+    alone = run_command(*split, "--set", "adversarial.steps=3")
+    assert alone.returncode == 0, alone.stderr
+    _in_two_processes(*split)
     folder = tmp_path / "two" / "checkpoints"
     assert load_state(checkpoints(folder)[-1]).environment["memory_format"] == "split"
-    # Each process wrote its own half of every checkpoint.
+    # Each process wrote its own half of it.
     rows = sorted(folder.glob("rows-step-*.pt"))
-    assert [int(r.name[10:18]) for r in rows] == [checkpoint_step(c) for c in checkpoints(folder)]
+    assert int(rows[-1].name[10:18]) == checkpoint_step(checkpoints(folder)[-1])
     mine, everything = (
         sum(t.numel() for t in m.values()) for m in (_rows_of_the_second(rows[-1]), load_state(checkpoints(folder)[-1]).ema)
     )
     assert 0.4 < mine / everything < 0.6
-    alone = run_command(*split, "--set", "adversarial.steps=5")
-    assert alone.returncode == 0, alone.stderr
-    assert "memory_format was split and is channels_last now" in alone.stderr
-    _in_two_processes(*split)
     # Nor does a process hold more than its rows of what it read.
     last = torch.load(sorted(folder.glob("rows-step-*.pt"))[-1], weights_only=True)
     for optimizer in (last["optimizer"], last["adversary"]["optimizer"]):
         moments = [m[k]["rows of this process"] for m in optimizer["state"].values() for k in ("exp_avg", "exp_avg_sq")]
         assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in moments)
-    # Rounding differs three times over, and the game magnifies it.
+    # Rounding differs, and the game magnifies it.
     _assert_near(tmp_path / "two", split_gan, 1e-2)
 
 
@@ -396,7 +394,7 @@ def test_two_processes_with_split_weights_train_as_one(tmp_path: Path, gan: dict
 # the start of phase 2 (7), of the same step. Of the second, its rows of the same checkpoints (1, 2, 3).
 @pytest.mark.parametrize(
     ("kill", "shard", "two_again"),
-    [((0, "step", 7), False, True), ((1, "mid-write", 2), True, True), ((0, "before-rename", 7), True, False)],
+    [((0, "step", 7), False, True), ((1, "mid-write", 2), True, False), ((0, "before-rename", 7), True, False)],
 )
 def test_one_of_two_processes_killed(
     kill: tuple[int, str, int], shard: bool, two_again: bool, tmp_path: Path, gan: dict[str, Path], split_gan: Path
@@ -415,6 +413,7 @@ def test_one_of_two_processes_killed(
     else:
         done = run_command(*command)
         assert done.returncode == 0, done.stderr
+        assert "memory_format was split and is channels_last now" in done.stderr
     _assert_near(tmp_path / "run", split_gan if shard else gan["run"], 1e-2)
     assert not list((tmp_path / "run").rglob("*.tmp"))
     named = [torch.load(c, weights_only=True).get("parts", []) for c in checkpoints(folder)]

@@ -50,8 +50,8 @@ def test_calibration_finds_the_channels_that_matter() -> None:
     assert metric.calibrated and (heads >= 0).all() and abs(heads.mean().item() - 1) < 1e-5
     assert heads[:16].min() > 5 * heads[16:].mean(), (heads[:16].min(), heads[16:].mean())
     assert two_afc(heads, held_out) > max(0.85, before + 0.2)
-    again = calibrate(_metric(), train, steps=2000, dropout=0.0)
-    assert torch.equal(head_vector(again), heads)
+    first, again = (calibrate(_metric(), train, steps=50) for _ in range(2))
+    assert torch.equal(head_vector(again), head_vector(first))
 
 
 def test_scores_by_hand() -> None:
