@@ -1,8 +1,9 @@
-"""Pairs a second of `simulate`'s loop against the stock pipeline's, same batch, precision, layout and solver, in one run.
+"""Pairs a second of `simulate`'s loop against the stock pipeline's, same batch, precision and solver, in one run.
 
-    python benchmarks/simulate.py --batch 16 --steps 20
+    python benchmarks/simulate.py --batch 32 --steps 20 --stock-layout contiguous --out benchmarks/results/simulate_cpu.json
+    python benchmarks/simulate.py --batch 32 --steps 20 --precision bfloat16 --compile --out benchmarks/results/simulate_cpu_bf16_compiled.json
 
-The two take turns, and the ratio is taken pair by pair, so that a drifting machine cancels out.
+Ours computes in channels_last, the stock pipeline in the same layout, or in the one that it loads in (contiguous). The two take turns, and the ratio is taken pair by pair, so that a drifting machine cancels out.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="compile the network, ours and the stock pipeline's alike")
+    parser.add_argument("--stock-layout", choices=("channels_last", "contiguous"), default="channels_last")
     parser.add_argument("--out", type=Path, default=None)
     a = parser.parse_args()
     if a.threads:
@@ -44,7 +46,8 @@ def main() -> None:
     folder = a.teacher or embedded_folder("teacher")
     pipeline = load_pipeline(TeacherConfig(), folder, getattr(torch, a.precision)).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.unet.to(memory_format=torch.channels_last)
+    layout = torch.channels_last if a.stock_layout == "channels_last" else torch.contiguous_format
+    pipeline.unet.to(memory_format=layout)
     if a.compile:
         pipeline.unet = torch.compile(pipeline.unet, dynamic=False)
     prompts = ["red heart"] * a.batch
@@ -54,7 +57,7 @@ def main() -> None:
     plain = a.precision == "float32" and not a.compile
     solver = OdeSolver(teacher, config, a.batch, None if plain else a.precision, a.compile)
     drawn = draw_noise(range(a.batch), teacher.latent_shape)
-    noise = torch.from_numpy(drawn).to(device, getattr(torch, a.precision)).contiguous(memory_format=torch.channels_last)
+    noise = torch.from_numpy(drawn).to(device, getattr(torch, a.precision)).contiguous(memory_format=layout)
 
     def stock() -> torch.Tensor:
         with no_tf32():  # as ours
@@ -73,7 +76,7 @@ def main() -> None:
             times[name].append(time.perf_counter() - started)
     ratios = [s / o for s, o in zip(times["stock"], times["ours"], strict=True)]
     result = {
-        "device": device_name(device), "precision": a.precision, "compile": a.compile,
+        "device": device_name(device), "precision": a.precision, "compile": a.compile, "stock_layout": a.stock_layout,
         "batch": a.batch, "steps": a.steps, "threads": torch.get_num_threads(), "mean_difference": difference,
         "stock_pairs_per_second": a.batch / statistics.median(times["stock"]), "ours_pairs_per_second": a.batch / statistics.median(times["ours"]),
         "ratio_median": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),

@@ -1,6 +1,6 @@
 """A training step of phase 1 (regression) and of phase 2 (with the discriminator): time and memory, in one run.
 
-    python benchmarks/training_step.py --batch 32 --r1-count 8 --out benchmarks/results/training_step_cpu.json  # as `emoji`
+    python benchmarks/training_step.py --batch 32 --r1-count 8 --repeats 3 --out benchmarks/results/training_step_cpu.json  # as `emoji`
     python benchmarks/training_step.py --network sd15 --batch 8 --precision bf16 --out ...      # on a GPU
 
 The trainer itself is measured, on pairs of a one-step solve; Stable Diffusion 1.5 and SDXL have random weights: time and memory
