@@ -25,6 +25,15 @@ def default_device() -> str:
     return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
 
 
+def available_memory(device: torch.device | str) -> int:
+    """Bytes that this process can have: of a GPU what is free or its own already; of a host's memory its share among the processes that
+    torchrun started there."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def has_bf16(device: torch.device | str) -> bool:
     """Whether `device` computes in bfloat16 itself. A CPU that does not (no AVX-512, no AMX) takes 16 times as long
     as in float32 (a convolution with its backward, Zen 3)."""

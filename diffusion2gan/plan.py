@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import transformers
@@ -29,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig
 
+from diffusion2gan.device import available_memory
 from diffusion2gan.discriminator.convolutional import WIDTH, ConvolutionalDiscriminator
 from diffusion2gan.discriminator.multi_scale import MultiScaleDiscriminator, score
 from diffusion2gan.discriminator.regularization import r1_penalty
@@ -478,6 +480,50 @@ def _decoding(n: Networks, dtype: str, pictures: int) -> float:
     """Bytes that drawing so many takes."""
     at_once = min(pictures, decoded_at_once(*n.latent[1:]))
     return at_once * n.decoder.alive * _BYTES[dtype] / 2 if n.decoder else 0.0
+
+
+# --- Before a stage starts ------------------------------------------------------------------------------------------
+# Compiled networks keep less than is counted; beyond so many times the memory none fits. Below the other share there is room for the
+# allocator's own.
+_CERTAINLY_TOO_MUCH, _FITS = 1.5, 0.9
+# A teacher whose training in float32 (weight, gradient, two moments: 16 bytes a parameter) takes less of the memory is not worth counting.
+_SMALL = 0.01
+
+
+def check_memory(recipe: Recipe, stage: Literal["simulate", "train"], network: nn.Module, gpus: int, device: torch.device) -> None:
+    """Compares what `stage` needs on each of `gpus` with what `device` has for it, before it starts; `network`: the teacher's.
+
+    Warns when the estimate does not fit; raises UserError when it is more than 1.5 times what is there. Small networks are not counted,
+    and one of which the plan knows nothing starts.
+    """
+    available = available_memory(device)
+    if 16 * sum(p.numel() for p in network.parameters()) < _SMALL * available:
+        return
+    try:
+        n = networks(recipe)
+        planned = [_simulate(recipe, gpus, n)] if stage == "simulate" else [s for s in stages(recipe, gpus, n)[1:-1] if s.evaluations]
+    except UserError:
+        return  # the stage itself says what is wrong
+    except Exception as error:  # an estimate that fails must not stop a run that may work
+        warnings.warn(f"how much memory this takes is not known ({' '.join(str(error).split())[:100]})", stacklevel=2)
+        return
+    most = max(planned, key=lambda s: s.memory, default=None)
+    if most is None or most.memory <= _FITS * available:
+        return
+    said = (
+        f"{most.name} of {recipe.name} needs about {most.memory / 2**30:.3g} GiB, and this {device.type.upper()} has "
+        f"{available / 2**30:.3g} GiB for it"
+    )
+    if most.memory > _CERTAINLY_TOO_MUCH * available:
+        raise UserError(f"{said}; {_LESS_MEMORY[stage]}")
+    warnings.warn(f"{said}: it may run out; {_LESS_MEMORY[stage]}", stacklevel=2)
+
+
+_LESS_MEMORY = {
+    "simulate": "lower pairs.batch_size, or set teacher.dtype=float16",
+    "train": "lower training.micro_batch_size, or set generator.gradient_checkpointing=true, training.optimizer=adamw_8bit or "
+    "training.shard=true",
+}
 
 
 # What of a recipe to look at before it runs.

@@ -27,6 +27,7 @@ from diffusion2gan.pairs.measure_solver import measure_recipe
 from diffusion2gan.pairs.prompts import prompts_digest, read_prompts
 from diffusion2gan.pairs.simulate import simulate, store_settings
 from diffusion2gan.pipeline import STUDENT_FILE, OneStepPipeline
+from diffusion2gan.plan import check_memory
 from diffusion2gan.recipe import Recipe, check_pairs, check_same_experiment, dump_recipe, load_recipe
 from diffusion2gan.teachers.folders import load_pipeline, stored_weights, weights_digest
 from diffusion2gan.teachers.load import load_teacher, teacher_folder
@@ -41,7 +42,9 @@ from diffusion2gan.worker import Worker
 def simulate_recipe(recipe: Recipe, store: Path, progress: bool = True, smaller: Path | None = None) -> dict[str, Any]:
     """Fills a pair store for `recipe`, with as many workers as torchrun started; `smaller` as `simulate` has it."""
     worker = Worker.from_environment()
-    return simulate(load_teacher(recipe.teacher, default_device()), recipe.pairs, store, worker, progress, smaller)
+    teacher = load_teacher(recipe.teacher, default_device())
+    check_memory(recipe, "simulate", teacher.network, worker.world, teacher.device)
+    return simulate(teacher, recipe.pairs, store, worker, progress, smaller)
 
 
 def measure_solver_recipe(recipe: Recipe, out: Path, count: int) -> str:
@@ -106,6 +109,7 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     teacher = load_teacher(recipe.teacher, accelerator.device)
     settings = store_settings(teacher, recipe.pairs, _prompts_digest(recipe, pairs))
     check_pairs(recipe, settings, pairs.manifest, store)
+    check_memory(recipe, "train", teacher.network, accelerator.num_processes, accelerator.device)
     distance = build_distance(recipe.loss, teacher, accelerator.device)
     generator = OneStepGenerator.from_teacher(teacher, recipe.generator)
     # A run that goes on has its own weights, and those that it started from may be gone; a LoRA has changes of them alone.

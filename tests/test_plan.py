@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from diffusion2gan import plan
 from diffusion2gan.discriminator.build import build_discriminator
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation import accounting
 from diffusion2gan.plan import GPUS, TEXT_PARAMETERS, Cost, Networks, measure, networks, plan_table, stages
 from diffusion2gan.recipe import Recipe, load_recipe
+from diffusion2gan.run import simulate_recipe, train_recipe
 from diffusion2gan.teachers.published import PUBLISHED
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from tests.conftest import tiny_pipeline, tiny_sdxl_pipeline
+from tests.helpers import recipe_values
 
 
 @pytest.fixture(scope="module")
@@ -367,3 +372,56 @@ def test_what_cannot_be_planned_is_said(sd15: Recipe, monkeypatch: pytest.Monkey
     unknown = sd15.model_copy(update={"teacher": sd15.teacher.model_copy(update={"source": "nobody/nothing"})})
     with pytest.raises(UserError, match="its sizes are not known here"):
         networks(unknown)
+
+
+def test_too_little_memory_is_said_before_the_start(
+    tiny_teacher_folder: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = recipe_values(tiny_teacher_folder, prompts_file)
+    written_recipe = tmp_path / "recipe.yaml"
+    written_recipe.write_text(yaml.safe_dump(values))
+    recipe = load_recipe(str(written_recipe))
+    n = networks(recipe)
+    simulated, trained = plan._simulate(recipe, 1, n).memory, max(s.memory for s in stages(recipe, 1, n)[1:-1])
+
+    def has(memory: float) -> None:
+        monkeypatch.setattr(plan, "available_memory", lambda _device: memory)
+
+    has(simulated / 2)
+    with pytest.raises(UserError, match=r"simulate of \w+ needs about .* GiB, and this CPU has .* GiB for it; lower pairs.batch_size"):
+        simulate_recipe(recipe, tmp_path / "pairs", progress=False)
+    assert not (tmp_path / "pairs").exists()
+    has(simulated)
+    with pytest.warns(UserWarning, match="simulate of .* it may run out; lower pairs.batch_size"):
+        simulate_recipe(recipe, tmp_path / "pairs", progress=False)
+    has(trained / 2)
+    with pytest.raises(UserError, match=r"phase \d of .* needs about .*; lower training.micro_batch_size"):
+        train_recipe(recipe, tmp_path / "pairs", tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+    has(2 * trained)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_recipe(recipe, tmp_path / "pairs", tmp_path / "run", progress=False)
+
+
+def test_memory_of_small_networks_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "networks", lambda _recipe: pytest.fail("counted"))
+    monkeypatch.setattr(plan, "available_memory", lambda _device: 2**34)
+    plan.check_memory(load_recipe("emoji"), "train", torch.nn.Linear(1000, 1000), 1, torch.device("cpu"))
+
+
+def test_an_estimate_that_fails_stops_nothing(sd15: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "available_memory", lambda _device: 1)
+
+    def fails(error: Exception) -> None:
+        def networks(_recipe: Recipe) -> Networks:
+            raise error
+
+        monkeypatch.setattr(plan, "networks", networks)
+        plan.check_memory(sd15, "train", torch.nn.Linear(1, 1), 1, torch.device("cpu"))
+
+    with pytest.warns(UserWarning, match="how much memory this takes is not known .an encoder of another kind"):
+        fails(AttributeError("an encoder of another kind"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fails(UserError("that the teacher's own loading will tell"))
