@@ -56,9 +56,22 @@ def _pairs_store_noise(a: argparse.Namespace) -> None:
 def _train(a: argparse.Namespace) -> None:
     from diffusion2gan.recipe import load_recipe
     from diffusion2gan.run import train_recipe
+    from diffusion2gan.run_report import write_run_report
 
     trainer = train_recipe(load_recipe(a.recipe, a.set), a.pairs, a.out)
-    print(f"{a.out}: {trainer.step} steps done; next: diffusion2gan export {a.out} STUDENT")
+    if not trainer.accelerator.is_main_process:
+        return
+    page = a.out / "report.html"
+    write_run_report([a.out], page)
+    print(f"{a.out}: {trainer.step} steps done; look at {page}; next: diffusion2gan export {a.out} STUDENT")
+
+
+def _report(a: argparse.Namespace) -> None:
+    from diffusion2gan.run_report import write_run_report
+
+    out = a.output or (a.run[0] / "report.html" if len(a.run) == 1 else Path("report.html"))
+    write_run_report(a.run, out)
+    print(f"wrote {out}")
 
 
 def _export(a: argparse.Namespace) -> None:
@@ -311,6 +324,12 @@ def _add_stages(commands: Commands) -> None:
     _recipe_arguments(sub)
     sub.add_argument("--pairs", type=Path, required=True, help="folder of the pair store")
     sub.add_argument("--out", type=Path, required=True, help="run folder")
+
+    text = "Put training runs on one page: curves, pictures of held-out pairs, settings (of a run that goes on, too)"
+    sub = _command(commands, "report", _report, text)
+    sub.add_argument("run", nargs="+", type=Path, help="run folders; several are drawn into the same curves")
+    text = "the page (default: report.html in the run's folder, or of several runs here)"
+    sub.add_argument("-o", "--output", type=Path, default=None, help=text)
 
     text = "Write a run's student: an ordinary diffusers folder, one file in Stable Diffusion's original layout, or a LoRA"
     sub = _command(commands, "export", _export, text)

@@ -44,6 +44,7 @@ def test_the_run_leaves_what_one_looks_for(world: Path) -> None:
     assert (world / "run" / "samples" / "held-out-00000012.png").exists()
     assert (world / "run" / "recipe.yaml").exists()
     assert (world / "run" / "inputs.json").exists()
+    assert "12 of 12" in (world / "run" / "report.html").read_text()
 
 
 def test_which_weights_are_exported(world: Path) -> None:

@@ -14,7 +14,7 @@ from diffusion2gan.report import Page, cell, curves, markdown_table
 from diffusion2gan.teachers.ode import SolverConfig, evaluations_per_pair
 
 
-class _Links(HTMLParser):
+class Links(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.sources: list[str] = []
@@ -33,7 +33,7 @@ def test_a_page_is_one_file_and_escapes_everything(tmp_path: Path) -> None:
     page.table(["<th>"], [["<td>"], [0.123456], [None]])
     page.picture(grid(np.zeros((2, 8, 8, 3), np.uint8), 2), 'a "caption" <img>')
     page.write(tmp_path / "report.html")
-    links = _Links()
+    links = Links()
     links.feed((tmp_path / "report.html").read_text())
     assert "script" not in links.tags
     assert links.tags.count("img") == 1
