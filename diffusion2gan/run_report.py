@@ -108,9 +108,8 @@ def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
     rows: list[list[Any]] = []
     for run in runs:
         speed = [r["images_per_second"] for r in run.rows if "images_per_second" in r]
+        made_of = [run.recipe.name, run.recipe.loss.distance, run.pairs.get("count")]
         amounts = [f"{run.step:,} of {run.recipe.total_steps:,}", f"{run.recipe.samples(run.step):,}"]
-        rows.append(
-            [run.name, run.recipe.name, run.recipe.loss.distance, run.pairs.get("count"), *amounts]
-            + [float(np.median(speed)) if speed else None, run.last("validation_loss"), run.last("validation_mse")]
-        )
+        held_out = [run.last("validation_loss"), run.last("validation_mse")]
+        rows.append([run.name, *made_of, *amounts, float(np.median(speed)) if speed else None, *held_out])
     return columns, rows

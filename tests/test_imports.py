@@ -70,7 +70,9 @@ def test_nothing_after_the_teachers_names_a_family() -> None:
     wrong = []
     for path in sorted(PACKAGE.rglob("*.py")):
         module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
-        families = {i for i in _imports(ast.parse(path.read_text())) if i in {f"teachers.{n}" for n in ("stable_diffusion", "sdxl", "pixel")}}
+        families = {
+            i for i in _imports(ast.parse(path.read_text())) if i in {f"teachers.{n}" for n in ("stable_diffusion", "sdxl", "pixel")}
+        }
         if families and not module.startswith("teachers.") and module not in allowed:
             wrong.append((module, families))
     assert not wrong, wrong
