@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import atomic_folder, atomic_path, disk_errors, refuse_other_folder, write_bytes_atomic
+from diffusion2gan.files import atomic_folder, atomic_path, disk_errors, refuse_other_folder, sweep_temporaries_of, write_bytes_atomic
 from diffusion2gan.pairs.dataset import canonical_json
 from diffusion2gan.pipeline import FORMAT, LORA_FILE, STUDENT_FILE
 from diffusion2gan.single_file import original_layout
@@ -145,6 +145,7 @@ def export_single_file(
         "diffusion2gan": canonical_json({"format": FORMAT, "timestep": timestep} | facts).decode(),
         "usage": "one step, sampler euler or ddim with scheduler sgm_uniform (trailing spacing), guidance (CFG) 1",
     }
+    sweep_temporaries_of(path)
     with disk_errors(path), atomic_path(path) as draft:
         save_file(weights, draft, metadata)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is flushed to disk and renamed over `path`, otherwise removed."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=f".{_host()}-{os.getpid()}.tmp")
+        fd, name = tempfile.mkstemp(**_scratch(path))
         os.close(fd)
         temporary = Path(name)
         try:
@@ -68,7 +69,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def sweep_temporaries(folder: Path) -> None:
     """Removes what killed processes left half-written below `folder`; a live process' files, and other hosts' of the last day, stay."""
-    for path in folder.rglob(".*.tmp"):
+    _sweep(folder.rglob(".*.tmp"))
+
+
+def sweep_temporaries_of(path: Path) -> None:
+    """The same of what was being written in place of `path` alone, beside it."""
+    _sweep(path.parent.glob(f".{glob.escape(path.name[:_NAMED])}.*.tmp"))
+
+
+def _sweep(found: Iterable[Path]) -> None:
+    for path in found:
         host, _, pid = path.name.removesuffix(".tmp").rpartition(".")[2].rpartition("-")
         try:
             if host == _host() and pid.isdigit():
@@ -76,9 +86,21 @@ def sweep_temporaries(folder: Path) -> None:
                     continue
             elif time.time() - path.stat().st_mtime < 86400:
                 continue
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         except FileNotFoundError:
             continue
+
+
+# So many characters of a file's name are in that of its temporary.
+_NAMED = 80
+
+
+def _scratch(path: Path) -> dict[str, Any]:
+    """How `tempfile` is to name what is made beside `path`: whose it is says the name."""
+    return {"dir": path.parent, "prefix": f".{path.name[:_NAMED]}.", "suffix": f".{_host()}-{os.getpid()}.tmp"}
 
 
 def _host() -> str:
@@ -162,7 +184,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(aside)
             else:
                 aside.rename(folder)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        sweep_temporaries_of(folder)
+        with tempfile.TemporaryDirectory(**_scratch(folder)) as scratch:
             draft = Path(scratch) / folder.name
             yield draft
             try:

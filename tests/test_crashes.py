@@ -64,6 +64,15 @@ def gan(tmp_path_factory: pytest.TempPathFactory, world: dict[str, Path]) -> dic
 
 
 @pytest.fixture(scope="module")
+def lora_run(tmp_path_factory: pytest.TempPathFactory, world: dict[str, Path]) -> Path:
+    run = tmp_path_factory.mktemp("lora") / "run"
+    settings = ("--set", "generator.lora_rank=2", "--set", "training.steps=3")
+    done = run_command("train", world["recipe"], "--pairs", world["store"], "--out", run, *settings)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture(scope="module")
 def pixel(tmp_path_factory: pytest.TempPathFactory, prompts_file: Path) -> dict[str, Path]:
     """An EDM network of pixels by Heun's method: no text, no autoencoder, noise of another scale; both phases."""
     folder = tmp_path_factory.mktemp("pixel")
@@ -140,6 +149,29 @@ def test_store_noise_killed_at(point: str, number: int, tmp_path: Path, world: d
         done = run_command(*command)
         assert done.returncode == 0, done.stderr
     assert tree_digest(tmp_path / "killed") == tree_digest(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("kind", ["folder", "single-file", "lora"])
+def test_export_killed_at(kind: str, tmp_path: Path, world: dict[str, Path], lora_run: Path) -> None:
+    """Nothing half-written stands under the name of an export: killed at any rename, it is not there or whole; again it is as unbroken."""
+    run, name = (lora_run if kind == "lora" else world["run"]), "student.safetensors" if kind == "single-file" else "student"
+
+    def command(folder: str) -> tuple[object, ...]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return ("export", run, tmp_path / folder / name, "--format", kind, "--dtype", "float32")
+
+    def digest(folder: str) -> dict[str, str]:
+        return tree_digest(tmp_path / folder)
+
+    done = run_command(*command("unbroken"))
+    assert done.returncode == 0, done.stderr
+    for point, number in (("before-rename", 1), ("after-rename", 1)):
+        _kill_at(point, number, *command(point))
+        if (tmp_path / point / name).exists():
+            assert digest(point) == digest("unbroken")
+        again = run_command(*command(point))
+        assert again.returncode == 0 or (tmp_path / point / name).exists(), again.stderr
+        assert digest(point) == digest("unbroken"), point
 
 
 def _kill_a_training_at(point: str, number: int, run: Path, unbroken: dict[str, Path]) -> None:
@@ -302,26 +334,44 @@ def test_two_processes_train_as_one(tmp_path: Path, world: dict[str, Path]) -> N
         torch.testing.assert_close(ours[name], value, atol=3e-4, rtol=1e-3)
 
 
-def test_two_processes_evaluate_as_one(tmp_path: Path, world: dict[str, Path]) -> None:
-    """Results, and the exit code, with a metric that has its weights and one that has not."""
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory, world: dict[str, Path]) -> dict[str, Any]:
+    """A student and its unbroken evaluation, with a metric that has its weights and one that has not."""
     pytest.importorskip("open_clip")
     from tests.evaluation.test_evaluate import small_coco
     from tests.evaluation.test_extractors import tiny_clip
 
-    small_coco(tmp_path / "data")
-    tiny_clip(tmp_path / "weights")
-    assert run_command("export", world["run"], tmp_path / "student", "--dtype", "float32").returncode == 0
+    folder = tmp_path_factory.mktemp("evaluated")
+    small_coco(folder / "data")
+    tiny_clip(folder / "weights")
+    assert run_command("export", world["run"], folder / "student", "--dtype", "float32").returncode == 0
+    inputs = ("--data", folder / "data", "--weights", folder / "weights", "--protocol", "clip5k_coco17")
+    done = run_command("evaluate", folder / "student", *inputs, "--out", folder / "scores")
+    assert done.returncode == 0, done.stderr
+    return {"student": folder / "student", "scores": folder / "scores", "inputs": inputs}
 
-    def arguments(out: str, protocols: str) -> tuple[object, ...]:
-        inputs = ("--data", tmp_path / "data", "--weights", tmp_path / "weights", "--protocol", protocols)
-        return ("evaluate", tmp_path / "student", "--out", tmp_path / out, *inputs)
 
-    _in_two_processes(*arguments("two", "clip5k_coco17"))
-    assert run_command(*arguments("one", "clip5k_coco17")).returncode == 0
-    two, one = (json.loads((tmp_path / n / "clip5k_coco17.json").read_text()) for n in ("two", "one"))
+def test_two_processes_evaluate_as_one(tmp_path: Path, evaluated: dict[str, Any]) -> None:
+    _in_two_processes("evaluate", evaluated["student"], *evaluated["inputs"], "--out", tmp_path / "two")
+    two, one = (json.loads((f / "clip5k_coco17.json").read_text()) for f in (tmp_path / "two", evaluated["scores"]))
     for result in (two, one):
         result.pop("seconds_per_image"), result["versions"].pop("torch_threads")
     assert two == one
+
+
+@pytest.mark.parametrize(("point", "number"), [("before-rename", 1), ("after-rename", 2), ("before-rename", 6), ("after-rename", 8)])
+def test_evaluate_killed_at(point: str, number: int, tmp_path: Path, evaluated: dict[str, Any]) -> None:
+    command = ("evaluate", evaluated["student"], *evaluated["inputs"], "--out", tmp_path / "scores")
+    _kill_at(point, number, *command)
+    again = run_command(*command)
+    assert again.returncode == 0, again.stderr
+    ours, theirs = (json.loads((f / "clip5k_coco17.json").read_text()) for f in (tmp_path / "scores", evaluated["scores"]))
+    for result in (ours, theirs):
+        result.pop("seconds_per_image")
+    assert ours == theirs
+    assert sorted(p.relative_to(tmp_path / "scores") for p in (tmp_path / "scores").rglob("*")) == sorted(
+        p.relative_to(evaluated["scores"]) for p in evaluated["scores"].rglob("*")
+    )
 
 
 def _assert_near(run: Path, expected: Path, relative: float = 2e-3) -> None:

@@ -39,7 +39,7 @@ from diffusion2gan.evaluation.models import Model
 from diffusion2gan.evaluation.protocols import PROTOCOLS, Given, Protocol
 from diffusion2gan.evaluation.shards import Extractor, Rows
 from diffusion2gan.evaluation.versions import software
-from diffusion2gan.files import write_bytes_atomic, write_json
+from diffusion2gan.files import sweep_temporaries, write_bytes_atomic, write_json
 from diffusion2gan.images import png_bytes
 from diffusion2gan.pairs.prompts import prompts_digest
 from diffusion2gan.pairs.seeds import evaluation_seed, noise_fingerprint
@@ -386,6 +386,7 @@ def describe(out: Path, name: str, identity: Mapping[str, Any], run: Mapping[str
     if found["settings"].get(part) != settings:
         found["settings"][part] = settings
         write_json(path, found)
+    sweep_temporaries(out)
 
 
 def _drawn(model: Model, captions: Sequence[str], start: int, stop: int, block: int) -> Pictures:
