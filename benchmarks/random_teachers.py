@@ -50,17 +50,27 @@ def _schedule() -> DDIMScheduler:
     )
 
 
-def random_sd15(device: str) -> StableDiffusionTeacher:
+def random_sd15_pipeline(device: str) -> StableDiffusionPipeline:
     with torch.device(device):
         text = CLIPTextModel(_text_config(768, 12, 12))
-    return StableDiffusionTeacher(random_unet(device), random_vae(device), text, _tokenizer(), dict(_schedule().config))
+    return StableDiffusionPipeline(
+        vae=random_vae(device), text_encoder=text, tokenizer=_tokenizer(), unet=random_unet(device), scheduler=_schedule(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
 
 
-def random_sdxl(device: str) -> SDXLTeacher:
+def random_sdxl_pipeline(device: str) -> StableDiffusionXLPipeline:
     with torch.device(device):
         text, text_2 = CLIPTextModel(_text_config(768, 12, 12)), CLIPTextModelWithProjection(_text_config(1280, 32, 20))
-    pipeline = StableDiffusionXLPipeline(
+    return StableDiffusionXLPipeline(
         vae=random_vae(device, scaling_factor=0.13025), text_encoder=text, text_encoder_2=text_2, tokenizer=_tokenizer(),
         tokenizer_2=_tokenizer(), unet=random_sdxl_unet(device), scheduler=_schedule(), add_watermarker=False,
     )  # fmt: skip
-    return SDXLTeacher.from_pipeline(pipeline)
+
+
+def random_sd15(device: str) -> StableDiffusionTeacher:
+    return StableDiffusionTeacher.from_pipeline(random_sd15_pipeline(device))
+
+
+def random_sdxl(device: str) -> SDXLTeacher:
+    return SDXLTeacher.from_pipeline(random_sdxl_pipeline(device))

@@ -43,7 +43,8 @@ class GeneratorConfig(Section):
     lora_alpha: int | None = Field(None, ge=1)
     """The changes are scaled by lora_alpha / lora_rank; without a number, by 1."""
     start: str | None = None
-    """A run's folder, which stands for the end of its phase 1, or a student's: the generator starts from its weights, not the teacher's."""
+    """A run's folder, which stands for the end of its phase 1, a student's, or `embedded` for the shipped one: the generator starts from
+    its weights, not the teacher's."""
 
 
 class Float32Conv2d(nn.Conv2d):

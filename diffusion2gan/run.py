@@ -16,6 +16,7 @@ from torch import Tensor
 from diffusion2gan.config import settings_difference
 from diffusion2gan.device import default_device, warn_of_slow_bf16
 from diffusion2gan.discriminator.build import build_discriminator
+from diffusion2gan.embedded.weights import embedded_student
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.accounting import Evaluations
 from diffusion2gan.export import CardExtras, export_lora, export_single_file, export_student, hub_licence, licence_of
@@ -116,7 +117,7 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     goes_on = bool(checkpoints(folder / "checkpoints")) and recipe.generator.lora_rank is None
     start = None if goes_on else recipe.generator.start
     if start is not None:
-        load_start(generator, generator_weights(Path(start), recipe), recipe.generator)
+        load_start(generator, generator_weights(start_folder(start), recipe), recipe.generator)
     adversarial = recipe.adversarial
     with_d = adversarial is not None and adversarial.weight > 0
     if recipe.training.shard:
@@ -129,12 +130,17 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     with disk_errors(folder):
         if accelerator.is_main_process:
             open_run(recipe, folder)
-            begun_from = None if start is None else (weights_digest(generator), _start_facts(Path(start)))
+            begun_from = None if start is None else (weights_digest(generator), _start_facts(start_folder(start)))
             _check_inputs(folder, pairs, distance, begun_from)
         accelerator.wait_for_everyone()
         trainer = Trainer(teacher, pairs, generator, distance, recipe.training, folder, accelerator, adversarial, discriminator)
         trainer.run(progress, deadline)
     return trainer
+
+
+def start_folder(start: str) -> Path:
+    """The folder that `generator.start` names; `embedded` is the shipped student of the embedded teacher."""
+    return embedded_student() if start == "embedded" else Path(start)
 
 
 def generator_weights(start: Path, recipe: Recipe) -> dict[str, Tensor]:
@@ -316,7 +322,7 @@ def export_run(
 
 def _frozen_weights(recipe: Recipe, folder: Path) -> dict[str, Tensor]:
     """The weights that a LoRA run with `generator.start` froze, under the network's names. Raises UserError when they are others now."""
-    weights = generator_weights(Path(recipe.generator.start or ""), recipe)
+    weights = generator_weights(start_folder(recipe.generator.start or ""), recipe)
     generator = OneStepGenerator.from_teacher(load_teacher(recipe.teacher), recipe.generator)
     load_start(generator, weights, recipe.generator)
     if weights_digest(generator) != json.loads((folder / "inputs.json").read_text())["start_weights"]:

@@ -33,6 +33,7 @@ def _script(name: str) -> dict[str, Any]:
         ("solver_distance", ["--count", "4", "--reference-steps", "100"]),
         ("student_dtypes", ["--count", "4", "--student", "WHOLE"]),
         ("training_step", ["--batch", "2", "--repeats", "1"]),
+        ("largest_batch", ["--most", "2", "--repeats", "1"]),
         ("pair_store", ["--pairs", "256", "--seconds", "0.1"]),
     ],
 )
@@ -94,3 +95,18 @@ def test_differences_of_seeds() -> None:
     neighbours = script["differences"](three, ["a", "b", "c"], neighbours=True)
     assert [(c[0], c[2][:2]) for c in neighbours] == [("b - a", "+1"), ("c - b", "+2")]
     assert script["differences"](three, ["c", "a"], neighbours=True)[0][0] == "a - c"
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 7, 48, 63, 64, 100, 1000])
+def test_the_largest_batch_is_found(limit: int) -> None:
+    script, most = _script("largest_batch"), 256
+    tried: list[int] = []
+
+    def fits(batch: int) -> bool:
+        tried.append(batch)
+        return batch <= limit
+
+    found = script["largest"](fits, most)
+    assert found <= limit and max(tried) <= most
+    assert min(limit, most) - found <= found // 16
+    assert len(tried) <= 14

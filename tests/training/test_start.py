@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from diffusion2gan.demo import _history
 from diffusion2gan.errors import UserError
 from diffusion2gan.pipeline import OneStepPipeline
 from diffusion2gan.recipe import Recipe, parse_recipe
-from diffusion2gan.run import export_run, generator_weights, simulate_recipe, train_recipe
+from diffusion2gan.run import export_run, generator_weights, simulate_recipe, start_folder, train_recipe
 from diffusion2gan.training.state import checkpoint_path, checkpoints, load_state
 from diffusion2gan.training.trainer import Trainer
 from tests.conftest import tiny_pipeline
@@ -191,3 +192,15 @@ def test_export_of_an_earlier_step(phase_1: dict[str, Path], tmp_path: Path) -> 
     assert all(torch.equal(v, found[k]) for k, v in early.items())
     with pytest.raises(UserError, match="no checkpoint of step 4; there are 3, 6"):
         export_run(phase_1["run"], tmp_path / "none", step=4)
+
+
+def test_a_run_starts_from_the_shipped_student(tiny_embedded: Path, prompts_file: Path, tmp_path: Path) -> None:
+    values = recipe_values(tmp_path, prompts_file, training__steps=1, generator={"start": "embedded"}) | {"teacher": {"source": "embedded"}}
+    recipe = parse_recipe(values, "tiny")
+    simulate_recipe(recipe, tmp_path / "store", progress=False)
+    shipped = load_file(tiny_embedded / "student" / "unet" / "diffusion_pytorch_model.safetensors")
+    weights = generator_weights(start_folder("embedded"), recipe)
+    assert weights.keys() == {f"network.{k}" for k in shipped}
+    assert all(torch.equal(weights[f"network.{k}"], v.float()) for k, v in shipped.items())
+    train_recipe(recipe, tmp_path / "store", tmp_path / "run", progress=False)
+    assert json.loads((tmp_path / "run" / "inputs.json").read_text())["start"]["recipe"] == "emoji"
