@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, recipe_values, trained_from_scratch
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +110,25 @@ def test_the_largest_batch_is_found(limit: int) -> None:
     assert found <= limit and max(tried) <= most
     assert min(limit, most) - found <= found // 16
     assert len(tried) <= 14
+
+
+def test_what_a_runs_discriminator_sees(
+    tiny_teacher_folder: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adversarial = {"steps": 2, "learning_rate": 1e-3, "discriminator_learning_rate": 1e-3}
+    values = recipe_values(tiny_teacher_folder, prompts_file, training__steps=1, adversarial=adversarial)
+    trained_from_scratch(values, tmp_path)
+    out = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["what_d_sees", str(tmp_path / "run"), str(tmp_path / "store"), "--draws", "200", "--out", str(out)])
+    script = _script("what_d_sees")
+    script["main"]()
+    found = json.loads(out.read_text())
+    assert found["step"] == 3 and found["count"] == 4
+    assert set(found["below_real"]) == {"generated", "other_latent", "other_text", "other_noise"}
+    # In expectation a short difference is the gradient.
+    of = {row["sigma"]: row for row in found["r1"]}
+    assert of["exact"]["mean |grad s|^2"] > 0
+    assert of[0.01]["of the exact one"] == pytest.approx(1, abs=5 * of[0.01]["standard error of the ratio"])
+    partners = script["partners"]
+    assert partners(["a", "a", "b"], False).tolist() == [1, 2, 0]
+    assert partners(["a", "a", "b"], True).tolist() == [2, 2, 0]

@@ -1,0 +1,130 @@
+"""What the discriminator of a run sees on held-out pairs, and how near finite-difference R1 comes to the exact one there.
+
+    python benchmarks/what_d_sees.py runs/emoji runs/pairs/emoji --step 200 --out what_d_sees.json
+
+`below_real`: the share of fakes that get a lower score than the real latent of their pair: G's (by its average), another pair's latent,
+the pair's own with another pair's text, or with another pair's noise (50 %: D sees no difference; one standard error with 256 pairs is
+3 %). R1: the mean of |grad s|^2 over real pairs, exact, and by finite differences with one direction a sample and draw, whose spread
+over samples is theirs beside the exact one's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion2gan.device import default_device
+from diffusion2gan.discriminator.build import build_discriminator
+from diffusion2gan.discriminator.multi_scale import score
+from diffusion2gan.discriminator.regularization import r1_finite_difference, r1_penalty
+from diffusion2gan.files import write_json
+from diffusion2gan.generator import OneStepGenerator
+from diffusion2gan.pairs.dataset import PairDataset
+from diffusion2gan.recipe import load_recipe
+from diffusion2gan.report import markdown_table
+from diffusion2gan.teachers.attention import twice_differentiable_attention
+from diffusion2gan.teachers.load import load_teacher
+from diffusion2gan.training.batches import pair_batch
+from diffusion2gan.training.state import checkpoint_path, checkpoints, load_state
+
+BATCH = 32
+SIGMAS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+
+
+def partners(prompts: list[str], other_text: bool) -> np.ndarray:
+    """For each pair the next one further on, in a circle, that lends something: with `other_text` of another prompt."""
+    n = len(prompts)
+    found = np.empty(n, dtype=np.int64)
+    for i in range(n):
+        further = [(i + k) % n for k in range(1, n)]
+        found[i] = next((j for j in further if not other_text or prompts[j] != prompts[i]), i)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--step", type=int, default=None, help="of the checkpoint (default: the last)")
+    parser.add_argument("--count", type=int, default=256, help="held-out pairs")
+    parser.add_argument("--draws", type=int, default=16, help="directions a sample of the finite differences")
+    parser.add_argument("--out", type=Path, default=None)
+    a = parser.parse_args()
+    recipe, pairs = load_recipe(str(a.run / "recipe.yaml")), PairDataset(a.store)
+    teacher = load_teacher(recipe.teacher, default_device())
+    folder = a.run / "checkpoints"
+    path = checkpoints(folder)[-1] if a.step is None else checkpoint_path(folder, a.step)
+    state = load_state(path)
+    if state.adversary is None:
+        raise SystemExit(f"{path}: has no discriminator; name a step of phase 2")
+    d = build_discriminator(recipe.discriminator, teacher).to(teacher.device)
+    d.load_state_dict(state.adversary["model"])
+    d.requires_grad_(False).eval()
+    generator = OneStepGenerator.from_teacher(teacher, recipe.generator)
+    generator.load_state_dict(state.ema)
+    generator.requires_grad_(False).eval()
+
+    count = min(a.count, recipe.training.holdout)
+    held_out = pair_batch(pairs, np.arange(len(pairs) - recipe.training.holdout, len(pairs))[:count], None, teacher.device)
+
+    def over_batches(act: Any) -> Tensor:
+        return torch.cat([act(slice(i, i + BATCH)) for i in range(0, count, BATCH)])
+
+    def scores(latent: Tensor, noise: Tensor, prompts: list[str]) -> Tensor:
+        with torch.no_grad():
+            return over_batches(lambda at: score(d(latent[at], noise[at], teacher.encode_prompts(prompts[at]))))
+
+    with torch.no_grad():
+        fake = over_batches(lambda at: generator(held_out.noise[at], teacher.encode_prompts(held_out.prompts[at])))
+    any_other, of_text = (partners(held_out.prompts, other) for other in (False, True))
+    x, z, c = held_out.latent, held_out.noise, held_out.prompts
+    real = scores(x, z, c)
+    fakes = {
+        "generated": scores(fake, z, c),
+        "other_latent": scores(x[any_other], z, c),
+        "other_text": scores(x, z, [c[i] for i in of_text]),
+        "other_noise": scores(x, z[any_other], c),
+    }
+    below = {kind: (real > of).float().mean().item() for kind, of in fakes.items()}
+
+    def of_real(at: slice) -> Any:
+        condition = teacher.encode_prompts(c[at])
+        return lambda latent: score(d(latent, z[at], condition))
+
+    with twice_differentiable_attention():
+        exact = over_batches(lambda at: r1_penalty(of_real(at), x[at]).detach())
+    random = torch.Generator().manual_seed(0)
+    rows: list[list[Any]] = [["exact", exact.mean().item(), 1.0, (exact.std() / exact.mean()).item(), None]]
+    for sigma in SIGMAS:
+        drawn = []
+        for _ in range(a.draws):
+            direction = torch.randn(x.shape, generator=random).to(x.device)
+            with torch.no_grad():
+                drawn.append(over_batches(lambda at, e=direction, s=sigma: r1_finite_difference(of_real(at), x[at], e[at], s)))
+        value = torch.stack(drawn)
+        error = value.mean(1).std() / a.draws**0.5 / exact.mean()
+        rows.append([sigma, value.mean().item(), (value.mean() / exact.mean()).item(), (value.std() / value.mean()).item(), error.item()])
+    columns = ["sigma", "mean |grad s|^2", "of the exact one", "deviation / mean, one sample", "standard error of the ratio"]
+    accuracy = {"real": (real > 0).float().mean().item(), "generated": (fakes["generated"] < 0).float().mean().item()}
+    print(f"step {state.step}, {count} held-out pairs; accuracy at 0: {accuracy}; below_real: {below}\n")
+    print(markdown_table(columns, rows))
+    if a.out:
+        write_json(
+            a.out,
+            {
+                "step": state.step,
+                "count": count,
+                "accuracy": accuracy,
+                "below_real": below,
+                "r1": [dict(zip(columns, r, strict=True)) for r in rows],
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()
