@@ -120,7 +120,14 @@ def _model_options(a: argparse.Namespace):  # type: ignore[no-untyped-def]
     from diffusion2gan.evaluation.models import ModelOptions
 
     return ModelOptions(
-        a.steps, a.guidance, a.dtype, default_device(), a.batch_size, getattr(a, "captions", None), getattr(a, "quantiser", "round")
+        a.steps,
+        a.guidance,
+        a.dtype,
+        default_device(),
+        a.batch_size,
+        getattr(a, "captions", None),
+        getattr(a, "quantiser", "round"),
+        a.resolution,
     )
 
 
@@ -379,6 +386,7 @@ def _model_arguments(sub: argparse.ArgumentParser, steps: bool = True) -> None:
         text = "of a teacher (DDIM, default 50; under emoji10k-v1 the solver and steps of `emoji`) or a diffusers pipeline"
         sub.add_argument("--steps", type=_positive, default=None, help=text)
     sub.add_argument("--guidance", type=float, default=None, help="of a teacher (default 3) or a diffusers pipeline")
+    sub.add_argument("--resolution", type=_positive, default=None, help="of a teacher, in pixels (default: its own)")
     sub.add_argument("--dtype", choices=_PRECISIONS, default="float32")
     # `speed latency`, which has its own --steps, takes the largest of --batches.
     sub.add_argument("--batch-size", type=_positive, default=32, help="pictures drawn at once" if steps else "not read: see --batches")

@@ -282,6 +282,7 @@ def export_run(
         "recipe": recipe.name,
         "teacher": "local folder" if Path(recipe.teacher.source).exists() else recipe.teacher.source,
         "teacher_weights": pairs["teacher"]["weights"],
+        **({} if recipe.teacher.resolution is None else {"resolution": recipe.teacher.resolution}),
         "pairs": pairs["count"],
         "pairs_fingerprint": pairs["fingerprint"],
         "ode": pairs["ode"],

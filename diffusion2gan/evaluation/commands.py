@@ -132,6 +132,8 @@ def _latency_result(model: Model, out: Path) -> str:
 def _embedded_benchmark(
     spec: str, out: Path, shared: Path, options: ModelOptions, list_name: str, count: int | None, preservation_count: int | None
 ) -> str:
+    if options.resolution is not None:
+        raise UserError(f"--resolution {options.resolution}: {EMOJI} is of pictures of 64 pixels; leave it out, or name other protocols")
     if spec == "teacher:embedded":
         result = evaluate_teacher(_with_options(load_recipe("emoji").pairs.ode, options), out, shared, list_name, count, preservation_count)
     else:
@@ -159,7 +161,10 @@ def _teacher_of(model: Model, named: str | None, options: ModelOptions) -> tuple
         return None, "dreamsim5k compares with the teacher's pictures; name its folder or hub id by --teacher"
     try:
         ode = _with_options(SolverConfig.model_validate(facts.get("ode", {})), options)
-        teacher = teacher_model(source, f"teacher:{source}", ode, options.dtype, options.device, options.batch_size, options.quantiser)
+        size = options.resolution or facts.get("resolution")
+        teacher = teacher_model(
+            source, f"teacher:{source}", ode, options.dtype, options.device, options.batch_size, options.quantiser, size
+        )
     except UserError as error:
         return None, str(error)
     if facts.get("teacher_weights") not in (None, teacher.facts["weights"]):

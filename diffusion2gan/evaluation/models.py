@@ -91,16 +91,24 @@ def _family(source: str) -> str:
     return family_of(folder) or "stable_diffusion"
 
 
-def teacher_of_source(source: str, dtype: str, device: str) -> LoadedTeacher:
-    """A teacher named by folder or hub id alone."""
-    return load_teacher(TeacherConfig.model_validate({"family": _family(source), "source": source, "dtype": dtype}), device)
+def teacher_of_source(source: str, dtype: str, device: str, resolution: int | None = None) -> LoadedTeacher:
+    """A teacher named by folder or hub id alone, at its own resolution or another."""
+    settings = {"family": _family(source), "source": source, "dtype": dtype, "resolution": resolution}
+    return load_teacher(TeacherConfig.model_validate(settings), device)
 
 
 def teacher_model(
-    source: str, name: str, ode: SolverConfig, dtype: str, device: str, batch_size: int, quantiser: Quantiser = "round"
+    source: str,
+    name: str,
+    ode: SolverConfig,
+    dtype: str,
+    device: str,
+    batch_size: int,
+    quantiser: Quantiser = "round",
+    resolution: int | None = None,
 ) -> Model:
     """A teacher with its ODE solver, as its pairs are made."""
-    teacher = teacher_of_source(source, dtype, device)
+    teacher = teacher_of_source(source, dtype, device, resolution)
     teacher.decoder_in_float32()
     solver = OdeSolver(teacher, ode, batch_size)
     known = teacher.identity()
@@ -110,6 +118,7 @@ def teacher_model(
         "decoder": _short(teacher.decoder_digest()),
         "dtype": dtype,
         **_unless_rounded(quantiser),
+        **({} if resolution is None else {"resolution": resolution}),
     }
     modules = teacher.timed_modules() | ({} if solver.network is None else {"network": solver.network})
     facts = {"ode": ode.model_dump(), "weights": known["weights"]}
@@ -309,7 +318,8 @@ def pipeline_model(
 # --- By name --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a model that is named on the command line is to be run. `steps` and `guidance` are for teachers and other pipelines."""
+    """How a model that is named on the command line is to be run. `steps` and `guidance` are for teachers and other pipelines,
+    `resolution` (pixels) is for teachers."""
 
     steps: int | None = None
     guidance: float | None = None
@@ -318,6 +328,7 @@ class ModelOptions:
     batch_size: int = 32
     captions: Path | None = None
     quantiser: Quantiser = "round"
+    resolution: int | None = None
 
 
 def load_model(spec: str, options: ModelOptions) -> Model:
@@ -327,7 +338,7 @@ def load_model(spec: str, options: ModelOptions) -> Model:
     o = options
     if spec.startswith("teacher:"):
         ode = SolverConfig(steps=o.steps or 50, guidance=3.0 if o.guidance is None else o.guidance)
-        return teacher_model(spec.removeprefix("teacher:"), spec, ode, o.dtype, o.device, o.batch_size, o.quantiser)
+        return teacher_model(spec.removeprefix("teacher:"), spec, ode, o.dtype, o.device, o.batch_size, o.quantiser, o.resolution)
     if spec == "embedded":
         from diffusion2gan.embedded.weights import embedded_student
 

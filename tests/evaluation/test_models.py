@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation import models
+from diffusion2gan.evaluation.commands import _teacher_of
 from diffusion2gan.evaluation.evaluate import noise_seed
 from diffusion2gan.evaluation.models import PRESETS, ModelOptions, RectifiedFlowScheduler, _step_noise, load_model, pipeline_model
 from diffusion2gan.images import to_uint8
@@ -89,6 +91,18 @@ def test_cut_off_pixels_are_another_model_and_darker(folders: dict[str, Path], t
 def test_a_teacher_draws_what_its_solver_solves(folders: dict[str, Path]) -> None:
     model = load_model(f"teacher:{folders['sd']}", ModelOptions(steps=4, guidance=2.0, batch_size=2))
     assert_close(model.draw(PROMPTS, SEEDS), stock(tiny_pipeline(), 4, 2.0))
+
+
+def test_a_teacher_at_another_resolution(folders: dict[str, Path]) -> None:
+    source = f"teacher:{folders['sd']}"
+    own, larger = (load_model(source, ModelOptions(steps=2, guidance=2.0, resolution=r)) for r in (None, 32))
+    assert own.draw(PROMPTS[:1], SEEDS[:1]).shape[1:3] == (16, 16) and larger.draw(PROMPTS[:1], SEEDS[:1]).shape[1:3] == (32, 32)
+    assert own.identity == {k: v for k, v in larger.identity.items() if k != "resolution"} and larger.identity["resolution"] == 32
+    # The teacher of a student of that size, from its card.
+    student = replace(own, facts={"teacher": str(folders["sd"]), "ode": {"steps": 2, "guidance": 2.0}, "resolution": 32})
+    teacher, why = _teacher_of(student, None, ModelOptions())
+    assert teacher is not None, why
+    assert teacher.latent_shape == larger.latent_shape == (4, 16, 16)
 
 
 def test_an_sdxl_teacher_is_known_by_its_folder(folders: dict[str, Path]) -> None:
