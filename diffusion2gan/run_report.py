@@ -18,7 +18,7 @@ from diffusion2gan.run_log import read_scalars
 
 _GRIDS = 4
 """Sample grids of a run on the page: the first, the last, and those between that are evenly apart."""
-_POINTS = 150
+_POINTS = 60
 """Of a curve; what lies between is averaged."""
 
 
@@ -38,7 +38,7 @@ class Run:
         return max((r["step"] for r in self.rows), default=0)
 
     def course(self, column: str) -> tuple[list[float], list[float]]:
-        """(thousands of images seen, values) of a column of the metrics, averaged to at most 150 points."""
+        """(thousands of images seen, values) of a column of the metrics, averaged to at most 60 points."""
         told = [(self.recipe.samples(r["step"]) / 1000, r[column]) for r in self.rows if column in r]
         parts = np.array_split(np.array(told, float).reshape(-1, 2), min(_POINTS, max(len(told), 1)))
         means = [part.mean(0) for part in parts if len(part)]
