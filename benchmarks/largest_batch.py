@@ -40,10 +40,10 @@ from diffusion2gan.training.trainer import Trainer, TrainingConfig
 def largest(fits: Callable[[int], bool], most: int) -> int:
     """The largest batch up to `most` that fits, to a sixteenth; 0 if one sample does not."""
     low, high = 0, 1
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    if high > most:
-        return low
+    while fits(high):
+        if high == most:
+            return most
+        low, high = high, min(2 * high, most)
     while high - low > max(1, low // 16):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -79,12 +79,15 @@ class Tries:
             extra = extra_memory(lambda: step(R1_EVERY), device)
             for _ in range(self.a.repeats):
                 step(1)
-        except RuntimeError as error:  # out of memory is one
-            if "out of memory" not in str(error):
+        except RuntimeError as error:  # out of memory is one, and has many names
+            if not any(said in str(error) for said in ("out of memory", "can't allocate memory", "ALLOC_FAILED")):
                 raise
             return False
         finally:
             trainer = None  # type: ignore[assignment]
+            self.teacher.network.to(device)
+            # Every batch is compiled for itself, and dynamo gives up after a few shapes.
+            torch._dynamo.reset()
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -100,6 +103,7 @@ class Tries:
         adversarial = AdversarialConfig(steps=1000, r1_every=R1_EVERY, r1_count=1) if self.adversarial else None
         d = build_discriminator(DiscriminatorConfig(gradient_checkpointing=again), self.teacher) if self.adversarial else None
         distance = build_distance(self.loss, self.teacher, self.teacher.device)
+        self.teacher.network_to_host()  # as `train` does
         run = self.folder / str(self._count)
         return Trainer(self.teacher, PairDataset(self.store), generator, distance, config, run, None, adversarial, d)
 

@@ -61,9 +61,14 @@ def _train(a: argparse.Namespace) -> None:
     trainer = train_recipe(load_recipe(a.recipe, a.set), a.pairs, a.out)
     if not trainer.accelerator.is_main_process:
         return
+    print(f"{a.out}: {trainer.step} steps done; next: diffusion2gan export {a.out} STUDENT")
     page = a.out / "report.html"
-    write_run_report([a.out], page)
-    print(f"{a.out}: {trainer.step} steps done; look at {page}; next: diffusion2gan export {a.out} STUDENT")
+    try:
+        write_run_report([a.out], page)
+    except Exception as error:  # the training is done and saved, whatever becomes of its page
+        warnings.warn(f"{page} could not be written ({' '.join(str(error).split())[:100]})", stacklevel=1)
+    else:
+        print(f"look at {page}")
 
 
 def _report(a: argparse.Namespace) -> None:
@@ -116,6 +121,9 @@ def _generate(a: argparse.Namespace) -> None:
 
 
 def _model_options(a: argparse.Namespace):  # type: ignore[no-untyped-def]
+    models = [*getattr(a, "subject", []), getattr(a, "model", "")]
+    if a.resolution is not None and not getattr(a, "teacher", None) and not any("teacher:" in m for m in models):
+        raise UserError(f"--resolution {a.resolution}: no teacher is named, and others draw at their own size; leave it out")
     from diffusion2gan.device import default_device
     from diffusion2gan.evaluation.models import ModelOptions
 

@@ -26,12 +26,20 @@ def default_device() -> str:
 
 
 def available_memory(device: torch.device | str) -> int:
-    """Bytes that this process can have: of a GPU what is free or its own already; of a host's memory its share among the processes that
-    torchrun started there."""
+    """Bytes that this process can have: of a GPU what is free or its own already; of a host's memory, or what a container may have of it,
+    its share among the processes that torchrun started there."""
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in _CONTAINER_LIMITS:
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():  # without a limit: "max"
+            memory = min(memory, int(text))
+    return memory // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+# Of control groups, in their second and first version.
+_CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def has_bf16(device: torch.device | str) -> bool:

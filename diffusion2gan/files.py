@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import shutil
 import tempfile
 import time
@@ -79,10 +80,12 @@ def sweep_temporaries_of(path: Path) -> None:
 
 def _sweep(found: Iterable[Path]) -> None:
     for path in found:
-        host, _, pid = path.name.removesuffix(".tmp").rpartition(".")[2].rpartition("-")
+        made_by = _TEMPORARY.search(path.name)
+        if made_by is None:
+            continue  # not ours
         try:
-            if host == _host() and pid.isdigit():
-                if _is_alive(int(pid)):
+            if made_by["host"] == _host():
+                if _is_alive(int(made_by["pid"])):
                     continue
             elif time.time() - path.stat().st_mtime < 86400:
                 continue
@@ -90,10 +93,11 @@ def _sweep(found: Iterable[Path]) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-        except FileNotFoundError:
-            continue
+        except OSError:
+            continue  # another was faster, or it is another's: what is left does no harm
 
 
+_TEMPORARY = re.compile(r"\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)\.tmp$")
 # So many characters of a file's name are in that of its temporary.
 _NAMED = 80
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -407,8 +408,8 @@ def _phase(name: str, recipe: Recipe, gpus: int, n: Networks, share: BatchShare,
     average = 0 if training.ema_on_cpu else _NUMBER / (gpus if training.shard else 1)
     own = _BYTES[recipe.teacher.dtype]
     frozen = own * n.encoders + (_NUMBER * n.perceptual.parameters if n.perceptual else 0)
-    # A LoRA changes a frozen copy of the teacher's network, which stays too.
-    frozen += 0 if whole else 2 * own * g.parameters
+    # A LoRA changes a frozen copy of the teacher's network; the teacher's own waits on the host.
+    frozen += 0 if whole else own * g.parameters
     # D waits on the GPU for its phase.
     resident = frozen + n.trained * (weight + optimizer + average) + (weight * n.discriminator.parameters if n.discriminator else 0)
     weights = converted * (g.parameters if whole or own > _CONVERTED else n.trained)
@@ -483,25 +484,35 @@ def _decoding(n: Networks, dtype: str, pictures: int) -> float:
 
 
 # --- Before a stage starts ------------------------------------------------------------------------------------------
-# Compiled networks keep less than is counted; beyond so many times the memory none fits. Below the other share there is room for the
-# allocator's own.
-_CERTAINLY_TOO_MUCH, _FITS = 1.5, 0.9
-# A teacher whose training in float32 (weight, gradient, two moments: 16 bytes a parameter) takes less of the memory is not worth counting.
+# Compiled networks keep less than is counted, so a stage is refused only beyond so many times the memory. Below the other share there is
+# room for the allocator's own.
+_TOO_MUCH, _FITS = 1.5, 0.9
+# On a CPU, a teacher whose training in float32 (weight, gradient, two moments: 16 bytes a parameter) takes less of the memory is not
+# worth the seconds of counting.
 _SMALL = 0.01
+IGNORE_MEMORY = "DIFFUSION2GAN_IGNORE_MEMORY"
 
 
-def check_memory(recipe: Recipe, stage: Literal["simulate", "train"], network: nn.Module, gpus: int, device: torch.device) -> None:
-    """Compares what `stage` needs on each of `gpus` with what `device` has for it, before it starts; `network`: the teacher's.
+def check_memory(
+    recipe: Recipe, stage: Literal["simulate", "train"], network: nn.Module, gpus: int, device: torch.device, done: int = 0
+) -> None:
+    """Compares what `stage` needs on each of `gpus` with what `device` has for it, before it starts; `network`: the teacher's, `done`:
+    training steps that lie behind.
 
-    Warns when the estimate does not fit; raises UserError when it is more than 1.5 times what is there. Small networks are not counted,
-    and one of which the plan knows nothing starts.
+    Warns when the estimate does not fit; raises UserError when it is more than 1.5 times what is there, unless the environment has
+    DIFFUSION2GAN_IGNORE_MEMORY. One of which the plan knows nothing starts.
     """
     available = available_memory(device)
-    if 16 * sum(p.numel() for p in network.parameters()) < _SMALL * available:
+    if device.type == "cpu" and 16 * sum(p.numel() for p in network.parameters()) < _SMALL * available:
         return
     try:
         n = networks(recipe)
-        planned = [_simulate(recipe, gpus, n)] if stage == "simulate" else [s for s in stages(recipe, gpus, n)[1:-1] if s.evaluations]
+        if stage == "simulate":
+            planned = [_simulate(recipe, gpus, n)]
+        else:
+            ends = (recipe.training.steps, recipe.total_steps)
+            phases = zip(stages(recipe, gpus, n)[1:-1], ends, strict=False)
+            planned = [phase for phase, end in phases if phase.evaluations and end > done]
     except UserError:
         return  # the stage itself says what is wrong
     except Exception as error:  # an estimate that fails must not stop a run that may work
@@ -514,16 +525,27 @@ def check_memory(recipe: Recipe, stage: Literal["simulate", "train"], network: n
         f"{most.name} of {recipe.name} needs about {most.memory / 2**30:.3g} GiB, and this {device.type.upper()} has "
         f"{available / 2**30:.3g} GiB for it"
     )
-    if most.memory > _CERTAINLY_TOO_MUCH * available:
-        raise UserError(f"{said}; {_LESS_MEMORY[stage]}")
-    warnings.warn(f"{said}: it may run out; {_LESS_MEMORY[stage]}", stacklevel=2)
+    if most.memory > _TOO_MUCH * available and not os.environ.get(IGNORE_MEMORY):
+        raise UserError(f"{said}; {_with_less(recipe, stage, gpus)}; {IGNORE_MEMORY}=1 starts it anyway")
+    warnings.warn(f"{said}: it may run out; {_with_less(recipe, stage, gpus)}", stacklevel=2)
 
 
-_LESS_MEMORY = {
-    "simulate": "lower pairs.batch_size, or set teacher.dtype=float16",
-    "train": "lower training.micro_batch_size, or set generator.gradient_checkpointing=true, training.optimizer=adamw_8bit or "
-    "training.shard=true",
-}
+def _with_less(recipe: Recipe, stage: str, gpus: int) -> str:
+    """What takes less memory and is not set yet."""
+    pairs, training, whole = recipe.pairs, recipe.training, recipe.generator.lora_rank is None
+    if stage == "simulate":
+        ways = [("pairs.compile=false", pairs.compile), ("teacher.dtype=float16", recipe.teacher.dtype in ("float32", "float64"))]
+        lower = "pairs.batch_size"
+    else:
+        split = training.shard or training.zero
+        ways = [
+            ("generator.gradient_checkpointing=true", not recipe.generator.gradient_checkpointing),
+            ("training.optimizer=adamw_8bit", training.optimizer == "adamw" and not split),
+            ("training.shard=true", gpus > 1 and whole and not split),
+        ]
+        lower = "training.micro_batch_size"
+    found = [way for way, open_still in ways if open_still]
+    return f"lower {lower}" + (f", or set {' or '.join(found)}" if found else "")
 
 
 # What of a recipe to look at before it runs.

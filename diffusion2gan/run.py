@@ -44,7 +44,8 @@ def simulate_recipe(recipe: Recipe, store: Path, progress: bool = True, smaller:
     """Fills a pair store for `recipe`, with as many workers as torchrun started; `smaller` as `simulate` has it."""
     worker = Worker.from_environment()
     teacher = load_teacher(recipe.teacher, default_device())
-    check_memory(recipe, "simulate", teacher.network, worker.world, teacher.device)
+    if not (store / "manifest.json").exists():
+        check_memory(recipe, "simulate", teacher.network, worker.world, teacher.device)
     return simulate(teacher, recipe.pairs, store, worker, progress, smaller)
 
 
@@ -110,7 +111,8 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     teacher = load_teacher(recipe.teacher, accelerator.device)
     settings = store_settings(teacher, recipe.pairs, _prompts_digest(recipe, pairs))
     check_pairs(recipe, settings, pairs.manifest, store)
-    check_memory(recipe, "train", teacher.network, accelerator.num_processes, accelerator.device)
+    done = max(map(checkpoint_step, checkpoints(folder / "checkpoints")), default=0)
+    check_memory(recipe, "train", teacher.network, accelerator.num_processes, accelerator.device, done)
     distance = build_distance(recipe.loss, teacher, accelerator.device)
     generator = OneStepGenerator.from_teacher(teacher, recipe.generator)
     # A run that goes on has its own weights, and those that it started from may be gone; a LoRA has changes of them alone.
@@ -282,7 +284,7 @@ def export_run(
         "recipe": recipe.name,
         "teacher": "local folder" if Path(recipe.teacher.source).exists() else recipe.teacher.source,
         "teacher_weights": pairs["teacher"]["weights"],
-        **({} if recipe.teacher.resolution is None else {"resolution": recipe.teacher.resolution}),
+        **({"resolution": pairs["teacher"]["resolution"]} if "resolution" in pairs["teacher"] else {}),
         "pairs": pairs["count"],
         "pairs_fingerprint": pairs["fingerprint"],
         "ode": pairs["ode"],

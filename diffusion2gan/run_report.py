@@ -18,6 +18,8 @@ from diffusion2gan.run_log import read_scalars
 
 _GRIDS = 4
 """Sample grids of a run on the page: the first, the last, and those between that are evenly apart."""
+_WIDEST = 2000
+"""Pixels of a picture on the page; the run's folder has it whole."""
 _POINTS = 60
 """Of a curve; what lies between is averaged."""
 
@@ -63,11 +65,12 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         raise UserError(f"{folder}: this run has told nothing yet (no rows in metrics.jsonl); look again when it has gone further")
     inputs = folder / "inputs.json"
     pairs = json.loads(inputs.read_text())["pairs"] if inputs.exists() else {}
-    return Run(name or folder.name, folder, load_recipe(str(folder / "recipe.yaml")), rows, pairs)
+    return Run(name or folder.resolve().name, folder, load_recipe(str(folder / "recipe.yaml")), rows, pairs)
 
 
 def write_run_report(folders: Sequence[Path], out: Path) -> None:
     """Writes one HTML page of the runs in `folders` to `out`: it opens offline. Raises UserError for a folder that is no run."""
+    folders = list(dict.fromkeys(f.resolve() for f in folders))
     same_name = len({f.name for f in folders}) < len(folders)
     runs = [read_run(f, str(f) if same_name else None) for f in folders]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
@@ -81,8 +84,10 @@ def write_run_report(folders: Sequence[Path], out: Path) -> None:
         page.heading(run.name)
         page.text(run.recipe.description)
         for path in run.grids():
-            with Image.open(path) as picture:
-                page.picture(picture.convert("RGB"), f"step {int(path.stem.rpartition('-')[2])}")
+            with Image.open(path) as opened:
+                picture = opened.convert("RGB")
+            picture.thumbnail((_WIDEST, _WIDEST))
+            page.picture(picture, f"step {int(path.stem.rpartition('-')[2])}")
         if any("discriminator" in r for r in run.rows):
             page.picture(discriminator_picture(run.rows), "How the discriminator did (docs/training.md says what a healthy one looks like)")
         page.picture(_of_runs([run], "gradient_norm", "norm of G's gradient, before it is cut", log_y=True), "G's gradient")

@@ -30,7 +30,7 @@ def _counted(number: int) -> Callable[[], None]:
 def kill_at(point: str, number: int) -> None:
     """Arms a kill at the `number`th time (from 1) that `point` is reached.
 
-    before-rename, after-rename: of any file that is put in place atomically. mid-shard: after a solved batch.
+    before-rename, after-rename: of any file that is put in place atomically. before-move, after-move: of a folder. mid-shard: after a solved batch.
     mid-write: half of a checkpoint is on disk. step: after an optimiser step.
     """
     reached = _counted(number)
@@ -45,6 +45,17 @@ def kill_at(point: str, number: int) -> None:
                 reached()
 
         os.replace = replace  # type: ignore[assignment]
+    elif point in ("before-move", "after-move"):
+        move = os.rename
+
+        def moved(*arguments: Any, **named: Any) -> None:
+            if point == "before-move":
+                reached()
+            move(*arguments, **named)
+            if point == "after-move":
+                reached()
+
+        os.rename = moved  # type: ignore[assignment]
     elif point == "mid-shard":
         solve = OdeSolver.solve
 

@@ -99,7 +99,7 @@ def test_differences_of_seeds() -> None:
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 7, 48, 63, 64, 100, 1000])
 def test_the_largest_batch_is_found(limit: int) -> None:
-    script, most = _script("largest_batch"), 256
+    script, most = _script("largest_batch"), 200
     tried: list[int] = []
 
     def fits(batch: int) -> bool:

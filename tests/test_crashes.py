@@ -151,27 +151,47 @@ def test_store_noise_killed_at(point: str, number: int, tmp_path: Path, world: d
     assert tree_digest(tmp_path / "killed") == tree_digest(tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("kind", ["folder", "single-file", "lora"])
-def test_export_killed_at(kind: str, tmp_path: Path, world: dict[str, Path], lora_run: Path) -> None:
-    """Nothing half-written stands under the name of an export: killed at any rename, it is not there or whole; again it is as unbroken."""
-    run, name = (lora_run if kind == "lora" else world["run"]), "student.safetensors" if kind == "single-file" else "student"
+def _export(run: Path, out: Path, *settings: object) -> tuple[object, ...]:
+    out.parent.mkdir(exist_ok=True)
+    return ("export", run, out, "--dtype", "float32", *settings)
 
-    def command(folder: str) -> tuple[object, ...]:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        return ("export", run, tmp_path / folder / name, "--format", kind, "--dtype", "float32")
 
-    def digest(folder: str) -> dict[str, str]:
-        return tree_digest(tmp_path / folder)
+# A folder is put in place by two moves, the second of them that of the new one.
+@pytest.mark.parametrize(
+    ("point", "number"), [("before-rename", 1), ("before-rename", 3), ("before-move", 1), ("after-move", 1), ("after-move", 2)]
+)
+def test_export_killed_while_it_replaces_a_student(point: str, number: int, tmp_path: Path, world: dict[str, Path]) -> None:
+    """The old student or the new one stands there, whole, or in the moment between both the old one beside it; again it is the new one."""
+    old, new, killed = (tmp_path / n / "student" for n in ("old", "new", "killed"))
+    for out, settings in ((old, ("--last",)), (new, ()), (killed, ("--last",))):
+        done = run_command(*_export(world["run"], out, *settings))
+        assert done.returncode == 0, done.stderr
+    assert tree_digest(old) != tree_digest(new)
+    _kill_at(point, number, *_export(world["run"], killed))
+    expected = new if (point, number) == ("after-move", 2) else old
+    assert tree_digest(killed.with_name(".student.old") if (point, number) == ("after-move", 1) else killed) == tree_digest(expected)
+    again = run_command(*_export(world["run"], killed))
+    assert again.returncode == 0, again.stderr
+    assert tree_digest(killed.parent) == tree_digest(new.parent)
 
-    done = run_command(*command("unbroken"))
+
+@pytest.mark.parametrize(
+    ("kind", "point"),
+    [("single-file", "before-rename"), ("single-file", "after-rename"), ("lora", "before-rename"), ("lora", "before-move")],
+)
+def test_export_killed_in_other_forms(kind: str, point: str, tmp_path: Path, world: dict[str, Path], lora_run: Path) -> None:
+    run, name = (lora_run, "student") if kind == "lora" else (world["run"], "student.safetensors")
+    done = run_command(*_export(run, tmp_path / "unbroken" / name, "--format", kind))
     assert done.returncode == 0, done.stderr
-    for point, number in (("before-rename", 1), ("after-rename", 1)):
-        _kill_at(point, number, *command(point))
-        if (tmp_path / point / name).exists():
-            assert digest(point) == digest("unbroken")
-        again = run_command(*command(point))
-        assert again.returncode == 0 or (tmp_path / point / name).exists(), again.stderr
-        assert digest(point) == digest("unbroken"), point
+    command = _export(run, tmp_path / "killed" / name, "--format", kind)
+    _kill_at(point, 1, *command)
+    if point == "after-rename":
+        assert "is there already" in run_command(*command).stderr
+    else:
+        assert not (tmp_path / "killed" / name).exists()
+        again = run_command(*command)
+        assert again.returncode == 0, again.stderr
+    assert tree_digest(tmp_path / "killed") == tree_digest(tmp_path / "unbroken")
 
 
 def _kill_a_training_at(point: str, number: int, run: Path, unbroken: dict[str, Path]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +52,35 @@ def job(tmp_path: Path, tiny_teacher_folder: Path, prompts_file: Path) -> dict[s
     return {"values": values, "environment": environment, "folder": tmp_path}
 
 
-def _script(name: str) -> list[str]:
-    return ["bash", str(ROOT / "examples" / "slurm" / name)]
+@contextlib.contextmanager
+def _started(name: str, job: dict[str, Any], **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A script of the examples in a job with these variables; whatever it started is gone afterwards."""
+    with open(job["folder"] / "log", "ab") as log:
+        script = ["bash", str(ROOT / "examples" / "slurm" / name)]
+        process = subprocess.Popen(script, env=job["environment"] | variables, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_a_job_array_simulates(job: dict[str, Any]) -> None:
-    """Both tasks of an array of two end well, and leave the store of a single process."""
-    for task in ("0", "1"):
-        environment = job["environment"] | {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "2"}
-        done = subprocess.run(_script("simulate.sbatch"), env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-    folder = job["folder"]
+    """Both tasks of an array of two work at once, each as a worker of two, and leave the store of a single process."""
+    folder, values = job["folder"], job["values"]
+    # Enough work that neither is done before the other has begun.
+    values["pairs"] |= {"count": 64, "ode": {"steps": 40, "guidance": 2.0}}
+    write_recipe(folder / "recipe.yaml", values)
+    with contextlib.ExitStack() as stack:
+        tasks = [
+            stack.enter_context(_started("simulate.sbatch", job, SLURM_ARRAY_TASK_ID=task, SLURM_ARRAY_TASK_COUNT="2"))
+            for task in ("0", "1")
+        ]
+        for task in tasks:
+            assert task.wait(180) == 0, (folder / "log").read_text()
+    ranks = {json.loads(line)["rank"] for line in (folder / "store.log.jsonl").read_text().splitlines()}
+    assert ranks == {0, 1}
     assert run_command("simulate", folder / "recipe.yaml", "--out", folder / "one").returncode == 0
     assert tree_digest(folder / "store") == tree_digest(folder / "one")
 
@@ -71,20 +92,19 @@ def test_training_on_two_nodes_is_requeued_and_goes_on(job: dict[str, Any]) -> N
     values["training"] |= {"steps": 100_000, "checkpoint_every": 5}
     write_recipe(recipe, values)
     number = str(random.randrange(10_000))
-    environment = job["environment"] | {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": number, "WORKERS": "1"}
-    with open(folder / "first.log", "w") as log:
-        first = subprocess.Popen(_script("train.sbatch"), env=environment, stdout=log, stderr=log)
-    deadline = time.monotonic() + 180
-    while not checkpoints(folder / "run" / "checkpoints"):
-        assert first.poll() is None and time.monotonic() < deadline, (folder / "first.log").read_text()
-        time.sleep(0.1)
-    first.send_signal(signal.SIGTERM)  # the time is nearly over
-    first.wait(120)
+    variables = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": number, "WORKERS": "1"}
+    with _started("train.sbatch", job, **variables) as first:
+        deadline = time.monotonic() + 180
+        while not checkpoints(folder / "run" / "checkpoints"):
+            assert first.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.1)
+        first.send_signal(signal.SIGTERM)  # the time is nearly over
+        first.wait(120)
     assert (folder / "requeued").read_text() == f"requeue {number}\n"
     saved = checkpoint_step(checkpoints(folder / "run" / "checkpoints")[-1])
     values["training"]["steps"] = saved + 2
     write_recipe(recipe, values)
-    second = subprocess.run(_script("train.sbatch"), env=environment, capture_output=True, text=True, timeout=180)
-    assert second.returncode == 0, second.stderr
-    assert f"{saved + 2} steps done" in second.stdout
+    with _started("train.sbatch", job, **variables) as second:
+        assert second.wait(180) == 0, (folder / "log").read_text()
+    assert f"{saved + 2} steps done" in (folder / "log").read_text()
     assert [r["step"] for r in metrics(folder / "run") if "loss" in r] == [*range(1, saved + 3)]

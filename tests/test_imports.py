@@ -40,14 +40,28 @@ def _place(module: str) -> int:
     return PLACES[name]
 
 
+def _is_module(name: str) -> bool:
+    path = PACKAGE.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
 def _imports(tree: ast.Module) -> set[str]:
-    """Modules of the package that are imported at the top of a file."""
+    """Modules of the package that are imported with a file, in whatever form; those inside functions come later."""
     found: set[str] = set()
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffusion2gan."):
-            found.add(str(node.module).removeprefix("diffusion2gan."))
-        assert not (isinstance(node, ast.ImportFrom) and node.level), "imports are absolute"
-    return found
+    waiting: list[ast.AST] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        waiting += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if _is_module(whole.removeprefix("diffusion2gan.")) else str(node.module))
+    return {name.removeprefix("diffusion2gan.") for name in found if name.startswith("diffusion2gan.")}
 
 
 def test_imports_go_one_way() -> None:

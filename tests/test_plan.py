@@ -97,8 +97,8 @@ def test_a_lora_takes_less(sd15: Recipe, counted: Networks) -> None:
     # 8 x (inputs + outputs) of every changed layer: about a hundredth.
     assert 0.002 < found.trained / found.generator.parameters < 0.02
     whole, small = stages(sd15, 8, replace(counted, discriminator=None))[1], stages(lora, 8, found)[1]
-    # The teacher's network and a frozen copy of it, text encoders and autoencoder are in half precision.
-    saved = (24 + 2) * (counted.trained - found.trained) - 2 * 2 * counted.trained + (4 - 2) * counted.encoders
+    # A frozen copy of the teacher's network, text encoders and autoencoder are in half precision.
+    saved = (24 + 2) * (counted.trained - found.trained) - 2 * counted.trained + (4 - 2) * counted.encoders
     assert whole.memory - small.memory == pytest.approx(saved, rel=1e-6)
     assert small.disk < whole.disk / 50
     # No gradients of the frozen weights: a third less work in the network itself.
@@ -391,6 +391,10 @@ def test_too_little_memory_is_said_before_the_start(
     with pytest.raises(UserError, match=r"simulate of \w+ needs about .* GiB, and this CPU has .* GiB for it; lower pairs.batch_size"):
         simulate_recipe(recipe, tmp_path / "pairs", progress=False)
     assert not (tmp_path / "pairs").exists()
+    monkeypatch.setenv(plan.IGNORE_MEMORY, "1")
+    with pytest.warns(UserWarning, match="it may run out"):
+        plan.check_memory(recipe, "simulate", torch.nn.Linear(1000, 1000), 1, torch.device("cpu"))
+    monkeypatch.delenv(plan.IGNORE_MEMORY)
     has(simulated)
     with pytest.warns(UserWarning, match="simulate of .* it may run out; lower pairs.batch_size"):
         simulate_recipe(recipe, tmp_path / "pairs", progress=False)
@@ -402,6 +406,24 @@ def test_too_little_memory_is_said_before_the_start(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train_recipe(recipe, tmp_path / "pairs", tmp_path / "run", progress=False)
+    # What is done needs nothing more.
+    has(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        simulate_recipe(recipe, tmp_path / "pairs", progress=False)
+        train_recipe(recipe, tmp_path / "pairs", tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "expected"),
+    [
+        ([], 1, "lower training.micro_batch_size, or set generator.gradient_checkpointing=true or training.optimizer=adamw_8bit"),
+        (["generator.gradient_checkpointing=true", "training.optimizer=adamw_8bit"], 1, "lower training.micro_batch_size"),
+        (["generator.gradient_checkpointing=true", "training.zero=1", "adversarial=null"], 8, "lower training.micro_batch_size"),
+    ],
+)
+def test_advice_is_what_is_still_open(settings: list[str], gpus: int, expected: str) -> None:
+    assert plan._with_less(load_recipe("emoji", ["training.compile=false", *settings]), "train", gpus) == expected
 
 
 def test_memory_of_small_networks_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ from diffusion2gan.evaluation.models import Model
 from diffusion2gan.evaluation.protocols import PROTOCOLS, Given, Protocol
 from diffusion2gan.evaluation.shards import Extractor, Rows
 from diffusion2gan.evaluation.versions import software
-from diffusion2gan.files import sweep_temporaries, write_bytes_atomic, write_json
+from diffusion2gan.files import sweep_temporaries, sweep_temporaries_of, write_bytes_atomic, write_json
 from diffusion2gan.images import png_bytes
 from diffusion2gan.pairs.prompts import prompts_digest
 from diffusion2gan.pairs.seeds import evaluation_seed, noise_fingerprint
@@ -373,6 +373,10 @@ def describe(out: Path, name: str, identity: Mapping[str, Any], run: Mapping[str
     `identity["subject"]` names the weights, and is one for all of OUT; the rest of `identity`, and `run`, are a `part`'s own.
     """
     path = out / "model.json"
+    # Only where it is an evaluation's folder already: it may hold other things.
+    if path.exists():
+        sweep_temporaries(out)
+    sweep_temporaries_of(path)
     settings = json.loads(json.dumps({k: v for k, v in identity.items() if k != "subject"} | dict(run or {})))
     found = json.loads(path.read_text()) if path.exists() else {"name": name, "subject": identity["subject"], "settings": {}}
     if found["subject"] != identity["subject"]:
@@ -386,7 +390,6 @@ def describe(out: Path, name: str, identity: Mapping[str, Any], run: Mapping[str
     if found["settings"].get(part) != settings:
         found["settings"][part] = settings
         write_json(path, found)
-    sweep_temporaries(out)
 
 
 def _drawn(model: Model, captions: Sequence[str], start: int, stop: int, block: int) -> Pictures:

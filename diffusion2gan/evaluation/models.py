@@ -118,7 +118,7 @@ def teacher_model(
         "decoder": _short(teacher.decoder_digest()),
         "dtype": dtype,
         **_unless_rounded(quantiser),
-        **({} if resolution is None else {"resolution": resolution}),
+        **({} if teacher.resolution is None else {"resolution": teacher.resolution}),
     }
     modules = teacher.timed_modules() | ({} if solver.network is None else {"network": solver.network})
     facts = {"ode": ode.model_dump(), "weights": known["weights"]}
