@@ -18,6 +18,7 @@ from diffusion2gan.evaluation.emoji10k import PROTOCOL, Subject, drawn_prompt_li
 from diffusion2gan.evaluation.evaluate import SHOWN, describe, keep_samples
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.images import to_tensor, to_uint8
+from diffusion2gan.pairs.simulate import PairsConfig
 from diffusion2gan.pipeline import STUDENT_FILE, OneStepPipeline, teacher_pictures
 from diffusion2gan.report import cell, markdown_table
 from diffusion2gan.teachers.folders import weights_digest
@@ -83,11 +84,11 @@ def evaluate_student(
 
 
 def evaluate_teacher(
-    ode: SolverConfig, out: Path, shared: Path, list_name: str = "test", count: int | None = None, preservation_count: int | None = None
+    pairs: PairsConfig, out: Path, shared: Path, list_name: str = "test", count: int | None = None, preservation_count: int | None = None
 ) -> dict[str, Any]:
-    """The same of the embedded teacher itself, solved as `ode` says: what a perfect student would score."""
+    """The same of the embedded teacher itself, solved as `pairs` are: what a perfect student of them would score."""
     teacher = _embedded_teacher()
-    sampler = teacher_subject(teacher, ode)
+    sampler = teacher_subject(teacher, pairs.ode, pairs.precision, pairs.compile)
     timestep = len(teacher.alphas_cumprod) - 1
     return _evaluate(sampler, "embedded teacher", sampler, teacher, timestep, out, shared, list_name, count, preservation_count)
 

@@ -135,7 +135,9 @@ def _embedded_benchmark(
     if options.resolution is not None:
         raise UserError(f"--resolution {options.resolution}: {EMOJI} is of pictures of 64 pixels; leave it out, or name other protocols")
     if spec == "teacher:embedded":
-        result = evaluate_teacher(_with_options(load_recipe("emoji").pairs.ode, options), out, shared, list_name, count, preservation_count)
+        pairs = load_recipe("emoji").pairs
+        pairs = pairs.model_copy(update={"ode": _with_options(pairs.ode, options)})
+        result = evaluate_teacher(pairs, out, shared, list_name, count, preservation_count)
     else:
         student = embedded_student() if spec == "embedded" else Path(spec)
         if not (student / STUDENT_FILE).is_file():

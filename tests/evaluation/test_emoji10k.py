@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffusion2gan import benchmark
 from diffusion2gan.embedded import emoji
 from diffusion2gan.embedded.emoji import EmojiDataset, EmojiRecord
+from diffusion2gan.embedded.weights import embedded_student
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation import emoji10k
 from diffusion2gan.evaluation.comparison import duels, lines, read_evaluation
 from diffusion2gan.evaluation.emoji10k import CrossFittedProbe, DrawnPrompt, Subject
 from diffusion2gan.evaluation.evaluate import describe
+from diffusion2gan.recipe import load_recipe
 
 
 def record(concept: int, style: str, tone: str = "") -> EmojiRecord:
@@ -272,3 +275,17 @@ def test_teacher_gate_passes_the_reference_and_stops_a_teacher_deaf_to_noise(rec
     stopped = emoji10k.teacher_gate(shown, prompts, deaf, coarse, features, features, records)
     assert stopped["gate"]["variance_within"]["value"] == pytest.approx(0, abs=1e-6)
     assert not stopped["passed"]
+
+
+def test_the_teacher_is_solved_as_the_recipes_pairs_are(tiny_embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So its features serve the students of those pairs too, and theirs serve it."""
+    seen: list[str] = []
+    monkeypatch.setattr(benchmark, "_evaluate", lambda subject, name, sampler, *rest: seen.append(sampler.identity))
+    pairs = load_recipe("emoji").pairs
+    benchmark.evaluate_teacher(pairs, tmp_path / "teacher", tmp_path / "shared")
+    facts_path = tiny_embedded / "student" / "diffusion2gan.json"
+    facts = json.loads(facts_path.read_text()) | {"ode": pairs.ode.model_dump(), "precision": pairs.precision}
+    facts_path.write_text(json.dumps(facts))
+    benchmark.evaluate_student(embedded_student(), tmp_path / "student", tmp_path / "shared")
+    benchmark.evaluate_teacher(pairs.model_copy(update={"precision": "float16"}), tmp_path / "other", tmp_path / "shared")
+    assert seen[0] == seen[1] != seen[2]
