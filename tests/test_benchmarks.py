@@ -119,7 +119,7 @@ def test_what_a_runs_discriminator_sees(
     values = recipe_values(tiny_teacher_folder, prompts_file, training__steps=1, adversarial=adversarial)
     trained_from_scratch(values, tmp_path)
     out = tmp_path / "result.json"
-    monkeypatch.setattr(sys, "argv", ["what_d_sees", str(tmp_path / "run"), str(tmp_path / "store"), "--draws", "200", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["what_d_sees", str(tmp_path / "run"), str(tmp_path / "store"), "--draws", "60", "--out", str(out)])
     script = _script("what_d_sees")
     script["main"]()
     found = json.loads(out.read_text())
