@@ -70,7 +70,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def sweep_temporaries(folder: Path) -> None:
     """Removes what killed processes left half-written below `folder`; a live process' files, and other hosts' of the last day, stay."""
-    _sweep(folder.rglob(".*.tmp"))
+    # Not by `rglob`, which ends with an error where another process removes a folder meanwhile.
+    _sweep(Path(parent) / name for parent, folders, files in os.walk(folder) for name in [*folders, *files])
 
 
 def sweep_temporaries_of(path: Path) -> None:
@@ -80,7 +81,7 @@ def sweep_temporaries_of(path: Path) -> None:
 
 def _sweep(found: Iterable[Path]) -> None:
     for path in found:
-        made_by = _TEMPORARY.search(path.name)
+        made_by = _TEMPORARY.fullmatch(path.name)
         if made_by is None:
             continue  # not ours
         try:
@@ -97,7 +98,7 @@ def _sweep(found: Iterable[Path]) -> None:
             continue  # another was faster, or it is another's: what is left does no harm
 
 
-_TEMPORARY = re.compile(r"\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)\.tmp$")
+_TEMPORARY = re.compile(r"\..+\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)\.tmp")
 # So many characters of a file's name are in that of its temporary.
 _NAMED = 80
 
