@@ -20,20 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_step import R1_EVERY, load
+from training_step import R1_EVERY, load, new_trainer
 
 from diffusion2gan.device import default_device
-from diffusion2gan.discriminator.build import build_discriminator
-from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig
 from diffusion2gan.evaluation.speed import device_name, extra_memory, synchronise
 from diffusion2gan.files import write_json
-from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
-from diffusion2gan.pairs.dataset import PairDataset
 from diffusion2gan.pairs.simulate import PairsConfig, simulate
 from diffusion2gan.report import markdown_table
 from diffusion2gan.teachers.protocol import Teacher
-from diffusion2gan.training.adversarial import AdversarialConfig
-from diffusion2gan.training.distance import LossConfig, build_distance
+from diffusion2gan.training.distance import LossConfig
 from diffusion2gan.training.trainer import Trainer, TrainingConfig
 
 
@@ -97,15 +92,12 @@ class Tries:
         return True
 
     def _trainer(self, batch: int) -> Trainer:
-        a, again = self.a, not self.a.no_checkpointing
+        a = self.a
         config = TrainingConfig(steps=0, batch_size=batch, mixed_precision=a.precision, holdout=1, compile=a.compile)
-        generator = OneStepGenerator.from_teacher(self.teacher, GeneratorConfig(gradient_checkpointing=again))
-        adversarial = AdversarialConfig(steps=1000, r1_every=R1_EVERY, r1_count=1) if self.adversarial else None
-        d = build_discriminator(DiscriminatorConfig(gradient_checkpointing=again), self.teacher) if self.adversarial else None
-        distance = build_distance(self.loss, self.teacher, self.teacher.device)
+        r1_count = 1 if self.adversarial else None
+        trainer = new_trainer(self.teacher, self.loss, self.store, self.folder / str(self._count), config, not a.no_checkpointing, r1_count)
         self.teacher.network_to_host()  # as `train` does
-        run = self.folder / str(self._count)
-        return Trainer(self.teacher, PairDataset(self.store), generator, distance, config, run, None, adversarial, d)
+        return trainer
 
 
 def main() -> None:

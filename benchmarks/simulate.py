@@ -22,14 +22,13 @@ from typing import Any
 
 import torch
 from random_teachers import random_sd15_pipeline, random_sdxl_pipeline
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion2gan.device import default_device
 from diffusion2gan.embedded.weights import embedded_folder
 from diffusion2gan.evaluation.speed import device_name, synchronise
 from diffusion2gan.files import write_json
 from diffusion2gan.pairs.seeds import draw_noise
+from diffusion2gan.plan import count_flops
 from diffusion2gan.precision import no_tf32
 from diffusion2gan.teachers.folders import load_pipeline
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
@@ -68,15 +67,11 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(times)
 
 
-@torch.no_grad()
 def evaluation_flops(teacher: Teacher) -> float:
-    """2 x multiply-adds of one network evaluation at a batch of one."""
+    """Of one network evaluation at a batch of one."""
     condition = teacher.encode_prompts(["red heart"])
     latent = torch.randn(1, *teacher.latent_shape, device=teacher.device, dtype=teacher.dtype)
-    # Fused attention on a CPU is not known to the counter; written out it is.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        teacher.evaluate(latent, torch.tensor(999, device=teacher.device), condition)
-    return float(counter.get_total_flops())
+    return count_flops(lambda: teacher.evaluate(latent, torch.tensor(999, device=teacher.device), condition))
 
 
 def main() -> None:

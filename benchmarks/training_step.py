@@ -50,11 +50,15 @@ def load(network: str, device: str, folder: Path) -> tuple[Teacher, LossConfig]:
     return {"sd15": random_sd15, "sdxl": random_sdxl}[network](device), LossConfig(perceptual=str(folder / "vgg"))
 
 
-def new_trainer(teacher: Teacher, loss: LossConfig, store: Path, folder: Path, a: argparse.Namespace, checkpointing: bool) -> Trainer:
-    config = TrainingConfig(steps=0, batch_size=a.batch, mixed_precision=a.precision, holdout=a.batch, compile=a.compile)
-    adversarial = AdversarialConfig(steps=1000, r1_every=R1_EVERY, r1_count=a.r1_count)
+def new_trainer(
+    teacher: Teacher, loss: LossConfig, store: Path, folder: Path, config: TrainingConfig, checkpointing: bool, r1_count: int | None
+) -> Trainer:
+    """`r1_count`: samples of the batch that R1 looks at; None: there is no discriminator."""
     generator = OneStepGenerator.from_teacher(teacher, GeneratorConfig(gradient_checkpointing=checkpointing))
-    discriminator = build_discriminator(DiscriminatorConfig(gradient_checkpointing=checkpointing), teacher)
+    adversarial = discriminator = None
+    if r1_count is not None:
+        adversarial = AdversarialConfig(steps=1000, r1_every=R1_EVERY, r1_count=r1_count)
+        discriminator = build_discriminator(DiscriminatorConfig(gradient_checkpointing=checkpointing), teacher)
     distance = build_distance(loss, teacher, teacher.device)
     return Trainer(teacher, PairDataset(store), generator, distance, config, folder, None, adversarial, discriminator)
 
@@ -105,10 +109,12 @@ def main() -> None:
             "ode": {"steps": 1, "spacing": "trailing", "guidance": 1.0},
         }
         simulate(teacher, PairsConfig.model_validate(pairs), folder / "store", progress=False)
+        config = TrainingConfig(steps=0, batch_size=a.batch, mixed_precision=a.precision, holdout=a.batch, compile=a.compile)
         for checkpointing in (False, True):
             row: dict[str, Any] = {"gradient checkpointing": checkpointing}
             try:
-                trainer = new_trainer(teacher, loss, folder / "store", folder / f"run-{checkpointing}", a, checkpointing)
+                run = folder / f"run-{checkpointing}"
+                trainer = new_trainer(teacher, loss, folder / "store", run, config, checkpointing, a.r1_count)
                 if device == "cuda":
                     row["resident, MB"] = torch.cuda.memory_allocated() / 2**20
                 found = measure(trainer, a.repeats)

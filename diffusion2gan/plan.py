@@ -107,7 +107,7 @@ class Cost:
 def measure(network: nn.Module, call: Callable[[nn.Module], Any]) -> Cost:
     """Counts `call(network)`, on fake tensors."""
     parameters = sum(p.numel() for p in network.parameters())
-    return Cost(_flops(lambda: call(network)), parameters, _kept(network, call), _alive(network, call))
+    return Cost(count_flops(lambda: call(network)), parameters, _kept(network, call), _alive(network, call))
 
 
 def _kept(network: nn.Module, call: Callable[[nn.Module], Any]) -> int:
@@ -161,7 +161,8 @@ def _alive(network: nn.Module, call: Callable[[nn.Module], Any]) -> int:
     return counted.most
 
 
-def _flops(call: Callable[[], Any]) -> float:
+def count_flops(call: Callable[[], Any]) -> float:
+    """2 x multiply-adds of the convolutions, products and attention in a call."""
     # Fused attention on a CPU is not known to the counter; written out it is.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         call()

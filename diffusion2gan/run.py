@@ -117,9 +117,9 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     generator = OneStepGenerator.from_teacher(teacher, recipe.generator)
     # A run that goes on has its own weights, and those that it started from may be gone; a LoRA has changes of them alone.
     goes_on = bool(checkpoints(folder / "checkpoints")) and recipe.generator.lora_rank is None
-    start = None if goes_on else recipe.generator.start
+    start = None if goes_on or recipe.generator.start is None else start_folder(recipe.generator.start)
     if start is not None:
-        load_start(generator, generator_weights(start_folder(start), recipe), recipe.generator)
+        load_start(generator, generator_weights(start, recipe), recipe.generator)
     adversarial = recipe.adversarial
     with_d = adversarial is not None and adversarial.weight > 0
     if recipe.training.shard:
@@ -132,7 +132,7 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     with disk_errors(folder):
         if accelerator.is_main_process:
             open_run(recipe, folder)
-            begun_from = None if start is None else (weights_digest(generator), _start_facts(start_folder(start)))
+            begun_from = None if start is None else (weights_digest(generator), _start_facts(start))
             _check_inputs(folder, pairs, distance, begun_from)
         accelerator.wait_for_everyone()
         trainer = Trainer(teacher, pairs, generator, distance, recipe.training, folder, accelerator, adversarial, discriminator)

@@ -373,10 +373,11 @@ def describe(out: Path, name: str, identity: Mapping[str, Any], run: Mapping[str
     `identity["subject"]` names the weights, and is one for all of OUT; the rest of `identity`, and `run`, are a `part`'s own.
     """
     path = out / "model.json"
-    # Only where it is an evaluation's folder already: it may hold other things.
+    # The whole folder only where it is an evaluation's already: it may hold other things.
     if path.exists():
         sweep_temporaries(out)
-    sweep_temporaries_of(path)
+    else:
+        sweep_temporaries_of(path)
     settings = json.loads(json.dumps({k: v for k, v in identity.items() if k != "subject"} | dict(run or {})))
     found = json.loads(path.read_text()) if path.exists() else {"name": name, "subject": identity["subject"], "settings": {}}
     if found["subject"] != identity["subject"]:
