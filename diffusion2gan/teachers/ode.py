@@ -23,7 +23,7 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.precision import no_tf32
 from diffusion2gan.teachers.attention import plain_attention_on_cpu
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
-from diffusion2gan.teachers.reuse import remembered_text, shared_prefix
+from diffusion2gan.teachers.reuse import joined_upsampling, remembered_text, shared_prefix
 
 SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {}),
@@ -94,6 +94,7 @@ def solve_ode(
             if guided:
                 stack.enter_context(shared_prefix(network, 2 * len(noise)))
             stack.enter_context(remembered_text(network))
+            stack.enter_context(joined_upsampling(network))
         x = _integrate(teacher, network, noise, condition, config, guided)
     # A plain tensor again: one made in inference mode could not be used in training.
     return x.clone()
@@ -152,10 +153,11 @@ class OdeSolver:
         nn.Module.to(network, dtype)
         if compiled:
             plain_attention_on_cpu(network, teacher.latent_shape[1] * teacher.latent_shape[2], teacher.device)
+            # For as long as the copy lives: a compiled network keeps what it was compiled with.
+            self._reuse = ExitStack()
+            self._reuse.enter_context(joined_upsampling(network))
             if config.guidance > 1:
-                # For as long as the copy lives: a compiled network keeps the hooks that it was compiled with.
-                self._hooks = ExitStack()
-                self._hooks.enter_context(shared_prefix(network, 2 * batch_size))
+                self._reuse.enter_context(shared_prefix(network, 2 * batch_size))
             network = compile_for_one_shape(network, teacher.device, "pairs.compile")
         self.network = network
 

@@ -1,4 +1,4 @@
-"""What a teacher says. Everything after `teachers/` uses this protocol and never asks for the family.
+"""What a teacher says. What simulates, distils and scores uses this protocol and never asks for the family.
 
 Legend: B batch, C latent channels, H and W latent height and width, L tokens, D width of a text embedding.
 """
