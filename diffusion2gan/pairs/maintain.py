@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import sweep_temporaries, write_bytes_atomic
-from diffusion2gan.images import grid, to_uint8
+from diffusion2gan.images import grid, png_bytes, to_uint8
 from diffusion2gan.pairs.dataset import (
     PairDataset,
     encode_shard,
@@ -59,7 +59,7 @@ def show(folder: Path, teacher: Teacher, out: Path, count: int = 32) -> Image.Im
     with torch.inference_mode():
         pixels = teacher.decode(torch.from_numpy(store.latents(rows).astype(np.float32)).to(teacher.device))
     picture = grid(to_uint8(pixels), columns=8, captions=[store.prompt(i) for i in rows])
-    picture.save(out)
+    write_bytes_atomic(out, png_bytes(picture))
     return picture
 
 

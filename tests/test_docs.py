@@ -1,0 +1,74 @@
+"""What the documents tell a reader to type can be typed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import diffusion2gan
+from diffusion2gan.cli import _parser
+from diffusion2gan.recipe import builtin_recipes
+
+ROOT = Path(diffusion2gan.__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "diffusion2gan" / "recipes" / "README.md"]
+
+
+def _command_lines(text: str) -> list[str]:
+    """Indented and fenced lines, continued ones joined, without comments."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    fenced = "\n".join(re.findall(r"^```[a-z]*\n(.*?)^```", joined, re.M | re.S))
+    lines = [line[4:] for line in joined.splitlines() if line.startswith("    ")] + fenced.splitlines()
+    return [re.sub(r"\s+#\s.*", "", line).strip() for line in lines]
+
+
+def _of_ours(line: str) -> list[str] | None:
+    """The arguments of a `diffusion2gan` command, however it is started; None for any other line."""
+    found = re.match(r"(?:[A-Z0-9_]+=\S+ +)*(?:(?:torchrun|accelerate launch|python)\b.*? (?:-m )?)?diffusion2gan (?=[a-z])(.*)", line)
+    return shlex.split(re.split(r" \| | > | && ", found[1])[0]) if found else None
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_commands_can_be_typed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in _command_lines(path.read_text()):
+        arguments = _of_ours(line)
+        if arguments is None:
+            continue
+        # What stands for several words, or for what may be left away.
+        arguments = [a for a in arguments if a not in ("...", "[...]")]
+        try:
+            _parser().parse_args(arguments)
+        except SystemExit:
+            pytest.fail(f"{path.name}: {line!r}: {capsys.readouterr().err.strip().splitlines()[-1]}")
+
+
+def test_there_are_commands() -> None:
+    found = [a for path in DOCUMENTS for line in _command_lines(path.read_text()) if (a := _of_ours(line))]
+    assert len(found) > 25
+    assert {a[0] for a in found} >= {"simulate", "train", "export", "generate", "evaluate", "compare", "plan", "perceptual", "pairs"}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_what_is_named_is_there(path: Path) -> None:
+    text = path.read_text()
+    for script in re.findall(r"\b((?:benchmarks|examples)/[\w/]+\.(?:py|sh|sbatch))\b", text):
+        assert (ROOT / script).is_file(), f"{path.name}: {script}"
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if "://" not in link and not link.startswith("mailto:"):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
+    for result in re.findall(r"\bbenchmarks/results/\w+\.json", text):
+        assert (ROOT / result).is_file(), f"{path.name}: {result}"
+
+
+def test_the_table_of_recipes_has_all_of_them() -> None:
+    text = (ROOT / "diffusion2gan" / "recipes" / "README.md").read_text()
+    told: set[str] = set()
+    for name in re.findall(r"`([\w/{},]+)`", text):
+        start, _, rest = name.partition("{")
+        choices, _, end = rest.partition("}")
+        told |= {f"{start}{choice}{end}" for choice in choices.split(",")}
+    # `base` recipes are there to be built on.
+    assert not [name for name in builtin_recipes() if name not in told]
+    assert len(told & set(builtin_recipes())) > 30
