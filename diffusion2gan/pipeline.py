@@ -20,6 +20,7 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import Quantiser, to_uint8
 from diffusion2gan.pairs.seeds import draw_noise
+from diffusion2gan.precision import no_tf32
 from diffusion2gan.teachers.folders import family_of, no_progress_bars, output_gain, stored_scheduler, student_precision
 from diffusion2gan.teachers.load import LoadedTeacher, load_teacher
 from diffusion2gan.teachers.ode import OdeSolver
@@ -137,7 +138,9 @@ class OneStepPipeline:
             raise UserError(f"{len(noise)} noises for {len(prompts)} prompts, expected one for each and at least one")
         state = torch.promote_types(self.teacher.dtype, torch.float32)
         z = torch.from_numpy(noise).to(self.teacher.device, state).contiguous(memory_format=torch.channels_last)
-        return self.generator(z, self.teacher.encode_prompts(prompts))
+        # The last layers are in float32 whatever the network is; inside a compiled graph they cannot ask for it.
+        with no_tf32():
+            return self.generator(z, self.teacher.encode_prompts(prompts))
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 32, *, quantiser: Quantiser = "round") -> np.ndarray:

@@ -536,7 +536,8 @@ def _with_less(recipe: Recipe, stage: str, gpus: int) -> str:
     pairs, training, whole = recipe.pairs, recipe.training, recipe.generator.lora_rank is None
     if stage == "simulate":
         ways = [("pairs.compile=false", pairs.compile), ("teacher.dtype=float16", recipe.teacher.dtype in ("float32", "float64"))]
-        lower = "pairs.batch_size"
+        # They are settings of the store.
+        lower = "pairs.batch_size (in a new --out, if the store is begun)"
     else:
         split = training.shard or training.zero
         ways = [

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
 from diffusion2gan.config import settings_difference
@@ -103,8 +103,10 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     """Trains `recipe` on the pairs of `store` in the run `folder`, going on from its last checkpoint."""
     # The first process writes checkpoints while the others wait: of large networks longer than the usual 10 minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    # Autocast would keep bf16 copies of what is gathered, of all weights at once, beyond the time that they are needed.
+    autocast = AutocastKwargs(cache_enabled=not recipe.training.shard)
     precision = recipe.training.mixed_precision
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision, kwargs_handlers=[patience])
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision, kwargs_handlers=[patience, autocast])
     if recipe.training.mixed_precision == "bf16":
         warn_of_slow_bf16(accelerator.device, "training.mixed_precision=no")
     pairs = PairDataset(store, share=(accelerator.process_index, accelerator.num_processes))

@@ -34,7 +34,7 @@ from diffusion2gan.export import export_student
 from diffusion2gan.pairs.simulate import PairsConfig, simulate
 from diffusion2gan.perceptual import LatentLPIPS, LatentVGG
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
-from diffusion2gan.teachers.protocol import TeacherConfig
+from diffusion2gan.teachers.protocol import Teacher, TeacherConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from tests.no_network import forbid
 
@@ -134,10 +134,11 @@ def _fresh_accelerator() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def tiny_store(folder: Path, prompts: Path, **changes: Any) -> Path:
-    """A finished store of 24 pairs of the tiny teacher, in shards of 8."""
+def tiny_store(folder: Path, prompts: Path, teacher: Teacher | None = None, **changes: Any) -> Path:
+    """A finished store of 24 pairs of the tiny teacher, or of another, in shards of 8."""
     config = {"count": 24, "prompts": {"source": str(prompts)}, "ode": {"steps": 4, "guidance": 2.0}, "batch_size": 8, "shard_size": 8}
-    simulate(StableDiffusionTeacher.from_pipeline(tiny_pipeline()), PairsConfig.model_validate(config | changes), folder, progress=False)
+    teacher = teacher or StableDiffusionTeacher.from_pipeline(tiny_pipeline())
+    simulate(teacher, PairsConfig.model_validate(config | changes), folder, progress=False)
     return folder
 
 

@@ -35,6 +35,7 @@ def _script(name: str) -> dict[str, Any]:
         ("training_step", ["--batch", "2", "--repeats", "1"]),
         ("largest_batch", ["--most", "2", "--repeats", "1"]),
         ("pair_store", ["--pairs", "256", "--seconds", "0.1"]),
+        ("evaluation_memory", ["--counts", "8", "16"]),
     ],
 )
 def test_scripts_write_what_they_measured(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import diffusion2gan
@@ -90,3 +93,54 @@ def test_nothing_after_the_teachers_names_a_family() -> None:
         if families and not module.startswith("teachers.") and module not in allowed:
             wrong.append((module, families))
     assert not wrong, wrong
+
+
+def _modules() -> dict[str, ast.Module]:
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
+
+
+def _others(tree: ast.Module) -> set[str]:
+    """Packages other than ours that are imported with a file; what is inside functions is there only for those who use it."""
+    outside = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)}
+    found: set[str] = set()
+    for node in outside:
+        if id(node) not in inside:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [str(node.module)]
+            found |= {name.partition(".")[0] for name in names}
+    return found - {"diffusion2gan"}
+
+
+def test_what_is_imported_is_a_dependency() -> None:
+    """torchvision, scipy and the scoring networks may be there by chance: here they are, with a user's plain install they are not."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    names = {re.split(r"[^\w-]", d, maxsplit=1)[0] for d in project["dependencies"]}
+    known = {"pillow": "PIL", "pyyaml": "yaml"}
+    allowed = {known.get(n, n.replace("-", "_")) for n in names} | set(sys.stdlib_module_names)
+    wrong = {module: missing for module, tree in _modules().items() if (missing := _others(tree) - allowed)}
+    assert not wrong, wrong
+    assert "torchvision" not in allowed
+
+
+def test_what_scores_is_in_no_loss() -> None:
+    """The networks that score are used in no loss, and those of losses do not score."""
+    scoring = ("scoring", "extractors", "metrics", "protocols", "evaluate", "emoji10k")
+    modules = _modules()
+    for name in scoring:
+        of_losses = {
+            i for i in _imports(modules[f"evaluation.{name}"]) if i.partition(".")[0] in ("perceptual", "training", "discriminator")
+        }
+        assert not of_losses, (name, of_losses)
+
+
+def test_nothing_is_compiled_at_import_and_no_dead_id_is_named() -> None:
+    sources = [p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".yaml")]
+    assert len(sources) > 100
+    for path in sources:
+        text = path.read_text()
+        # The released metric builds CUDA code at first use; runwayml's repositories are gone.
+        assert "cpp_extension" not in text, path
+        assert "runwayml/" not in text, path

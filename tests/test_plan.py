@@ -447,3 +447,18 @@ def test_an_estimate_that_fails_stops_nothing(sd15: Recipe, monkeypatch: pytest.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fails(UserError("that the teacher's own loading will tell"))
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "gigabytes"),
+    [
+        ("sd15_cfg3_single_gpu", 1, 48),
+        ("sd15_cfg3_lora", 1, 12),
+        ("sdxl_cfg7_lora", 1, 24),
+    ],
+)
+def test_a_recipe_fits_the_gpus_it_names(name: str, gpus: int, gigabytes: int) -> None:
+    """As recipes/README.md has them; by the estimate, which knows nothing of a fragmented heap."""
+    recipe = load_recipe(name)
+    most = max(s.memory for s in stages(recipe, gpus, networks(recipe)))
+    assert 0 < most < gigabytes * 1e9

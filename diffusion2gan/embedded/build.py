@@ -74,7 +74,7 @@ def build_perceptual(work: Path, steps: int | None = None) -> dict[str, dict[str
 TRIPLETS_OF_A_KIND = 1000
 
 
-def calibrate_perceptual(work: Path, count: int = TRIPLETS_OF_A_KIND) -> dict[str, dict[str, dict[str, float]]]:
+def calibrate_perceptual(work: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Calibrates the heads of `work/latent_vgg` and `work/pixel_vgg` on synthetic triplets of training pictures, in place.
 
     Returns, by network and kind of distortion, the 2AFC score on triplets of held-out cells before (heads of ones) and after;
@@ -90,7 +90,7 @@ def calibrate_perceptual(work: Path, count: int = TRIPLETS_OF_A_KIND) -> dict[st
             torch.nn.init.ones_(head.weight)
 
         def judged(split: str, seed: int, metric: LatentLPIPS = metric, encode: Encode = encode) -> dict[str, Judgements]:
-            return {k: judge(metric, synthetic_triplets(dataset, split, k, count, seed), encode) for k in DISTORTIONS}
+            return {k: judge(metric, synthetic_triplets(dataset, split, k, TRIPLETS_OF_A_KIND, seed), encode) for k in DISTORTIONS}
 
         with torch.no_grad():
             held_out = judged("cell", 1)

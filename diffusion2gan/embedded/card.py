@@ -107,6 +107,7 @@ def write_card(folder: Path, work: Path, docs: Path, facts: dict[str, Any]) -> d
     gate = measure_gate(folder, work)
     neighbours_picture(folder, work, docs / "images" / "embedded_teacher_neighbours.png")
     write_json(docs / "embedded_teacher.json", gate | {"training": facts})
+    ode = load_recipe("emoji").pairs.ode
     rows = [[name, entry["value"], entry["needed"], "yes" if entry["passed"] else "no"] for name, entry in gate["gate"].items()]
     text = f"""# The embedded teacher
 
@@ -117,7 +118,8 @@ It is a test bed and a demonstration, not a product: it knows ten thousand pictu
 ## Gate before distilling
 
 {markdown_table(["number", "value", "needed", "passed"], rows)}
-Prompt agreement is judged by a linear probe on EfficientNet-Lite0 features that has not seen the training picture nearest
+Of its pictures by the solver of the `emoji` recipe's pairs: {ode.solver}, {ode.steps} steps, {ode.spacing} spacing, guidance
+{ode.guidance:g}. Prompt agreement is judged by a linear probe on EfficientNet-Lite0 features that has not seen the training picture nearest
 to the one it judges; the ratio is to the probe's own agreement on R_rec.
 
 ## Memorisation

@@ -200,8 +200,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 class PairDataset:
     """Random access to a finished store, memory-mapped: nothing is copied until a pair is read.
 
-    folder: of the store. verify: whether to hash every shard now, by default up to 2 GiB; what was not is hashed when a latent of it is
-    first read (False: never). share: (r, n) to hash only every n-th shard from the r-th on, as the r-th of n processes that read the store.
+    folder: of the store. verify: whether to hash every shard now, by default up to 2 GiB; what was not is hashed when a latent or a noise of
+    it is first read (False: never). share: (r, n) to hash only every n-th shard from the r-th on, as the r-th of n processes that read the store.
     manifest: its manifest.json. latent_shape: (C, H, W). noise_dtype: of the stored noise, None where it is drawn again. seeds: (N,) int64,
     of every pair in order. `store[i]` is an `OdePair`; `batch`, `latents`, `noises` and `prompt` read by index.
 
@@ -268,14 +268,19 @@ class PairDataset:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, index - int(self._starts[shard])
 
+    def _checked(self, index: int) -> tuple[int, int]:
+        """Where a pair lies, its shard hashed if it was to be at its first reading."""
+        shard, row = self._locate(index)
+        if shard in self._unread:
+            verify_shard(self.folder / self.manifest["shards"][shard]["file"])
+            self._unread.discard(shard)
+        return shard, row
+
     def latents(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """x of some pairs: (B, C, H, W) float16."""
         out = np.empty((len(rows), *self.latent_shape), LATENT_DTYPE)
         for target, index in zip(out, rows, strict=True):
-            shard, row = self._locate(int(index))
-            if shard in self._unread:
-                verify_shard(self.folder / self.manifest["shards"][shard]["file"])
-                self._unread.discard(shard)
+            shard, row = self._checked(int(index))
             target[...] = self._latents[shard][row]
         return out
 
@@ -285,7 +290,7 @@ class PairDataset:
             return draw_noise(self.seeds[np.asarray(rows)].tolist(), self.latent_shape)
         out = np.empty((len(rows), *self.latent_shape), np.float32)
         for target, index in zip(out, rows, strict=True):
-            shard, row = self._locate(int(index))
+            shard, row = self._checked(int(index))
             target[...] = self._noises[shard][row]
         return out
 

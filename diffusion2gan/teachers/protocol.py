@@ -101,6 +101,9 @@ class Teacher(Protocol):
         """One network evaluation: (B, C, H, W), timestep () or (B,), c -> prediction (B, C, H, W). `network` defaults to the teacher's."""
         ...
 
+    def decoder_in_float32(self) -> None:
+        """Decodes in float32 or better from now on."""
+
     def decode(self, latent: Tensor) -> Tensor:
         """Scaled latents (B, C, H, W) -> pixels (B, 3, h, w), about [-1, 1], differentiable."""
         ...

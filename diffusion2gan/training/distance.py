@@ -71,6 +71,8 @@ def build_distance(config: LossConfig, teacher: Teacher, device: torch.device | 
     if name == "pseudo_huber":
         return Distance(lambda a, b, _: losses.pseudo_huber(a, b, config.pseudo_huber_c))
     if name == "lpips":
+        # A pixel's part of the gradient is below float16's smallest number.
+        teacher.decoder_in_float32()
         pixel = DecodedLPIPS(teacher.decode, _perceptual(config, "pixel_vgg", 3).to(device))
         return Distance(lambda a, b, _: pixel(a, b), network=pixel)
     metric = _perceptual(config, "latent_vgg", teacher.latent_shape[0]).to(device)

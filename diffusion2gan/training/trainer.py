@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -33,6 +34,7 @@ from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import grid, to_uint8
 from diffusion2gan.interrupt import stop_requests
 from diffusion2gan.pairs.dataset import PairDataset
+from diffusion2gan.precision import no_tf32
 from diffusion2gan.report import discriminator_picture
 from diffusion2gan.run_log import RunLog, mark_checkpointed, read_scalars, refuse_lost_checkpoint
 from diffusion2gan.schedule import warmup_and_decay
@@ -352,9 +354,10 @@ class Trainer:
             disable=not progress or not self.accelerator.is_main_process,
             mininterval=1,
         )
-        if self.step == 0:
-            self._sample()
-        with stop_requests() as stop, ThreadPoolExecutor(1) as loader, bar:
+        # What is in float32, all of it or the last layers, is not rounded like float16; inside a compiled graph it cannot be asked for.
+        with no_tf32(), stop_requests() as stop, ThreadPoolExecutor(1) as loader, bar:
+            if self.step == 0:
+                self._sample()
             upcoming: Future[list[OdePairBatch]] = loader.submit(self._load, self.step)
             while self.step < self.total_steps and not self.stopping:
                 if self.step == config.steps and not self.in_phase_2:
@@ -405,8 +408,9 @@ class Trainer:
         total, square, count = 0.0, 0.0, 0
         with self.ema.applied_to(self.bare_generator):
             for pairs in self._held_out(self.config.holdout):
+                condition = self.teacher.encode_prompts(pairs.prompts)
                 with self.accelerator.autocast():  # as in training, compiled or not
-                    fake = self.bare_generator(pairs.noise, self.teacher.encode_prompts(pairs.prompts))
+                    fake = self.bare_generator(pairs.noise, condition)
                 total += self.distance(fake, pairs.latent, pairs.uniform).sum().item()
                 square += (fake - pairs.latent).square().flatten(1).mean(1).sum().item()
                 count += len(fake)
@@ -421,16 +425,22 @@ class Trainer:
         targets, fakes, prompts = [], [], []
         with self.ema.applied_to(self.bare_generator):
             for pairs in self._held_out(self.config.sample_count):
+                condition = self.teacher.encode_prompts(pairs.prompts)
                 with self.accelerator.autocast():
-                    fake = self.bare_generator(pairs.noise, self.teacher.encode_prompts(pairs.prompts))
+                    fake = self.bare_generator(pairs.noise, condition)
                 fakes.append(self.teacher.decode(fake.to(self.teacher.dtype)))
                 targets.append(self.teacher.decode(pairs.latent.to(self.teacher.dtype)))
                 prompts += pairs.prompts
         if not self.accelerator.is_main_process:
             return
-        images = np.concatenate([to_uint8(torch.cat(targets)), to_uint8(torch.cat(fakes))])
-        picture = grid(images, columns=len(prompts), captions=prompts + [""] * len(prompts), row_labels=["teacher", "student"])
-        self.log.picture(self.step, "held-out", picture)
+        try:
+            images = np.concatenate([to_uint8(torch.cat(targets)), to_uint8(torch.cat(fakes))])
+        except UserError as error:
+            # A decoder of half precision may overflow; a picture to look at is no reason to end a training.
+            warnings.warn(f"step {self.step}: no pictures of held-out pairs: {error}", stacklevel=2)
+        else:
+            picture = grid(images, columns=len(prompts), captions=prompts + [""] * len(prompts), row_labels=["teacher", "student"])
+            self.log.picture(self.step, "held-out", picture)
         # At the first step of phase 2 there is nothing to draw yet.
         told = [row for row in read_scalars(self.log.path) if "discriminator" in row] if self.in_phase_2 else []
         if told:
@@ -474,7 +484,7 @@ class Trainer:
     def _resume(self) -> None:
         last = last_checkpoint(self.folder / "checkpoints", self.accelerator)
         if last:
-            state = load_state(last, self._environment(), in_pieces=self.placement.sharded)
+            state = load_state(last, self._environment(), in_pieces=self.accelerator.num_processes > 1)
             load_trained(self.bare_generator, split_like(state.model, self.ema.state))
             self.ema.load(split_like(state.ema, self.ema.state))
             self.descent.load(state.optimizer)

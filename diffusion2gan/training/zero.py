@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from packaging.version import Version
 from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.training.clipping import RelativeClip
 from diffusion2gan.training.descent import Descent
+from diffusion2gan.training.sharding import with_whole_tensors
 
 # Before it, a gradient that is not finite has a finite norm.
 _NEEDED = "0.19"
@@ -66,6 +66,7 @@ class ZeroDescent(Descent):
         try:
             import deepspeed
             from deepspeed.utils import logger
+            from packaging.version import Version
         except ImportError:
             raise UserError(f"training.zero is {stage}, which needs DeepSpeed: pip install --no-build-isolation deepspeed") from None
         if Version(deepspeed.__version__) < Version(_NEEDED):
@@ -150,6 +151,8 @@ class ZeroDescent(Descent):
         self._step(0.0)
         for i, parameter in enumerate(self._parameters):
             for key in ("exp_avg", "exp_avg_sq"):
-                safe_set_full_optimizer_state(parameter, state["state"][i][key].to(parameter.device).float(), key)
+                # Of a run that was split by FSDP2, in pieces.
+                moment = with_whole_tensors(state["state"][i][key])
+                safe_set_full_optimizer_state(parameter, moment.to(parameter.device).float(), key)
         for own in self.raw_optimizer.state.values():
             own["step"].copy_(state["state"][0]["step"])

@@ -48,7 +48,9 @@ def _inputs(plan: str, batch: int = 2, size: int = 16) -> tuple[Tensor, Tensor, 
     return torch.randn(batch, 4, size, size), torch.randn(batch, 4, size, size), TextCondition(torch.randn(batch, 5, width), added)
 
 
-def _teachers_features(network: UNet2DConditionModel, latent: Tensor, condition: TextCondition) -> tuple[Tensor, dict[str, list[Tensor]]]:
+def _teachers_features(
+    network: UNet2DConditionModel, latent: Tensor, condition: TextCondition, timestep: int = 0
+) -> tuple[Tensor, dict[str, list[Tensor]]]:
     """The network's prediction and its decoder blocks' READOUTS, by hooks of the test's own.
 
     `joined`: the outputs of their last layers. `below`: the outputs of the middle block and of the upsamplers. `skip`: of the
@@ -66,7 +68,7 @@ def _teachers_features(network: UNet2DConditionModel, latent: Tensor, condition:
     hooks += [m.register_forward_hook(keep(below)) for m in (network.mid_block, *(u for b in blocks for u in b.upsamplers or []))]
     hooks.append(network.conv_in.register_forward_hook(keep(residuals)))
     hooks += [b.register_forward_hook(lambda _m, _a, out: residuals.extend(out[1])) for b in network.down_blocks]
-    prediction = _evaluate(latent, torch.tensor(0), condition, network)
+    prediction = _evaluate(latent, torch.tensor(timestep), condition, network)
     for hook in hooks:
         hook.remove()
     skip = []
@@ -77,16 +79,17 @@ def _teachers_features(network: UNet2DConditionModel, latent: Tensor, condition:
     return prediction, {"skip": skip, "below": below, "joined": [k if isinstance(k, Tensor) else k.sample for k in joined]}
 
 
+@pytest.mark.parametrize("timestep", [0, 500])
 @pytest.mark.parametrize("plan", PLANS)
-def test_at_the_start_the_features_are_the_teachers(plan: str) -> None:
+def test_at_the_start_the_features_are_the_teachers(plan: str, timestep: int) -> None:
     build, levels = PLANS[plan]
     torch.manual_seed(0)
     network = build()
     latent, noise, condition = _inputs(plan)
     with torch.no_grad():
-        prediction, features = _teachers_features(network, latent, condition)
+        prediction, features = _teachers_features(network, latent, condition, timestep)
         norm, act, out = network.conv_norm_out, network.conv_act, network.conv_out
-        discriminator = MultiScaleDiscriminator(network, _evaluate, DiscriminatorConfig())
+        discriminator = MultiScaleDiscriminator(network, _evaluate, DiscriminatorConfig(timestep=timestep))
         read: dict[str, Tensor] = {}
         for name, head in zip(discriminator._maps, discriminator.readouts, strict=True):
             head.register_forward_pre_hook(lambda _m, a, name=name: read.update({f"{name[0]}.{name[1]}": a[0]}))

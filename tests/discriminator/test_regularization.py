@@ -22,6 +22,8 @@ from diffusion2gan.discriminator.regularization import (
     r1_samples,
 )
 from diffusion2gan.teachers.attention import checkpoint_as_computed, twice_differentiable_attention
+from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+from tests.conftest import tiny_pipeline
 from tests.discriminator.test_multi_scale import PLANS, _evaluate, _inputs
 
 
@@ -218,3 +220,32 @@ def test_backward_outside_the_block_keeps_its_attention(checkpointing: bool) -> 
     # Fused attention is what would be used otherwise, and it cannot do this.
     with pytest.raises(RuntimeError, match="derivative"):
         r1_penalty(s, latent).sum().backward()
+
+
+def test_a_teachers_discriminator_recomputes_as_it_computed() -> None:
+    """`gradient_checkpointing` with exact R1, as the recipes for one GPU have it: made by `from_teacher`, not by a test."""
+
+    def gradients(checkpointing: bool) -> tuple[list[Tensor], int]:
+        torch.manual_seed(0)
+        teacher = StableDiffusionTeacher.from_pipeline(tiny_pipeline())
+        d = MultiScaleDiscriminator.from_teacher(teacher, DiscriminatorConfig(gradient_checkpointing=checkpointing)).double()
+        with torch.no_grad():
+            for p in d.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        latent, noise, condition = _inputs("tiny", size=8)
+        latent, noise, condition = latent.double(), noise.double(), condition.to(torch.float64)
+        calls: list[int] = []
+        d.network.mid_block.resnets[1].register_forward_pre_hook(lambda *_: calls.append(1))
+
+        def s(x: Tensor) -> Tensor:
+            return score(d(x, noise, condition))
+
+        with twice_differentiable_attention():
+            penalty = r1_penalty(s, latent).sum()
+        (s(latent).sum() + penalty).backward()
+        return [p.grad for p in d.parameters() if p.grad is not None], len(calls)
+
+    (plain, few), (recomputed, many) = gradients(False), gradients(True)
+    for ours, theirs in zip(recomputed, plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert few == 2 < many

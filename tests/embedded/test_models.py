@@ -19,6 +19,7 @@ from diffusion2gan.fit import FitConfig, fit
 from diffusion2gan.images import to_tensor
 from diffusion2gan.perceptual import LatentLPIPS
 from diffusion2gan.run_log import read_scalars
+from diffusion2gan.teachers.folders import token_ids
 from tests.conftest import tiny_pipeline
 from tests.helpers import tree_digest
 
@@ -48,6 +49,9 @@ def test_latent_statistics_are_folded_without_changing_the_pictures(dataset: Emo
     # The posterior's own deviation is scaled alike: samples decode to the same pictures too.
     torch.testing.assert_close(folded.std / posterior.std, (folded.mean.std(dim=(0, 2, 3)) / posterior.mean.std(dim=(0, 2, 3))).view(1, 4, 1, 1).expand_as(folded.std), rtol=1e-2, atol=0)  # fmt: skip
     assert tuple(folded.mean.shape[1:]) == (4, 16, 16)
+    # The stock pipeline scales by the one and ignores the other.
+    assert model.config.scaling_factor == 1
+    assert not model.config.shift_factor
 
 
 def test_pixels_map_to_minus_one_and_one() -> None:
@@ -64,6 +68,11 @@ def test_tokenizer_knows_every_caption_and_survives_saving(tmp_path: Path) -> No
     assert CLIPTokenizer.from_pretrained(tmp_path)(captions).input_ids == ids
     assert len({tuple(i) for i in ids}) == len(captions)
     assert tokenizer("").input_ids == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    # The text encoder finds the end by its id, and caption dropout is the stock pipeline's empty negative prompt.
+    config = text_to_image.new_text_encoder(tokenizer).config
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(config, name) == getattr(tokenizer, name) < len(tokenizer)
+    assert torch.equal(text_to_image.tokenize_captions(tokenizer, [])[""], token_ids(tokenizer, [""])[0])
 
 
 def test_the_saved_pipeline_is_an_ordinary_one(tmp_path: Path) -> None:
@@ -165,6 +174,32 @@ def test_fit_without_or_with_a_damaged_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a checkpoint of this training"):
         fit(model, loss, config, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == log
+
+
+def test_the_stages_one_after_another(
+    dataset: EmojiDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`diffusion2gan embedded autoencoder | teacher | perceptual | calibrate`, two steps of each: every folder is what the next one reads."""
+    monkeypatch.setattr(emoji, "load", lambda: dataset)
+    for module in (autoencoder, text_to_image, perceptual):
+        monkeypatch.setattr(module, "CONFIG", dataclasses.replace(module.CONFIG, batch_size=4, compile=False))
+    monkeypatch.setattr("diffusion2gan.perceptual.train.compile_for_one_shape", lambda called, *_: called)
+    monkeypatch.setattr(build, "TRIPLETS_OF_A_KIND", 16)
+    for stage in ("autoencoder", "teacher", "perceptual"):
+        build.run_stage(stage, tmp_path, 2)
+    said = capsys.readouterr().out
+    assert all(f"wrote {tmp_path / name}" in said for name in ("vae", "teacher", "latent_vgg", "pixel_vgg"))
+    heads = {name: LatentLPIPS.from_pretrained(tmp_path / name).lins[0].weight.clone() for name in ("latent_vgg", "pixel_vgg")}
+    build.run_stage("calibrate", tmp_path)
+    assert "2AFC" in capsys.readouterr().out
+    for name, before in heads.items():
+        after = LatentLPIPS.from_pretrained(tmp_path / name).lins[0].weight
+        assert not torch.equal(before, after)
+        assert after.min() >= 0
+    facts = build.training_facts(tmp_path)
+    assert (facts["ae_f4: steps"], facts["unet: samples"]) == (2, 8)
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "teacher")
+    assert isinstance(pipeline.tokenizer, CLIPTokenizer)
 
 
 def test_unpacked_weights_train_on(dataset: EmojiDataset, tmp_path: Path) -> None:

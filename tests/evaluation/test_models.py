@@ -186,15 +186,34 @@ def test_lightning_takes_its_own_network_and_predicts_the_sample(
     assert torch.allclose(pipeline.scheduler.step(x, pipeline.scheduler.timesteps[0], torch.randn_like(x)).prev_sample, x, atol=1e-6)
 
 
+# The cards' own numbers.
+CARDS = {
+    "sdxl-turbo": ("stabilityai/sdxl-turbo", 1, 0.0),
+    "sdxl-lightning": ("stabilityai/stable-diffusion-xl-base-1.0", 1, 0.0),
+    "lcm": ("SimianLuo/LCM_Dreamshaper_v7", 4, 8.0),
+    "instaflow": ("XCLiu/instaflow_0_9B_from_sd_1_5", 1, 1.0),
+}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_run_as_its_card_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple] = []
     monkeypatch.setattr(models, "pipeline_model", lambda *arguments: calls.append(arguments))
     load_model(name, ModelOptions(batch_size=4))
     load_model(name, ModelOptions(steps=7, guidance=1.5))
-    preset = PRESETS[name]
-    assert calls[0][:4] == (preset.source, name, preset.steps, preset.guidance)
+    source, steps, guidance = CARDS[name]
+    assert calls[0][:4] == (source, name, steps, guidance)
     assert calls[1][2:4] == (7, 1.5)
+
+
+def test_turbo_starts_at_the_last_timestep() -> None:
+    pipeline = tiny_sdxl_pipeline()
+    prepare = PRESETS["sdxl-turbo"].prepare
+    assert prepare is not None
+    prepare(pipeline)
+    pipeline.scheduler.set_timesteps(1)
+    assert type(pipeline.scheduler).__name__ == "EulerDiscreteScheduler"
+    assert pipeline.scheduler.timesteps.tolist() == [999]
 
 
 # --- Names ----------------------------------------------------------------------------------------------------------

@@ -178,6 +178,21 @@ class TestDamage:
             PairDataset(store, share=(1, 2)).latents([9])
         PairDataset(store, verify=False).latents([9])
 
+    def test_corrupt_noise_in_a_large_store(
+        self, tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Mix-and-match reads a partner's noise alone."""
+        folder = tmp_path / "noisy"
+        simulate(tiny_teacher, _config(prompts_file, noise_storage="float16"), folder, progress=False)
+        pairs = PairDataset(folder)
+        path = folder / pairs.manifest["shards"][1]["file"]
+        content = bytearray(path.read_bytes())
+        content[content.index(pairs.noises([9]).astype(np.float16).tobytes()) + 5] ^= 1
+        path.write_bytes(content)
+        monkeypatch.setattr(dataset, "VERIFY_BYTES", 0)
+        with pytest.raises(UserError, match="corrupt shard"):
+            PairDataset(folder).noises([9])
+
     def test_corrupt(self, store: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path) -> None:
         path = self._shard(store)
         data = bytearray(path.read_bytes())
@@ -313,3 +328,35 @@ def test_every_setting_of_a_store_is_compared(store: Path, tmp_path: Path, promp
     assert {a.split(".")[0] for a in accepted} == {"batch_size", "shard_size", "noise_storage", "precision", "noise_recipe"}
     assert settings["ode"].keys() == {"solver", "steps", "spacing", "guidance"}
     assert {"weights", "tokenizer", "schedule", "prediction_type", "latent_scaling"} <= settings["teacher"].keys()
+
+
+def test_the_negative_prompt_is_the_solvers(store: Path, tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path) -> None:
+    simulate(tiny_teacher, _config(prompts_file, negative_prompt="sun"), tmp_path / "other", progress=False)
+    batch = PairDataset(tmp_path / "other").batch(range(4))
+    solver = OdeSolver(tiny_teacher, SolverConfig(steps=2, guidance=2.0), 4, negative_prompt="sun")
+    np.testing.assert_array_equal(batch.latent, solver.solve(batch.noise, batch.prompts).numpy().astype(np.float16))
+    assert not np.array_equal(batch.latent, PairDataset(store).latents(range(4)))
+
+
+def test_check_counts_seeds(
+    tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as m:
+        m.setattr("diffusion2gan.pairs.simulate.pair_seed", lambda seed, index: pair_seed(seed, index // 2))
+        simulate(tiny_teacher, _config(prompts_file), tmp_path / "store", progress=False)
+    with pytest.raises(UserError, match="10 seeds appear twice"):
+        maintain.check(tmp_path / "store")
+
+
+def test_check_looks_for_what_is_not_finite(store: Path) -> None:
+    """A shard whose checksum is right and whose content is not."""
+    pairs = PairDataset(store)
+    batch, old = pairs.batch(range(8, 16)), store / pairs.manifest["shards"][1]["file"]
+    batch.latent[3, 0, 0, 0] = np.nan
+    data = encode_shard(batch.seeds.tolist(), batch.prompts, batch.latent, None)
+    old.unlink()
+    (store / shard_name(1, 3, hashlib.sha256(data).hexdigest())).write_bytes(data)
+    settings = {k: v for k, v in pairs.manifest.items() if k not in ("shards", "fingerprint")}
+    dataset.write_final_files(store, settings)
+    with pytest.raises(UserError, match="pairs 0 to 19 is not finite"):
+        maintain.check(store)

@@ -147,9 +147,10 @@ def test_g_leaves_no_gradient_in_d(loss: str, store: Path, tmp_path: Path) -> No
     assert any(p.grad is not None for p in trainer.bare_generator.parameters())
 
 
-def test_the_gradient_of_g_is_of_both_terms(store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", ["logistic", "hinge", "relativistic"])
+def test_the_gradient_of_g_is_of_both_terms(store: Path, tmp_path: Path, loss: str) -> None:
     """L_G = d + lambda_GAN L_GAN, written out."""
-    trainer = _phase_2(_trainer(store, tmp_path, steps=0))
+    trainer = _phase_2(_trainer(store, tmp_path, {"loss": loss}, steps=0))
     adversary = trainer.adversary
     assert adversary is not None
     (pairs,) = trainer._load(0)
@@ -160,7 +161,13 @@ def test_the_gradient_of_g_is_of_both_terms(store: Path, tmp_path: Path) -> None
     trainer.bare_generator.zero_grad()
     fake = trainer.bare_generator(pairs.noise, condition)
     maps = adversary.bare(fake, pairs.noise, condition)
-    term = torch.stack([-torch.log(torch.sigmoid(m)).mean() for m in maps.values()]).mean()
+    real = adversary.bare(pairs.latent, pairs.noise, condition)
+    of_map = {
+        "logistic": lambda name: -torch.log(torch.sigmoid(maps[name])),
+        "hinge": lambda name: -maps[name],
+        "relativistic": lambda name: -torch.log(torch.sigmoid(maps[name] - real[name].detach())),
+    }[loss]
+    term = torch.stack([of_map(name).mean() for name in maps]).mean()
     ((fake - pairs.latent).square().mean() + 0.5 * term).backward()
     expected = [p.grad for p in trainer.bare_generator.parameters() if p.grad is not None]
     for ours, theirs in zip(found, expected, strict=True):
@@ -407,8 +414,25 @@ def test_compiled_with_gradient_checkpointing(store: Path, tmp_path: Path, monke
 
 
 def test_bf16_trains(store: Path, tmp_path: Path) -> None:
-    trainer = _trainer(store, tmp_path, mixed_precision="bf16")
+    """But R1 is float32: rounded logits have no slope."""
+    trainer = _trainer(store, tmp_path, {"r1_every": 1}, mixed_precision="bf16")
+    adversary = trainer.adversary
+    assert adversary is not None
+    computed: list[torch.dtype] = []
+    adversary.bare.network.conv_in.register_forward_hook(lambda _m, _a, out: computed.append(out.dtype))
+    r1, in_r1 = adversary._r1, []
+
+    def watched(*arguments: Any) -> Tensor:
+        before = len(computed)
+        penalty = r1(*arguments)
+        in_r1.extend(computed[before:])
+        del computed[before:]
+        return penalty
+
+    adversary._r1 = watched  # type: ignore[method-assign]
     trainer.run(progress=False)
+    assert set(computed) == {torch.bfloat16}
+    assert set(in_r1) == {torch.float32}
     assert trainer.adversary is not None
     assert all(p.dtype == torch.float32 for p in trainer.adversary.bare.parameters())
 
@@ -605,3 +629,13 @@ def test_statistics_by_hand() -> None:
         "generated": {"count": 1, "logit": [1.0, -2.0, 4.0], "accuracy": [0.0, 1.0, 0.0], "below_real": [1.0, 1.0, 0.0]},
         "other_text": {"count": 1, "logit": [-2.0, 5.0, -9.0], "accuracy": [1.0, 0.0, 1.0], "below_real": [1.0, 0.0, 1.0]},
     }
+
+
+def test_the_optimizers_settings_are_the_recipes(store: Path, tmp_path: Path) -> None:
+    of_d = {"discriminator_betas": (0.1, 0.7), "discriminator_gradient_clip": 5.0}
+    trainer = _trainer(store, tmp_path, of_d, weight_decay=0.3, gradient_clip=3.0)
+    assert trainer.adversary is not None
+    descent = trainer.adversary.descent
+    (group,) = descent.raw_optimizer.param_groups
+    assert (tuple(group["betas"]), group["weight_decay"], descent.clip.factor) == ((0.1, 0.7), 0.3, 5.0)
+    assert trainer.descent.clip.factor == 3.0

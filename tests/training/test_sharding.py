@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 import os
 from pathlib import Path
 
@@ -16,31 +18,36 @@ from torch.distributed.tensor import DTensor
 from diffusion2gan.discriminator.build import build_discriminator
 from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig
 from diffusion2gan.errors import UserError
-from diffusion2gan.generator import OneStepGenerator
+from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.pairs.dataset import PairDataset
 from diffusion2gan.recipe import load_recipe
+from diffusion2gan.teachers.protocol import Teacher
+from diffusion2gan.teachers.sdxl import SDXLTeacher
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from diffusion2gan.training.adversarial import AdversarialConfig
 from diffusion2gan.training.distance import LossConfig, build_distance
 from diffusion2gan.training.optimizer import adamw
 from diffusion2gan.training.sharding import split_optimizer_state
 from diffusion2gan.training.trainer import Trainer, TrainingConfig
-from tests.conftest import tiny_pipeline, tiny_store
+from tests.conftest import tiny_pipeline, tiny_sdxl_pipeline, tiny_store
 
 WORLD = 2
 
 
-def _worker(rank: int, store: str, folder: str) -> None:
+def _worker(rank: int, store: str, folder: str, large: bool) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
-    teacher = StableDiffusionTeacher.from_pipeline(tiny_pipeline())
+    # As one would train SDXL: recomputed activations, bf16.
+    teacher: Teacher = SDXLTeacher.from_pipeline(tiny_sdxl_pipeline()) if large else StableDiffusionTeacher.from_pipeline(tiny_pipeline())
     config = TrainingConfig(steps=1, batch_size=8, micro_batch_size=2, holdout=8, shard=True, sample_count=2, warmup_steps=0)
     adversarial = AdversarialConfig(steps=2, r1="finite_difference", r1_every=1)
-    d, g = build_discriminator(DiscriminatorConfig(), teacher), OneStepGenerator.from_teacher(teacher)
+    d = build_discriminator(DiscriminatorConfig(gradient_checkpointing=large), teacher)
+    g = OneStepGenerator.from_teacher(teacher, GeneratorConfig(gradient_checkpointing=large))
     size = {n: sum(p.numel() for p in m.parameters()) for n, m in (("g", g), ("d", d))}
     distance = build_distance(LossConfig(distance="mse"), teacher)
-    trainer = Trainer(teacher, PairDataset(Path(store)), g, distance, config, Path(folder) / "run", Accelerator(cpu=True), adversarial, d)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if large else "no")
+    trainer = Trainer(teacher, PairDataset(Path(store)), g, distance, config, Path(folder) / "run", accelerator, adversarial, d)
     assert trainer.placement.sharded
     trainer.run(progress=False)
     adversary = trainer.adversary
@@ -64,9 +71,13 @@ def _worker(rank: int, store: str, folder: str) -> None:
     os._exit(0)
 
 
-def test_everything_of_both_networks_is_split(tmp_path: Path, prompts_file: Path) -> None:
-    store = tiny_store(tmp_path / "store", prompts_file, count=32, shard_size=16)
-    mp.spawn(_worker, args=(str(store), str(tmp_path)), nprocs=WORLD)
+@pytest.mark.parametrize("large", [False, True])
+def test_everything_of_both_networks_is_split(tmp_path: Path, prompts_file: Path, large: bool) -> None:
+    teacher: Teacher | None = SDXLTeacher.from_pipeline(tiny_sdxl_pipeline()) if large else None
+    store = tiny_store(tmp_path / "store", prompts_file, teacher=teacher, count=32, shard_size=16)
+    mp.spawn(_worker, args=(str(store), str(tmp_path), large), nprocs=WORLD)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
     assert (tmp_path / "run" / "samples" / "held-out-00000003.png").exists()
 
 

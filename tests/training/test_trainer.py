@@ -166,12 +166,22 @@ def test_gradient_checkpointing_changes_nothing(store: Path, tmp_path: Path) -> 
     plain = _trainer(store, tmp_path / "a")
     plain.run(progress=False)
     checkpointed = _trainer(store, tmp_path / "b", generator=GeneratorConfig(gradient_checkpointing=True))
+    calls: list[int] = []
+    hook = checkpointed.bare_generator.network.mid_block.resnets[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    checkpointed.train_step(checkpointed._load(0))
+    hook.remove()
+    assert len(calls) == 2  # once forward, once recomputed
+    checkpointed = _trainer(store, tmp_path / "b", generator=GeneratorConfig(gradient_checkpointing=True))
     checkpointed.run(progress=False)
     assert (_weights(plain) - _weights(checkpointed)).abs().max().item() < 1e-5
 
 
 def test_bf16_trains(store: Path, tmp_path: Path) -> None:
     trainer = _trainer(store, tmp_path, mixed_precision="bf16")
+    computed: set[torch.dtype] = set()
+    trainer.bare_generator.network.conv_in.register_forward_hook(lambda _m, _a, out: computed.add(out.dtype))
+    trainer.train_step(trainer._load(0))
+    assert computed == {torch.bfloat16}
     trainer.run(progress=False)
     assert all(p.dtype == torch.float32 for p in trainer.bare_generator.parameters())
     assert math.isfinite(trainer.validate()["validation_loss"])
@@ -328,3 +338,51 @@ def test_a_lost_checkpoint_is_not_a_new_run(stopped_at: int | None, store: Path,
     with pytest.raises(UserError, match=r"had a checkpoint \(checkpoints/step-\*.pt\), and has none now"):
         _trainer(store, tmp_path, checkpoint_every=1000)
     assert (tmp_path / "metrics.jsonl").read_bytes() == log
+
+
+def test_the_optimizers_settings_are_the_recipes(store: Path, tmp_path: Path) -> None:
+    trainer = _trainer(store, tmp_path, betas=(0.8, 0.95), weight_decay=0.3, gradient_clip=3.0)
+    (group,) = trainer.descent.raw_optimizer.param_groups
+    assert (tuple(group["betas"]), group["weight_decay"], trainer.descent.clip.factor) == ((0.8, 0.95), 0.3, 3.0)
+
+
+def test_a_rate_that_warms_up_and_falls() -> None:
+    config = TrainingConfig(steps=10, learning_rate=2.0, warmup_steps=2, decay_steps=4)
+    assert [config.rate(step) for step in (0, 1, 5, 6, 7, 8, 9)] == pytest.approx([1, 2, 2, 2, 1.5, 1, 0.5])
+
+
+def test_text_is_encoded_alike_in_training_and_validation(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the teacher's own precision, whatever the network's."""
+    trainer = _trainer(store, tmp_path, mixed_precision="bf16")
+    encode, found = trainer.teacher.encode_prompts, []
+
+    def watched(prompts: list[str]) -> object:
+        found.append(torch.is_autocast_enabled("cpu"))
+        return encode(prompts)
+
+    monkeypatch.setattr(trainer.teacher, "encode_prompts", watched)
+    trainer.train_step(trainer._load(0))
+    trainer.validate()
+    trainer._sample()
+    assert len(found) >= 3
+    assert not any(found)
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_training(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = _trainer(store, tmp_path, steps=2)
+    decode = trainer.teacher.decode
+    monkeypatch.setattr(trainer.teacher, "decode", lambda latent: decode(latent) * float("nan"))
+    with pytest.warns(UserWarning, match="no pictures of held-out pairs: pictures have NaN"):
+        trainer.run(progress=False)
+    assert checkpoints(tmp_path / "checkpoints")
+    assert not list(tmp_path.glob("samples/held-out-*.png"))
+
+
+def test_lpips_decodes_in_float32_whatever_the_teacher(pixel_folder: Path) -> None:
+    """Half precision has no numbers as small as a pixel's part of the gradient."""
+    teacher = StableDiffusionTeacher.from_pipeline(tiny_pipeline().to(torch.float16))
+    distance = build_distance(LossConfig(distance="lpips", perceptual=str(pixel_folder)), teacher)
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+    (1e-6 * distance(x, torch.zeros_like(x))).sum().backward()
+    assert teacher.vae.dtype == torch.float32
+    assert (x.grad != 0).float().mean() > 0.9
