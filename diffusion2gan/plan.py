@@ -409,7 +409,7 @@ def _phase(name: str, recipe: Recipe, gpus: int, n: Networks, share: BatchShare,
     average = 0 if training.ema_on_cpu else _NUMBER / (gpus if training.shard else 1)
     own = _BYTES[recipe.teacher.dtype]
     frozen = own * n.encoders + (_NUMBER * n.perceptual.parameters if n.perceptual else 0)
-    # A LoRA changes a frozen copy of the teacher's network; the teacher's own waits on the host.
+    # A LoRA changes a frozen copy of the teacher's network; the teacher's own is given up.
     frozen += 0 if whole else own * g.parameters
     # D waits on the GPU for its phase.
     resident = frozen + n.trained * (weight + optimizer + average) + (weight * n.discriminator.parameters if n.discriminator else 0)

@@ -130,7 +130,7 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     discriminator = build_discriminator(recipe.discriminator, teacher, recipe.training.seed) if with_d else None
     if recipe.training.shard and discriminator is not None:
         discriminator.to("cpu")
-    teacher.network_to_host()
+    teacher.give_up_network()
     with disk_errors(folder):
         if accelerator.is_main_process:
             open_run(recipe, folder)

@@ -292,10 +292,11 @@ class DiffusersTeacher:
     def device(self) -> torch.device:
         return self._device or next(self.network.parameters()).device
 
-    def network_to_host(self) -> None:
-        """Puts the network alone into the host's memory: a training has its own copies, and needs the other parts of the teacher."""
+    def give_up_network(self) -> None:
+        """Frees the weights of the network, whose dtype and shapes stay: a training has its own copies, and needs the other parts of the
+        teacher."""
         self._device = self.device
-        self.network.to("cpu")
+        nn.Module.to(self.network, "meta")
 
     @property
     def dtype(self) -> torch.dtype:

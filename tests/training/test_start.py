@@ -52,6 +52,8 @@ def test_phase_2_starts_from(of: str, phase_1: dict[str, Path], tmp_path: Path, 
     assert all(torch.equal(v, weights[k]) for k, v in average.items())
     trainer = train_recipe(recipe, phase_1["store"], tmp_path / "run", progress=False)
     assert trainer.step == recipe.total_steps == 4
+    # Nobody needs the teacher's own any more.
+    assert all(p.is_meta for p in trainer.teacher.network.parameters())  # type: ignore[attr-defined]
     first = load_state(checkpoint_path(tmp_path / "run" / "checkpoints", 3))
     assert first.guard is not None
     # The average that was started from is what the guard compares with.
