@@ -77,8 +77,9 @@ def one_row(name: str, seed: int, overrides: list[str], store: Path, out: Path, 
     card = folder / "student" / STUDENT_FILE
     scores = folder / list_name / "emoji10k-v1.json"
     if not card.exists() or json.loads(card.read_text())["steps"] != recipe.total_steps:
-        export_run(folder / "run", folder / "student", "float32")
+        # In this order: a kill between the two must not leave another student's scores.
         shutil.rmtree(scores.parent, ignore_errors=True)
+        export_run(folder / "run", folder / "student", "float32")
     result = json.loads(scores.read_text()) if scores.exists() else evaluate_student(folder / "student", scores.parent, shared, list_name)
     told = read_scalars(folder / "run" / "metrics.jsonl")
     held_out = [r["validation_mse"] for r in told if "validation_mse" in r]

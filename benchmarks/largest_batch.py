@@ -96,7 +96,8 @@ class Tries:
         config = TrainingConfig(steps=0, batch_size=batch, mixed_precision=a.precision, holdout=1, compile=a.compile)
         r1_count = 1 if self.adversarial else None
         trainer = new_trainer(self.teacher, self.loss, self.store, self.folder / str(self._count), config, not a.no_checkpointing, r1_count)
-        self.teacher.network_to_host()  # as `train` does
+        # `train` gives it up; the next batch copies it again.
+        torch.nn.Module.to(self.teacher.network, "cpu")
         return trainer
 
 

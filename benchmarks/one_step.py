@@ -25,6 +25,7 @@ from diffusion2gan.files import write_json
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.pipeline import OneStepPipeline
+from diffusion2gan.precision import no_tf32
 from diffusion2gan.report import markdown_table
 from diffusion2gan.teachers.attention import plain_attention_on_cpu
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
@@ -87,11 +88,12 @@ def main() -> None:
             "pipeline": lambda prompts=prompts: torch.from_numpy(pipeline.generate(prompts, range(len(prompts)), len(prompts))),
         }
         times: dict[str, list[float]] = {name: [] for name in acts}
-        for act in acts.values():
-            timed(act)
-        for _ in range(a.repeats):
-            for name, act in acts.items():
-                times[name].append(timed(act))
+        with no_tf32():  # all alike
+            for act in acts.values():
+                timed(act)
+            for _ in range(a.repeats):
+                for name, act in acts.items():
+                    times[name].append(timed(act))
         row = {name: statistics.median(seconds) / batch for name, seconds in times.items()}
         ratios = [t / s for t, s in zip(times["teacher"], times["student"], strict=True)]
         overheads = [p / s - 1 for p, s in zip(times["pipeline"], times["student"], strict=True)]

@@ -12,6 +12,7 @@ does not fit is recorded with its error.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
@@ -115,6 +116,8 @@ def main() -> None:
             try:
                 run = folder / f"run-{checkpointing}"
                 trainer = new_trainer(teacher, loss, folder / "store", run, config, checkpointing, a.r1_count)
+                # `train` gives it up; the next row copies it again.
+                torch.nn.Module.to(teacher.network, "cpu")
                 if device == "cuda":
                     row["resident, MB"] = torch.cuda.memory_allocated() / 2**20
                 found = measure(trainer, a.repeats)
@@ -123,6 +126,10 @@ def main() -> None:
                 continue
             finally:
                 trainer = None  # type: ignore[assignment]
+                torch.nn.Module.to(teacher.network, device)
+                gc.collect()
+                if device == "cuda":
+                    torch.cuda.empty_cache()
             lazy = ((R1_EVERY - 1) * found["phase 2"]["s"] + found["phase 2, with R1"]["s"]) / R1_EVERY
             row |= {f"{kind}, {unit}": value for kind, values in found.items() for unit, value in values.items()}
             row |= {"phase 2 : phase 1, time": lazy / found["phase 1"]["s"], "R1's share of phase 2": 1 - found["phase 2"]["s"] / lazy}

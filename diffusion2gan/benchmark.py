@@ -20,6 +20,7 @@ from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.images import to_tensor, to_uint8
 from diffusion2gan.pairs.simulate import PairsConfig
 from diffusion2gan.pipeline import STUDENT_FILE, OneStepPipeline, teacher_pictures
+from diffusion2gan.precision import no_tf32
 from diffusion2gan.report import cell, markdown_table
 from diffusion2gan.teachers.folders import weights_digest
 from diffusion2gan.teachers.load import teacher_folder
@@ -30,7 +31,9 @@ from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 _TEACHER_BATCH = 64
 
 
-def teacher_subject(teacher: StableDiffusionTeacher, ode: SolverConfig, precision: str | None = None, compiled: bool = False) -> Subject:
+def teacher_subject(
+    teacher: StableDiffusionTeacher, ode: SolverConfig, precision: str | None = None, compiled: bool = False, negative_prompt: str = ""
+) -> Subject:
     """The teacher with its solver, in the precision that its pairs are made in, where the machine has it."""
     if precision == "bfloat16" and not has_bf16(teacher.device):
         precision = None  # in software it would take many times as long; the name tells the two apart
@@ -39,8 +42,9 @@ def teacher_subject(teacher: StableDiffusionTeacher, ode: SolverConfig, precisio
     own = str(teacher.dtype).removeprefix("torch.")
     # The store's identity of a teacher has no autoencoder: latents do not depend on it, pictures do.
     settings = [teacher.identity(), weights_digest(teacher.vae), ode.model_dump(), precision or own]
+    settings += [negative_prompt] if negative_prompt else []
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    solver = OdeSolver(teacher, ode, _TEACHER_BATCH, precision, compiled)
+    solver = OdeSolver(teacher, ode, _TEACHER_BATCH, precision, compiled, negative_prompt)
     how = f"{precision or own}, compiled" if compiled else precision or own
     return Subject(partial(teacher_pictures, solver), f"teacher {name}", how)
 
@@ -60,7 +64,8 @@ def autoencode_with(teacher: StableDiffusionTeacher) -> Callable[[np.ndarray], n
 
     @torch.inference_mode()
     def autoencode(images: np.ndarray) -> np.ndarray:
-        return to_uint8(teacher.vae(to_tensor(images).to(teacher.device)).sample)
+        with no_tf32():
+            return to_uint8(teacher.vae(to_tensor(images).to(teacher.device)).sample)
 
     return autoencode
 
@@ -77,7 +82,8 @@ def evaluate_student(
             f"{folder}: a student of teacher {facts['teacher_weights'][:16]}..., but the embedded teacher is {teacher.identity()['weights'][:16]}...; "
             "the protocol compares a student with its own teacher"
         )
-    sampler = teacher_subject(teacher, SolverConfig.model_validate(facts["ode"]), facts.get("precision"), facts.get("compile", False))
+    ode, negative = SolverConfig.model_validate(facts["ode"]), facts.get("negative_prompt", "")
+    sampler = teacher_subject(teacher, ode, facts.get("precision"), facts.get("compile", False), negative)
     return _evaluate(
         student_subject(student), folder.name, sampler, teacher, facts["timestep"], out, shared, list_name, count, preservation_count
     )
@@ -88,7 +94,7 @@ def evaluate_teacher(
 ) -> dict[str, Any]:
     """The same of the embedded teacher itself, solved as `pairs` are: what a perfect student of them would score."""
     teacher = _embedded_teacher()
-    sampler = teacher_subject(teacher, pairs.ode, pairs.precision, pairs.compile)
+    sampler = teacher_subject(teacher, pairs.ode, pairs.precision, pairs.compile, pairs.negative_prompt)
     timestep = len(teacher.alphas_cumprod) - 1
     return _evaluate(sampler, "embedded teacher", sampler, teacher, timestep, out, shared, list_name, count, preservation_count)
 

@@ -47,7 +47,7 @@ def has_bf16(device: torch.device | str) -> bool:
     as in float32 (a convolution with its backward, Zen 3)."""
     device = torch.device(device)
     if device.type == "cpu":
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 

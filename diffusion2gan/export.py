@@ -195,14 +195,21 @@ def push_to_hub(folder: Path, repository: str, private: bool) -> str:
 
     api = HfApi()
     try:
-        address = str(api.create_repo(repository, private=private, exist_ok=True))
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="A one-step student of diffusion2gan")
+        made = api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.repo_info(made.repo_id).private:
+            raise UserError(
+                f"--push-to-hub {repository} --private: that repository is there already, and public; name another, or change it on the hub first"
+            )
+        # An index or a shard of an earlier upload would be loaded instead of what comes now.
+        stale = ["*/*.safetensors", "*/*.safetensors.index.json"]
+        message = "A one-step student of diffusion2gan"
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=message, delete_patterns=stale)
     except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(
             f"--push-to-hub {repository}: {reason}; the student is whole in {folder}: log in (`hf auth login`) and export again"
         ) from None
-    return address
+    return str(made)
 
 
 def licence_of(folder: Path) -> str | None:
@@ -222,10 +229,11 @@ def licence_of(folder: Path) -> str | None:
 def hub_licence(repository: str) -> str | None:
     """The same of a hub repository, from its card; None when it cannot be read."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError
 
     try:
         return licence_of(Path(hf_hub_download(repository, "README.md")).parent)
-    except (OSError, ValueError):
+    except (OSError, ValueError, HTTPError):
         return None
 
 

@@ -168,6 +168,8 @@ def torch_load_safe(path: Path, by_page: bool = False) -> Any:
 
 def refuse_other_folder(folder: Path, marker: str, what: str) -> None:
     """Raises UserError unless `folder` may be written: new, empty, or holding the file `marker`, a `what` to be replaced."""
+    if folder.name in ("", ".."):
+        raise UserError(f"{folder}: has no name of its own, by which it could be replaced; name a folder in it, or its full path")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, expected a folder; choose a new name")
     if folder.exists() and not (folder / marker).exists() and any(folder.iterdir()):
@@ -205,10 +207,16 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def fsync_dir(path: Path) -> None:
-    """Makes a rename inside `path` survive a power cut."""
-    fd = os.open(path, os.O_RDONLY)
+    """Makes a rename inside `path` survive a power cut, where the file system has that."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
     finally:
         os.close(fd)
 

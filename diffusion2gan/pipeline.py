@@ -149,7 +149,8 @@ class OneStepPipeline:
         for start in range(0, len(prompts), batch_size):
             stop = start + batch_size
             x = self.latents(prompts[start:stop], draw_noise(seeds[start:stop], self.teacher.latent_shape))
-            parts.append(to_uint8(self.teacher.decode(x), quantiser))
+            with no_tf32():
+                parts.append(to_uint8(self.teacher.decode(x), quantiser))
         return np.concatenate(parts)
 
 
@@ -175,7 +176,7 @@ def _student_folder(source: str | Path, revision: str | None) -> Path:
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     # Of a repository that also holds a single file or a LoRA, the folder alone.
     wanted = [STUDENT_FILE, "model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
@@ -183,7 +184,7 @@ def _student_folder(source: str | Path, revision: str | None) -> Path:
         # First of all, or gigabytes would come before the news that it is no student.
         hf_hub_download(str(source), STUDENT_FILE, revision=revision)
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+    except (LocalEntryNotFoundError, HTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"{source}: no such folder, and not found on the hub ({reason}); name a student's folder or hub id") from None
 
@@ -233,5 +234,6 @@ def teacher_pictures(solver: OdeSolver, prompts: Sequence[str], seeds: Sequence[
     for start in range(0, len(prompts), solver.batch_size):
         stop = start + solver.batch_size
         x = solver.solve(draw_noise(seeds[start:stop], teacher.latent_shape), prompts[start:stop])
-        parts.append(to_uint8(teacher.decode(x.to(teacher.dtype)), quantiser))
+        with no_tf32():
+            parts.append(to_uint8(teacher.decode(x.to(teacher.dtype)), quantiser))
     return np.concatenate(parts)

@@ -58,10 +58,11 @@ NODE = 8
 
 @dataclass(frozen=True)
 class Gpu:
-    """Of the makers' data sheets: dense half-precision matrix rate (TFLOP/s), memory (GiB), and in GB/s each way what a GPU has to the
-    others of its node, and a node to the other nodes."""
+    """Of the makers' data sheets: dense half-precision matrix rate, and the rate of float32 without tensor cores (TFLOP/s), memory (GiB),
+    and in GB/s each way what a GPU has to the others of its node, and a node to the other nodes."""
 
     tflops: float
+    single: float
     memory: float
     link: float
     network: float
@@ -74,15 +75,15 @@ class Gpu:
 # NVLink, and the cards of a DGX (V100: four of 100 Gb/s, A100: eight of 200, H100: eight of 400); otherwise PCIe 4.0 x16 and one card of
 # 100 Gb/s.
 GPUS: Mapping[str, Gpu] = {
-    "a100-40gb": Gpu(312, 40, 300, 200),
-    "a100": Gpu(312, 80, 300, 200),
-    "h100": Gpu(989, 80, 450, 400),
-    "h200": Gpu(989, 141, 450, 400),
-    "l40s": Gpu(362, 48, 32, 12.5),
-    "a10": Gpu(125, 24, 32, 12.5),
-    "rtx4090": Gpu(165, 24, 32, 12.5),
-    "rtx3090": Gpu(71, 24, 32, 12.5),
-    "v100": Gpu(125, 32, 150, 50),
+    "a100-40gb": Gpu(312, 19.5, 40, 300, 200),
+    "a100": Gpu(312, 19.5, 80, 300, 200),
+    "h100": Gpu(989, 67, 80, 450, 400),
+    "h200": Gpu(989, 67, 141, 450, 400),
+    "l40s": Gpu(362, 91.6, 48, 32, 12.5),
+    "a10": Gpu(125, 31.2, 24, 32, 12.5),
+    "rtx4090": Gpu(165, 82.6, 24, 32, 12.5),
+    "rtx3090": Gpu(71, 35.6, 24, 32, 12.5),
+    "v100": Gpu(125, 15.7, 32, 150, 50),
 }
 # Text encoders of the published teachers, counted from the config.json of their repositories' text_encoder and text_encoder_2: CLIP
 # ViT-L/14; OpenCLIP ViT-H/14; ViT-L/14 and OpenCLIP ViT-bigG/14.
@@ -182,7 +183,9 @@ def _configuration(teacher: TeacherConfig, part: str) -> dict[str, Any]:
         return dict(getattr(PUBLISHED[teacher.source], part))
     try:
         if Path(folder).is_dir():
-            return dict(kind.load_config(str(folder), subfolder=part))
+            # A repository of one network may have it beside model_index.json.
+            flat = part == "unet" and not (Path(folder) / part).is_dir()
+            return dict(kind.load_config(str(folder), subfolder=None if flat else part))
         return dict(kind.load_config(teacher.source, subfolder=part, revision=teacher.revision))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:100]
@@ -336,7 +339,7 @@ def _perceptual(latent: tuple[int, int, int], **shape: Any) -> Cost:
 @dataclass(frozen=True)
 class StagePlan:
     """`evaluations` of the diffusion network; `flops` in all; `memory` (bytes) of one of `gpus`, `disk` (bytes), `exchanged`: bytes that
-    each GPU hands on in all."""
+    each GPU hands on in all. single: it computes in float32."""
 
     name: str
     gpus: int
@@ -345,9 +348,11 @@ class StagePlan:
     memory: float
     disk: float = 0.0
     exchanged: float = 0.0
+    single: bool = False
 
     def arithmetic_days(self, gpu: Gpu, utilisation: float) -> float:
-        return self.flops / (gpu.tflops * 1e12 * utilisation) / 86_400
+        rate = gpu.single if self.single else gpu.tflops
+        return self.flops / (rate * 1e12 * utilisation) / 86_400
 
     def exchange_days(self, gpu: Gpu) -> float:
         """GPU-days in which gradients, and weights that are split, go round; nothing else is done meanwhile."""
@@ -391,7 +396,8 @@ def _simulate(recipe: Recipe, gpus: int, n: Networks) -> StagePlan:
     guided = 2 if pairs.ode.guidance > 1 else 1
     alive = pairs.batch_size * guided * g.alive * _BYTES[precision] / 2
     memory = _BYTES[own] * (g.parameters + n.encoders) + copy + alive
-    return StagePlan("simulate", gpus, evaluations, evaluations * g.flops, memory, pairs.count * stored)
+    single = precision in ("float32", "float64")
+    return StagePlan("simulate", gpus, evaluations, evaluations * g.flops, memory, pairs.count * stored, single=single)
 
 
 def _phase(name: str, recipe: Recipe, gpus: int, n: Networks, share: BatchShare, steps: int, d: Cost | None) -> StagePlan:
@@ -445,8 +451,10 @@ def _phase(name: str, recipe: Recipe, gpus: int, n: Networks, share: BatchShare,
         images,
         images * per_image,
         resident + max(step, drawing),
-        training.keep_checkpoints * saved,
+        # One more while it is written; phase 2 also keeps the end of phase 1 and the last good average.
+        (training.keep_checkpoints + (1 if d is None else 3)) * saved,
         steps * _NUMBER * exchanged * (gpus - 1) / gpus,
+        training.mixed_precision == "no",
     )
 
 
@@ -611,6 +619,8 @@ def plan_table(recipe: Recipe, gpu_name: str, count: int, utilisation: float) ->
         + _told(recipe)
         + "\n"
         + markdown_table(columns, rows)
-        + f"\n{total:.3g} GPU-days in all, if {utilisation:.0%} of the {gpu.tflops:g} TFLOP/s of half-precision matrix units is used{exchange}: "
+        + f"\n{total:.3g} GPU-days in all, if {utilisation:.0%} of the {gpu.tflops:g} TFLOP/s of half-precision matrix units"
+        + (f" (of the {gpu.single:g} of float32 where a stage computes in it)" if any(s.single for s in found) else "")
+        + f" is used{exchange}: "
         "assumptions; FLOPs are counted but for R1's, memory is weights, optimiser and kept activations, without the allocator's own.\n"
     )

@@ -232,6 +232,7 @@ def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance, start: t
             "pairs.precision",
             "pairs.text_precision",
             "pairs.compile",
+            "pairs.teacher.source",
         )
         for key, ours, theirs in settings_difference(json.loads(written), {k: v for k, v in saved.items() if k != "start"}):
             if key not in kept:
@@ -290,6 +291,7 @@ def export_run(
         "pairs": pairs["count"],
         "pairs_fingerprint": pairs["fingerprint"],
         "ode": pairs["ode"],
+        **({"negative_prompt": pairs["negative_prompt"]} if pairs["negative_prompt"] else {}),
         "precision": pairs["precision"],
         "compile": pairs.get("compile", False),
         "distance": recipe.loss.distance,

@@ -169,4 +169,9 @@ def original_layout(pipeline: Any) -> dict[str, Tensor]:
     else:
         encoders = {"cond_stage_model.": original_clip(text)}
     parts = {"model.diffusion_model.": original_unet(pipeline.unet), "first_stage_model.": original_vae(pipeline.vae)} | encoders
+    # How UIs know an SDXL network that predicts v.
+    schedule = dict(pipeline.scheduler.config)
+    if second is not None and schedule.get("prediction_type") == "v_prediction":
+        marks = ["v_pred", *(["ztsnr"] if schedule.get("rescale_betas_zero_snr") else [])]
+        parts[""] = {mark: torch.zeros(0) for mark in marks}
     return {prefix + key: value.detach().cpu().contiguous() for prefix, part in parts.items() for key, value in part.items()}

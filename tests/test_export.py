@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -248,13 +250,34 @@ def test_what_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     asked: list[Any] = []
 
     class Hub:
-        def create_repo(self, name: str, private: bool, exist_ok: bool) -> str:
-            asked.append((name, private, exist_ok))
-            return f"hub/{name}"
+        is_private = True
 
-        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
-            asked.append((repo_id, Path(folder_path)))
+        def create_repo(self, name: str, private: bool, exist_ok: bool) -> huggingface_hub.RepoUrl:
+            asked.append((name, private, exist_ok))
+            return huggingface_hub.RepoUrl(f"{huggingface_hub.constants.ENDPOINT}/me/{name.rpartition('/')[2]}")
+
+        def repo_info(self, name: str) -> SimpleNamespace:
+            return SimpleNamespace(private=self.is_private)
+
+        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: list[str]) -> None:
+            asked.append((repo_id, Path(folder_path), delete_patterns))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    assert push_to_hub(tmp_path, "me/student", True) == "hub/me/student"
-    assert asked == [("me/student", True, True), ("me/student", tmp_path)]
+    # A name alone is of the one who is logged in.
+    assert push_to_hub(tmp_path, "student", True).endswith("/me/student")
+    name, folder, deleted = asked[1]
+    assert (asked[0], name, folder) == (("student", True, True), "me/student", tmp_path)
+    # What an earlier upload split in parts would be loaded instead.
+    assert all(any(fnmatch(old, p) for p in deleted) for old in ("unet/a-00001-of-00002.safetensors", "unet/a.safetensors.index.json"))
+    monkeypatch.setattr(Hub, "is_private", False)
+    with pytest.raises(UserError, match="is there already, and public"):
+        push_to_hub(tmp_path, "student", True)
+    assert len(asked) == 3
+
+
+def test_a_user_interface_knows_that_sdxl_predicts_v() -> None:
+    pipeline = tiny_sdxl_pipeline()
+    assert "v_pred" not in original_layout(pipeline)
+    changed = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **changed)
+    assert {"v_pred", "ztsnr"} <= original_layout(pipeline).keys()

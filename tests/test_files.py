@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from diffusion2gan.files import _host, sweep_temporaries, sweep_temporaries_of
+import pytest
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.files import _host, refuse_other_folder, sweep_temporaries, sweep_temporaries_of, write_bytes_atomic
 
 
 def _dead_process() -> int:
@@ -48,3 +53,24 @@ def test_what_is_swept_of_one_file(tmp_path: Path) -> None:
     own.touch(), other.touch()
     sweep_temporaries_of(tmp_path / "a[1].pt")
     assert not own.exists() and other.exists()
+
+
+@pytest.mark.parametrize("name", [".", "..", "/"])
+def test_a_folder_without_a_name_cannot_be_replaced(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="has no name of its own"):
+        refuse_other_folder(Path(name), "marker", "student")
+
+
+def test_a_file_system_that_flushes_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems answer EINVAL; what was written is there all the same."""
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_bytes_atomic(tmp_path / "a", b"content")
+    assert (tmp_path / "a").read_bytes() == b"content"

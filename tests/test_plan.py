@@ -462,3 +462,14 @@ def test_a_recipe_fits_the_gpus_it_names(name: str, gpus: int, gigabytes: int) -
     recipe = load_recipe(name)
     most = max(s.memory for s in stages(recipe, gpus, networks(recipe)))
     assert 0 < most < gigabytes * 1e9
+
+
+def test_float32_has_no_half_precision_rate() -> None:
+    half = load_recipe("emoji")
+    single = load_recipe("emoji", ["training.mixed_precision=no", "pairs.precision=float32"])
+    n, gpu = _plain(half), GPUS["h100"]
+    for ours, theirs in zip(stages(single, 1, n)[:3], stages(half, 1, n)[:3], strict=True):
+        assert ours.flops == theirs.flops
+        assert ours.arithmetic_days(gpu, 0.3) / theirs.arithmetic_days(gpu, 0.3) == pytest.approx(989 / 67)
+    assert "of the 67 of float32" in plan_table(single, "h100", 1, 0.3)
+    assert "of float32" not in plan_table(half, "h100", 1, 0.3)

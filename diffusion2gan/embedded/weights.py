@@ -34,15 +34,16 @@ def embedded_student() -> Path:
     import shutil
     import tempfile
 
-    from diffusion2gan.files import cache_dir
+    from diffusion2gan.files import cache_dir, disk_errors
 
     teacher, own = embedded_folder("teacher"), embedded_folder("student")
     files = sorted(p for folder in (teacher, own) for p in folder.rglob("*") if p.is_file())
     digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in files)).hexdigest()[:16]
     target = cache_dir() / f"student-{digest}"
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        with disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(target), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             draft = Path(scratch) / "student"
             shutil.copytree(teacher, draft, ignore=shutil.ignore_patterns("unet", "README.md"))
             shutil.copytree(own, draft, dirs_exist_ok=True)

@@ -65,6 +65,8 @@ def evaluate_command(
         raise UserError(f"--quantiser {options.quantiser}: {EMOJI} rounds; leave it out, or evaluate the other protocols by themselves")
     if coco17_captions != "first" and not any((PROTOCOLS[p].samples or "").startswith("coco17") for p in protocols if p in PROTOCOLS):
         raise UserError(f"--coco17-captions {coco17_captions}: no protocol of COCO 2017 is asked for; leave it out")
+    if EMOJI in protocols and block:
+        raise UserError(f"--block {block}: {EMOJI} has no noise blocks; leave it out, or evaluate the other protocols by themselves")
     if blocks is not None:
         _check_blocks(block, blocks, protocols)
     worker = Worker.from_environment()
@@ -134,6 +136,8 @@ def _embedded_benchmark(
 ) -> str:
     if options.resolution is not None:
         raise UserError(f"--resolution {options.resolution}: {EMOJI} is of pictures of 64 pixels; leave it out, or name other protocols")
+    if options.dtype != "float32":
+        raise UserError(f"--dtype {options.dtype}: {EMOJI} scores students in float32; leave it out, or name other protocols")
     if spec == "teacher:embedded":
         pairs = load_recipe("emoji").pairs
         pairs = pairs.model_copy(update={"ode": _with_options(pairs.ode, options)})
@@ -165,8 +169,9 @@ def _teacher_of(model: Model, named: str | None, options: ModelOptions) -> tuple
         ode = _with_options(SolverConfig.model_validate(facts.get("ode", {})), options)
         size = options.resolution or facts.get("resolution")
         teacher = teacher_model(
-            source, f"teacher:{source}", ode, options.dtype, options.device, options.batch_size, options.quantiser, size
-        )
+            source, f"teacher:{source}", ode, options.dtype, options.device, options.batch_size, options.quantiser, size,
+            facts.get("negative_prompt", ""),
+        )  # fmt: skip
     except UserError as error:
         return None, str(error)
     if facts.get("teacher_weights") not in (None, teacher.facts["weights"]):

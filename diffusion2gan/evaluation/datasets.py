@@ -149,6 +149,11 @@ def _listed(name: str, captions: dict[int, tuple[int, str]], images: Sequence[in
     return PromptList(name, tuple(captions[i][1] for i in images), prompts_digest(lines))
 
 
+def text_lines(text: str) -> list[str]:
+    """Lines between newlines alone: `splitlines` would also split at U+2028 and other marks that stand inside real captions."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def coco14_prompts(data: Path, count: int = 30_000) -> PromptList:
     """DMD2's list when the file is there (its digest is checked), else a seeded choice of pictures, each with its first caption."""
     path = data / DMD2_LIST
@@ -157,7 +162,7 @@ def coco14_prompts(data: Path, count: int = 30_000) -> PromptList:
         digest = hashlib.sha256(content).hexdigest()
         if digest != DMD2_SHA256:
             raise UserError(f"{path}: sha256 is {digest[:16]}..., expected {DMD2_SHA256[:16]}...; copy DMD2's file again, or take it away")
-        return PromptList("coco14-30k-dmd2", tuple(line.strip() for line in content.decode().splitlines()), digest)
+        return PromptList("coco14-30k-dmd2", tuple(line.strip() for line in text_lines(content.decode())), digest)
     captions = _captions(data / "annotations" / "captions_val2014.json")
     images = sorted(captions)
     if len(images) < count:
@@ -183,7 +188,7 @@ def coco17_amd_prompts(data: Path) -> PromptList:
     digest = hashlib.sha256(content).hexdigest()
     if (digest[:8], digest[-4:]) != AMD_SHA256:
         raise UserError(f"{path}: sha256 is {digest[:8]}...{digest[-4:]}, expected {'...'.join(AMD_SHA256)}; copy AMD's file again")
-    captions = [line.partition("----")[2].strip() for line in content.decode().splitlines()]
+    captions = [line.partition("----")[2].strip() for line in text_lines(content.decode())]
     return PromptList("coco17-5k-amd", tuple(captions), digest)
 
 
@@ -212,7 +217,7 @@ def coco14_dmd2_sdxl(data: Path, count: int = 10_000) -> tuple[PromptList, list[
 def prompts_of_file(path: Path) -> PromptList:
     """A text file, one prompt a line. Raises UserError for an empty line or file."""
     try:
-        lines = path.read_text().splitlines()
+        lines = text_lines(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}), expected a text file with one prompt a line") from None
     if not lines:

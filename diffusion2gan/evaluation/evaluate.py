@@ -143,7 +143,13 @@ class Evaluation:
             return chosen.other_prompts.get(self.coco17_captions, chosen.prompts)(self.data).first(self.count)
         if len(folder) % replicas:
             raise UserError(f"{folder.folder}: {len(folder)} pictures, expected a multiple of {replicas}: that many of each prompt in turn")
-        captions = self.model.captions[::replicas] or ("",) * (len(folder) // replicas)
+        every = self.model.captions
+        if other := next((i for i in range(len(every)) if every[i] != every[i - i % replicas]), None):
+            raise UserError(
+                f"{folder.folder}: picture {other} is of {every[other]!r} and the one before of {every[other - 1]!r}, expected {replicas} "
+                "pictures of each prompt in turn; leave this protocol out"
+            )
+        captions = every[::replicas] or ("",) * (len(folder) // replicas)
         name = f"captions of {folder.name}" if self.model.captions else "no captions"
         return PromptList(name, captions, prompts_digest(captions)).first(self.count)
 

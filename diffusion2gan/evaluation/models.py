@@ -24,6 +24,7 @@ from diffusion2gan.evaluation.datasets import PictureFolder
 from diffusion2gan.images import Quantiser, to_uint8
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.pipeline import STUDENT_FILE, OneStepPipeline, teacher_pictures
+from diffusion2gan.precision import no_tf32
 from diffusion2gan.teachers.folders import family_of, weights_digest
 from diffusion2gan.teachers.load import LoadedTeacher, load_teacher
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
@@ -106,11 +107,12 @@ def teacher_model(
     batch_size: int,
     quantiser: Quantiser = "round",
     resolution: int | None = None,
+    negative_prompt: str = "",
 ) -> Model:
     """A teacher with its ODE solver, as its pairs are made."""
     teacher = teacher_of_source(source, dtype, device, resolution)
     teacher.decoder_in_float32()
-    solver = OdeSolver(teacher, ode, batch_size)
+    solver = OdeSolver(teacher, ode, batch_size, negative_prompt=negative_prompt)
     known = teacher.identity()
     identity = {
         "subject": f"teacher {known['weights'][:16]}",
@@ -119,6 +121,7 @@ def teacher_model(
         "dtype": dtype,
         **_unless_rounded(quantiser),
         **({} if teacher.resolution is None else {"resolution": teacher.resolution}),
+        **({"negative_prompt": negative_prompt} if negative_prompt else {}),
     }
     modules = teacher.timed_modules() | ({} if solver.network is None else {"network": solver.network})
     facts = {"ode": ode.model_dump(), "weights": known["weights"]}
@@ -292,11 +295,12 @@ def pipeline_model(
             chosen = list(seeds[start : start + batch_size])
             noise = torch.from_numpy(draw_noise(chosen, shape)).to(device, network.dtype)
             generators = [_step_noise(s) for s in chosen]
-            latents = pipeline(
-                prompt=list(prompts[start : start + batch_size]), latents=noise, num_inference_steps=steps, guidance_scale=guidance,
-                generator=generators, output_type="latent",
-            ).images  # fmt: skip
-            parts.append(to_uint8(_decode(pipeline, latents), quantiser))
+            with no_tf32():  # as ours
+                latents = pipeline(
+                    prompt=list(prompts[start : start + batch_size]), latents=noise, num_inference_steps=steps, guidance_scale=guidance,
+                    generator=generators, output_type="latent",
+                ).images  # fmt: skip
+                parts.append(to_uint8(_decode(pipeline, latents), quantiser))
         return np.concatenate(parts)
 
     modules = [network, pipeline.vae, *(m for m in (getattr(pipeline, p, None) for p in _PARTS) if m is not None)]

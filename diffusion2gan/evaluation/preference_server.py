@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
@@ -26,6 +27,7 @@ from diffusion2gan.evaluation.preference_make import OFFLINE
 from diffusion2gan.files import disk_errors
 
 LARGEST_VOTE = 4096
+PIECE = 1 << 16
 # A sheet without a vote after this many seconds may go to somebody else, once no fresh one is left.
 GIVEN_UP = 1800.0
 
@@ -194,7 +196,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         box = self.server.box
-        if self.path == "/":
+        # Who recruits people may add a query.
+        if urlsplit(self.path).path == "/":
             try:
                 free = box.hand_out()
             except OSError as error:
@@ -248,7 +251,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
         self.end_headers()
-        self.wfile.write(body)
+        # The time limit is for each piece: a page of many pictures may take minutes.
+        view = memoryview(body)
+        for start in range(0, len(view), PIECE):
+            self.wfile.write(view[start : start + PIECE])
 
     def log_message(self, format: str, *args: object) -> None:
         """Says nothing: who voted from where is not kept."""

@@ -14,6 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,8 +241,10 @@ def seconds_per_image(folder: Path, log: str) -> float | None:
     path = folder / f"seconds-{log}.jsonl"
     if not path.exists():
         return None
-    # A kill can leave half a last line.
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    rows = []
+    for line in path.read_text().splitlines():
+        with suppress(ValueError):  # a kill can leave half a line, and the next one begins there
+            rows.append(json.loads(line))
     # The first shard warms up; it counts only when there is no other.
     rows = rows[1:] or rows
     return float(sum(r["seconds"] for r in rows) / sum(r["images"] for r in rows)) if rows else None

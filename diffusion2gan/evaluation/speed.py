@@ -8,11 +8,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from diffusion2gan.device import default_device
@@ -20,6 +22,7 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.models import Model
 from diffusion2gan.perceptual import DecodedLPIPS, LatentLPIPS, LatentVGG
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
+from diffusion2gan.training.batches import BatchShare
 
 if TYPE_CHECKING:
     from diffusion2gan.recipe import Recipe
@@ -42,11 +45,11 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What a time depends on besides the model."""
+def machine(device: torch.device, tf32: bool = False) -> dict[str, Any]:
+    """What a time depends on besides the model. tf32: what was timed may use it; models and trainings don't."""
     facts: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "python": platform.python_version()}
     if device.type == "cuda":
-        facts |= {"cuda": torch.version.cuda, "tf32_convolutions": torch.backends.cudnn.allow_tf32}
+        facts |= {"cuda": torch.version.cuda, "tf32_convolutions": tf32 and torch.backends.cudnn.allow_tf32}
     return facts
 
 
@@ -134,7 +137,9 @@ def latency(model: Model, batch: int = 1, warmup: int = 10, runs: int = 50, prom
         low, middle, high = np.quantile(values, [0.1, 0.5, 0.9])
         result |= {name: float(middle), f"{name}_p10": float(low), f"{name}_p90": float(high)}
     result["images_per_second"] = batch / result["t_e2e_host"]
-    return result | {"model": {"name": model.name, **model.identity}, "machine": machine(device)}
+    decoder = model.modules.get("decoder")
+    precision = {} if decoder is None else {"decoder_dtype": str(next(decoder.parameters()).dtype).removeprefix("torch.")}
+    return result | precision | {"model": {"name": model.name, **model.identity}, "machine": machine(device)}
 
 
 def latency_line(points: Sequence[tuple[int, float]]) -> dict[str, float]:
@@ -231,11 +236,15 @@ def loss_cost(
     weights = sum(p.numel() * p.element_size() for m in modules for p in m.parameters()) / 2**20
     return {
         "shape": list(shape), "batch": batch, "precision": precision, "ms": 1000 * statistics.median(times),
-        "extra_activation_mb": extra_memory(step, device), "weight_mb": weights, "machine": machine(device),
+        "extra_activation_mb": extra_memory(step, device), "weight_mb": weights, "machine": machine(device, tf32=True),
     }  # fmt: skip
 
 
 # --- Throughput of a training ---------------------------------------------------------------------------------------
+class _EnoughError(Exception):
+    """Leaves a training without its last checkpoint, which would take longer than what was measured."""
+
+
 def train_throughput(recipe: Recipe, store: Path, warmup: int = 50, steps: int = 200) -> dict[str, Any]:
     """Samples a second of phase 1 of a recipe on a pair store, all processes together: loading, text, forward, backward, exchange,
     optimiser and average included; checkpoints, validation and sample grids not. `step_memory_mb` is what one more step allocates at
@@ -265,15 +274,18 @@ def train_throughput(recipe: Recipe, store: Path, warmup: int = 50, steps: int =
             memory.start()  # the time is taken; now one step for its memory
         elif done > steps:
             found["step_memory_mb"] = memory.stop()
-        return done > steps
+            raise _EnoughError  # every process at the same step
+        return False
 
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = train_recipe(recipe, store, Path(folder) / "run", deadline=enough)
+    with tempfile.TemporaryDirectory() as folder, suppress(_EnoughError):
+        train_recipe(recipe, store, Path(folder) / "run", deadline=enough)
     seconds = times[warmup + steps] - times[warmup]
+    training, state = recipe.training, PartialState()
+    share = BatchShare.of(training.batch_size, training.micro_batch_size, state.num_processes, "training.batch_size")
     return {
         "recipe": recipe.name, "distance": recipe.loss.distance, "steps": steps, "warmup": warmup,
-        "batch": recipe.training.batch_size, "processes": trainer.accelerator.num_processes, "micro_batch": trainer.share(0).micro,
+        "batch": recipe.training.batch_size, "processes": state.num_processes, "micro_batch": share.micro,
         "mixed_precision": recipe.training.mixed_precision, "compile": recipe.training.compile,
         "images_per_second": recipe.training.batch_size * steps / seconds, "seconds_per_step": seconds / steps,
-        **found, "machine": machine(trainer.device),
+        **found, "machine": machine(state.device),
     }  # fmt: skip

@@ -118,8 +118,14 @@ def _from_hub(wanted: Weights, key: str, where: Path) -> list[Path]:
 
 
 def _sha256_of_all(paths: list[Path]) -> str:
-    """Of all files, folders with all that is in them: a metric is more than its largest file."""
-    files = sorted(f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file() and "__pycache__" not in f.parts)
+    """Of all files, folders with all that is in them: a metric is more than its largest file. What git and Python leave beside them is
+    another one on every host."""
+    files = sorted(
+        f
+        for p in paths
+        for f in (p.rglob("*") if p.is_dir() else [p])
+        if f.is_file() and not (p.is_dir() and any(n.startswith(".") or n == "__pycache__" for n in f.relative_to(p).parts))
+    )
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {_sha256(file)}\n".encode())

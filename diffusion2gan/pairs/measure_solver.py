@@ -24,7 +24,7 @@ from diffusion2gan.pairs.prompts import read_prompts
 from diffusion2gan.pairs.seeds import draw_noise, pair_seed
 from diffusion2gan.pairs.simulate import PairsConfig
 from diffusion2gan.report import curves, markdown_table
-from diffusion2gan.teachers.ode import OdeSolver, SolverConfig, evaluations_per_pair, new_solver
+from diffusion2gan.teachers.ode import OdeSolver, SolverConfig, can_solve, evaluations_per_pair, new_solver
 from diffusion2gan.teachers.protocol import Teacher
 
 REFERENCE_STEPS = 200
@@ -110,8 +110,10 @@ def measure_recipe(teacher: Teacher, config: PairsConfig, out: Path, count: int 
         raise UserError(f"--measure-count is {count}, expected at least 2: the yardstick is the distance of two pictures")
     prompts = read_prompts(config.prompts, count, config.seed)
     noise = draw_noise([pair_seed(config.seed, i) for i in range(count)], teacher.latent_shape)
+    own, *others = candidates(config.ode)
+    settings = [own, *(other for other in others if can_solve(teacher, other.solver))]
     rows, whole = measure_solvers(
-        teacher, candidates(config.ode), noise, prompts, config.batch_size, config.precision, negative_prompt=config.negative_prompt
+        teacher, settings, noise, prompts, config.batch_size, config.precision, negative_prompt=config.negative_prompt
     )
     table = solver_table(rows, whole)
     with atomic_folder(out) as target:

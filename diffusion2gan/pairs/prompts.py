@@ -275,6 +275,8 @@ def _parquet(path: Path, config: PromptsConfig, conditions: list[Condition]) -> 
             numbers, texts = _chosen(batch, config.column, conditions, path, first)
             first += len(batch)
             yield from zip(numbers, texts, strict=True)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: a text from row {first} on is not UTF-8 (byte {error.start}); write the column anew as UTF-8") from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({' '.join(str(error).split())[:120]}); is it whole?") from None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import random
 import time
 from collections.abc import Callable
 from functools import partial
@@ -107,6 +108,9 @@ def agree_on_settings(folder: Path, settings: dict[str, Any]) -> None:
     except ValueError:
         raise UserError(f"{path}: not valid JSON; restore it, or choose a new folder") from None
     for key, ours, other in settings_difference(settings, theirs):
+        # Where the weights were found; that they are the same is their digest's to say.
+        if key == "teacher.source":
+            continue
         raise UserError(
             f"{folder}: a store of other settings: {key} is {other!r} there and {ours!r} in the recipe; choose a new folder, or mend the recipe"
         )
@@ -121,6 +125,8 @@ def _count_of_smaller(smaller: Path, settings: dict[str, Any], prompts: list[str
         raise UserError(f"{path}: cannot be read, expected a pair store; name the folder of one") from None
     grown = {"count": settings["count"], "prompts_sha256": settings["prompts_sha256"]}
     for key, ours, other in settings_difference(settings, theirs | grown):
+        if key == "teacher.source":
+            continue
         raise UserError(
             f"{smaller}: a store of other settings: {key} is {other!r} there and {ours!r} in the recipe; its pairs are other pairs"
         )
@@ -181,7 +187,9 @@ def simulate(
     with tqdm(
         total=config.count, initial=pairs_present(), unit="pair", desc="simulate", disable=not progress or worker.rank != 0, mininterval=1
     ) as bar:
-        while (index := _next_shard(set(present), total, worker)) is not None:
+        # Jobs that know nothing of each other have the same rank: each begins its share elsewhere.
+        first = random.SystemRandom().randrange(total)
+        while (index := _next_shard(set(present), total, worker, first)) is not None:
             started = time.time()
             rows = shard_rows(index, config.count, config.shard_size)
             own = index % worker.world == worker.rank
@@ -200,12 +208,13 @@ def _has_shard(folder: Path, index: int, total: int) -> bool:
     return index in existing_shards(folder, total)
 
 
-def _next_shard(present: set[int], total: int, worker: Worker) -> int | None:
-    """The first missing shard of the worker's own share, else one of the others' from the far end, else None."""
+def _next_shard(present: set[int], total: int, worker: Worker, first: int = 0) -> int | None:
+    """The next missing shard of the worker's own share from `first` on, round about, else one of the others' from the far end, else
+    None."""
     missing = [i for i in range(total) if i not in present]
     own = [i for i in missing if i % worker.world == worker.rank]
     if own:
-        return own[0]
+        return next((i for i in own if i >= first), own[0])
     # From the far end: an idle worker then meets a slow one only at its very last shard.
     return missing[-1 - worker.rank % len(missing)] if missing else None
 

@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
@@ -81,7 +82,9 @@ def _local_folder(config: TeacherConfig, folder: str | Path) -> Path:
     if Path(folder).is_dir():
         return Path(folder)
     pipeline = PIPELINES[config.family]
-    return Path(pipeline.download(str(folder), revision=config.revision, variant=config.variant, use_safetensors=True))
+    # Not to be fetched, nor to be asked for safetensors.
+    unused = {"safety_checker": None, "feature_extractor": None} if config.family == "stable_diffusion" else {}
+    return Path(pipeline.download(str(folder), revision=config.revision, variant=config.variant, use_safetensors=True, **unused))
 
 
 def _pipeline_class(folder: Path) -> str | None:
@@ -199,6 +202,11 @@ def _stored_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dty
             return PIPELINES[config.family].from_pretrained(
                 local, variant=config.variant, dtype=dtype, use_safetensors=True, **(unused if config.family == "stable_diffusion" else {})
             )
+    except HTTPError as error:
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise UserError(
+            f"teacher.source: {folder} could not be asked for on the hub ({reason}); set HF_HUB_OFFLINE=1 if it is in the cache, or name a folder"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(
@@ -240,7 +248,8 @@ class DiffusersTeacher:
 
     def _take_schedule(self, scheduler_config: dict[str, Any]) -> None:
         # x is the ODE's solution. Clipping at every step has none that solvers agree on, and a latent has no range to be clipped to.
-        schedule = DDIMScheduler.from_config(scheduler_config | {"clip_sample": False})
+        # Given by name: what a configuration lists as its default would be the default again.
+        schedule = DDIMScheduler.from_config({k: v for k, v in scheduler_config.items() if not k.startswith("_")}, clip_sample=False)
         if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(
                 f"the teacher predicts {schedule.config.prediction_type!r}, expected epsilon or v_prediction; choose another teacher"

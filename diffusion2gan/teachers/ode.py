@@ -7,6 +7,7 @@ once, text projected once; DDIM and DPM-Solver++ get their timesteps from the ho
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -46,10 +47,20 @@ class SolverConfig(Section):
     """Classifier-free guidance scale; 1 evaluates the conditional branch alone."""
 
 
+def can_solve(teacher: Teacher, solver: str) -> bool:
+    """Whether `solver` has the teacher's noise schedule: not every one knows one that ends without signal."""
+    rescaled = bool(teacher.scheduler_config.get("rescale_betas_zero_snr"))
+    return not rescaled or "rescale_betas_zero_snr" in inspect.signature(SOLVERS[solver][0].__init__).parameters
+
+
 def new_solver(teacher: Teacher, config: SolverConfig) -> Any:
     """The diffusers scheduler of `config` for this teacher, its timesteps set and on the host."""
     kind, options = SOLVERS[config.solver]
     base = {k: v for k, v in teacher.scheduler_config.items() if not k.startswith("_")}
+    if not can_solve(teacher, config.solver):
+        raise UserError(
+            f"pairs.ode.solver is {config.solver}, which knows no schedule that ends without signal, as this teacher's does; use ddim"
+        )
     scheduler = kind.from_config(base | options | {"timestep_spacing": config.spacing})
     scheduler.set_timesteps(config.steps)
     first, last = int(scheduler.timesteps.max()), len(teacher.alphas_cumprod) - 1

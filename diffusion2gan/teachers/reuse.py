@@ -109,6 +109,8 @@ def transposed_kernel(weight: Tensor) -> Tensor:
 class _OneConvolution(nn.Module):
     """A diffusers `Upsample2D` as one transposed convolution; as it was where it is asked for another size than the double."""
 
+    kernel: Tensor
+
     def __init__(self, upsampling: Upsample2D, convolution: nn.Conv2d):
         super().__init__()
         self.upsampling = upsampling

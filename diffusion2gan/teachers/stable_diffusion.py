@@ -45,6 +45,11 @@ class StableDiffusionTeacher(DiffusersTeacher):
                 f"the teacher's network reads {reads} channels and gives {gives}, its autoencoder has {decodes}, expected one number: "
                 "a model that draws from text alone; choose another teacher"
             )
+        if "sigma_data" in scheduler_config or "shift" in scheduler_config or getattr(vae.config, "latents_mean", None) is not None:
+            raise UserError(
+                "the teacher has another noise schedule than Stable Diffusion's betas, or an autoencoder with latents_mean (EDM, flow matching), "
+                "expected Stable Diffusion's form; choose another teacher"
+            )
         self.network, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         for module in (unet, vae, text_encoder):
             module.requires_grad_(False).eval()

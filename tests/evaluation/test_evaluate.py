@@ -218,6 +218,9 @@ def test_a_folder_with_captions(tmp_path: Path, coco: Path, weights: Path) -> No
     (folder / "captions.txt").write_text("one\ntwo\n")
     with pytest.raises(UserError, match="2 captions for 6 pictures"):
         folder_model(folder, "drawn", None)
+    # A mark that ends no line stands in real captions.
+    (folder / "captions.txt").write_text("".join(f"a caption\u2028{i}\n" for i in range(6)))
+    assert folder_model(folder, "drawn", None).captions[5] == "a caption\u20285"
     (folder / "captions.txt").unlink()
     skipped = evaluation(folder_model(folder, "drawn", None), tmp_path / "bare", coco, weights).run(["fid5k_coco17", "clip5k_coco17"])
     assert list(skipped) == ["clip5k_coco17"] and "captions.txt" in skipped["clip5k_coco17"][0]
@@ -480,3 +483,15 @@ def test_memory_is_bounded_by_a_shard(tmp_path: Path) -> None:
     shards.extract(produce, 40, tmp_path, [shards.Extractor("x", {}, rows)], progress=False)
     # One shard being made while the one before is let go.
     assert 4 <= alive["most"] <= 8
+
+
+def test_diversity_within_a_prompt_is_of_one_prompt(tmp_path: Path, coco: Path, weights: Path) -> None:
+    """Sixteen pictures of sixteen captions are no two prompts of eight."""
+    folder = tmp_path / "drawn"
+    folder.mkdir()
+    for i, picture in enumerate(pictures(16)):
+        Image.fromarray(picture).save(folder / f"{i:03d}.png")
+    for captions, right in (([f"a caption {i // 8}" for i in range(16)], True), ([f"a caption {i}" for i in range(16)], False)):
+        (folder / "captions.txt").write_text("".join(f"{c}\n" for c in captions))
+        skipped = evaluation(folder_model(folder, "drawn", None), tmp_path / f"out-{right}", coco, weights).run(["dreamdiv5k"])
+        assert ("picture 1 is of 'a caption 1'" in " ".join(skipped.get("dreamdiv5k", []))) is not right

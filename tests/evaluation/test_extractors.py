@@ -18,7 +18,7 @@ from diffusion2gan.evaluation import extractors
 from diffusion2gan.evaluation.extractors import BATCH, CLIP_VARIANTS, build_network, dreamsim_network
 from diffusion2gan.evaluation.metrics import Moments, frechet_distance, precision_recall
 from diffusion2gan.evaluation.preprocess import centre_patch, centre_square, lanczos_square, prepared
-from diffusion2gan.evaluation.weights import CLIP_G14, UnavailableError, find_weights, weights_folder
+from diffusion2gan.evaluation.weights import CLIP_G14, UnavailableError, _sha256_of_all, find_weights, weights_folder
 
 pytest.importorskip("torchvision")
 
@@ -360,3 +360,16 @@ def test_where_weights_are_looked_for(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("DIFFUSION2GAN_WEIGHTS")
     monkeypatch.setenv("DIFFUSION2GAN_CACHE", str(tmp_path / "cache"))
     assert weights_folder() == tmp_path / "cache" / "evaluation"
+
+
+def test_the_digest_of_a_checkout_is_of_its_content(tmp_path: Path) -> None:
+    """`git status` rewrites .git/index; on another host it is another one from the start."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "model.py").write_text("x = 1")
+    before = _sha256_of_all([tmp_path])
+    for name in (".git/index", "code/__pycache__/model.pyc", ".DS_Store"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("changes")
+    assert _sha256_of_all([tmp_path]) == before
+    (tmp_path / "code" / "model.py").write_text("x = 22")
+    assert _sha256_of_all([tmp_path]) != before

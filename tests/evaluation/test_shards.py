@@ -147,3 +147,10 @@ def test_blank_pictures_and_seconds_are_counted(tmp_path: Path) -> None:
     assert facts["blank"] == 2 and len(facts["sha256"]) == 64
     assert seconds_per_image(tmp_path, "pictures") is not None
     assert picture_facts(tmp_path / "nothing", "pictures", COUNT, SIZE) == {"sha256": None, "blank": None}
+
+
+def test_a_torn_line_of_times_is_passed_over(tmp_path: Path) -> None:
+    """Half a line of a killed process, to which the next one added its own."""
+    rows = ['{"images": 4, "seconds": 9.0}', '{"images": 4, "sec{"images": 4, "seconds": 7.0}', '{"images": 4, "seconds": 2.0}']
+    (tmp_path / "seconds-pictures.jsonl").write_text("\n".join(rows) + "\n")
+    assert seconds_per_image(tmp_path, "pictures") == 0.5

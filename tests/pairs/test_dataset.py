@@ -109,6 +109,8 @@ def test_shards_go_round_and_idle_workers_help() -> None:
     assert [_next_shard(set(), 7, Worker(r, 3)) for r in range(3)] == [0, 1, 2]
     assert _next_shard({1, 4}, 7, Worker(1, 3)) in (5, 6)
     assert _next_shard(set(range(7)), 7, Worker(0, 3)) is None
+    # Of two jobs that know nothing of each other, each begins elsewhere in the same share.
+    assert [_next_shard({3}, 9, Worker(0, 3), first) for first in (0, 1, 4, 7)] == [0, 6, 6, 0]
     for world in (1, 2, 5):
         present: set[int] = set()
         for _ in range(7):
@@ -360,3 +362,14 @@ def test_check_looks_for_what_is_not_finite(store: Path) -> None:
     dataset.write_final_files(store, settings)
     with pytest.raises(UserError, match="pairs 0 to 19 is not finite"):
         maintain.check(store)
+
+
+def test_where_the_teacher_was_found_is_no_other_store(
+    tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path, store: Path
+) -> None:
+    """A new commit of the hub with the same weights, or a copy in a folder."""
+    tiny_teacher.source = "somebody/model@abc"
+    again = simulate(tiny_teacher, _config(prompts_file), store, progress=False)
+    assert len(again["shards"]) == 3
+    grown = simulate(tiny_teacher, _config(prompts_file, count=24), tmp_path / "grown", progress=False, smaller=store)
+    assert len(grown["shards"]) == 3

@@ -195,3 +195,11 @@ def test_what_is_wrong_with_a_source_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty has no file of prompts"):
         read_prompts(PromptsConfig(source=str(tmp_path / "empty")), 1, 0)
+
+
+def test_parquet_of_broken_text_is_one_line(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    broken = pa.array([b"a cat", b"\xff\xfe"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"prompt": broken}), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match="a text from row 1 on is not UTF-8"):
+        read_prompts(PromptsConfig(source=str(tmp_path / "p.parquet")), 2, 0)

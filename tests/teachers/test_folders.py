@@ -6,9 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.export import export_student
@@ -224,3 +233,29 @@ def test_pixels_read_a_class_or_nothing() -> None:
     assert seven == also != eight
     with pytest.raises(UserError, match="expected the number of a class, 0 to 9"):
         classes.reads(["cat"])
+
+
+def test_another_noise_schedule_is_refused() -> None:
+    """EDM's and flow matching's have no betas: DDIM would take its own instead."""
+    for scheduler in (EDMDPMSolverMultistepScheduler(), FlowMatchEulerDiscreteScheduler()):
+        pipeline = tiny_sdxl_pipeline()
+        pipeline.scheduler = scheduler
+        with pytest.raises(UserError, match="another noise schedule"):
+            SDXLTeacher.from_pipeline(pipeline)
+
+
+def test_nothing_clips_latents() -> None:
+    """Neither where the configuration says nothing of it, as early repositories' do not."""
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = DDIMScheduler.from_config({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
+    assert pipeline.scheduler.config.clip_sample
+    assert not StableDiffusionTeacher.from_pipeline(pipeline).scheduler_config["clip_sample"]
+
+
+def test_a_proxy_that_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise huggingface_hub.errors.HTTPError("403 Forbidden by the proxy")
+
+    monkeypatch.setattr(DiffusionPipeline, "download", refuse)
+    with pytest.raises(UserError, match=r"could not be asked for on the hub \(403 Forbidden by the proxy\); set HF_HUB_OFFLINE=1"):
+        load_teacher(TeacherConfig(source="nobody/nothing"))

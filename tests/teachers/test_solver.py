@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.pairs.seeds import draw_noise
-from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
+from diffusion2gan.teachers.ode import OdeSolver, SolverConfig, can_solve
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+from tests.conftest import tiny_pipeline
 
 CONFIG = SolverConfig(steps=4, guidance=3.0)
 PROMPTS = ["red heart", "blue cat", "", "green tree", "sun"]
@@ -88,3 +90,12 @@ def test_no_compiler_is_one_clear_line(tiny_teacher: StableDiffusionTeacher, mon
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="pairs.compile is true.*C\\+\\+ compiler.*set pairs.compile=false"):
         OdeSolver(tiny_teacher, CONFIG, compiled=True)
+
+
+def test_a_solver_without_the_teachers_schedule_is_refused() -> None:
+    pipeline = tiny_pipeline("v_prediction")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True)
+    teacher = StableDiffusionTeacher.from_pipeline(pipeline)
+    assert [can_solve(teacher, name) for name in ("ddim", "dpmpp", "unipc", "heun")] == [True, True, True, False]
+    with pytest.raises(UserError, match="solver is heun, which knows no schedule that ends without signal"):
+        OdeSolver(teacher, SolverConfig(solver="heun", steps=4, spacing="trailing", guidance=1.0)).solve(draw_noise([0], (4, 8, 8)), ["a"])
