@@ -239,7 +239,7 @@ def test_what_gpus_exchange(settings: list[str], g: int, d: int) -> None:
 def test_what_gpus_exchange_with_zero() -> None:
     recipe = load_recipe("emoji", ["adversarial=null", "training.zero=2", "training.compile=false", "training.micro_batch_size=8"])
     # Gradients of every one of four micro-batches, then the weights.
-    assert stages(recipe, 2, _plain(recipe, trained=1000))[1].exchanged == 6000 * 4 * 5 * 1000 / 2
+    assert stages(recipe, 2, _plain(recipe, trained=1000))[1].exchanged == 16000 * 4 * 5 * 1000 / 2
 
 
 def test_an_exchange_takes_time() -> None:
@@ -248,7 +248,7 @@ def test_an_exchange_takes_time() -> None:
     n = _plain(recipe, trained=10**9)
     for gpus, rate in ((8, 450e9), (16, 400e9)):
         s = stages(recipe, gpus, n)[1]
-        seconds = 6000 * 2 * (gpus - 1) / gpus * 4e9 / rate
+        seconds = 16000 * 2 * (gpus - 1) / gpus * 4e9 / rate
         assert s.exchange_days(GPUS["h100"]) == pytest.approx(gpus * seconds / 86_400)
         assert s.gpu_days(GPUS["h100"], 0.3) == s.arithmetic_days(GPUS["h100"], 0.3) + s.exchange_days(GPUS["h100"])
     alone = stages(recipe, 1, n)[1]
@@ -351,7 +351,7 @@ def test_the_table_stands_below_what_matters_of_the_recipe(monkeypatch: pytest.M
     text = plan_table(load_recipe("emoji", ["training.steps=77"]), "h100", 1, 0.3)
     above = text[: text.index("| stage")]
     for line in (
-        "    pairs: {count: 96000, ode: {solver: unipc, steps: 8, ",
+        "    pairs: {count: 192000, ode: {solver: unipc, steps: 8, ",
         "    loss: {distance: e_latent_lpips, ",
         "    training: {steps: 77, batch_size: 64, ",
         "    adversarial: {steps: 1100, batch_size: 32, weight: 0.5, ",
