@@ -193,7 +193,7 @@ def test_with_a_discriminator_checkpointing_and_half_precision(
     assert all("lora_" in k for k in trainer.ema.state)
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "student"), "--dtype", "float32"]) == 0
     student = OneStepPipeline.from_pretrained(tmp_path / "student", "float32")
-    base = trainer.teacher.network.state_dict()["conv_in.weight"]
+    base = load_teacher(recipe.teacher).network.state_dict()["conv_in.weight"]
     assert base.dtype == torch.bfloat16
     assert torch.equal(student.generator.network.conv_in.weight, base.float())
     noise = draw_noise([1, 2], (4, 8, 8))

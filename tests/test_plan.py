@@ -338,7 +338,7 @@ def test_the_table_says_what_is_assumed(monkeypatch: pytest.MonkeyPatch) -> None
     n = _plain(recipe)
     monkeypatch.setattr("diffusion2gan.plan.networks", lambda _: n)
     text = plan_table(recipe, "rtx4090", 2, 0.3)
-    assert "384,000" in text and "35,200" in text and "assumptions" in text
+    assert "1,024,000" in text and "35,200" in text and "assumptions" in text
     assert "exchanged at 32 GB/s each way, none of it during the arithmetic" in text
     assert "does not fit" not in text and "| exchange |" not in text
     n = _plain(recipe, trained=10**10)

@@ -20,7 +20,6 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
@@ -187,6 +186,8 @@ def load_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dtype)
 
 
 def _stored_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dtype) -> Any:
+    from huggingface_hub.errors import HTTPError
+
     unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
         local = _local_folder(config, folder)

@@ -584,12 +584,14 @@ def test_the_server_refuses_what_is_no_vote(study_folder: Path) -> None:
             "/../study.json",
             "//etc/passwd",
             "/sheet/",
-            "/?x",
             "/pages/rater-001.html",
         )
         for path in (*climbs, *(f"/{name}" for name in secrets), "/sheet/" + "0" * 16, "/sheet/" + rater.id + "/../../study.json"):
             code, body, _ = request(server, "GET", path)
             assert (code, b"alphamodel" in body) == (404, False)
+        # Whoever recruits people adds a query of their own.
+        code, body, _ = request(server, "GET", "/?participant=17")
+        assert (code, b"alphamodel" in body) == (303, False)
         assert request(server, "PUT", "/vote", b"{}")[0] == 501
         assert (study_folder / "votes.jsonl").read_bytes() == b""
         assert status(good) == 200

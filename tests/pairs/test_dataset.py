@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -297,6 +298,8 @@ def test_a_solution_that_cannot_be_stored(
         return x
 
     monkeypatch.setattr(OdeSolver, "solve", broken)
+    # Begins with the first shard, not anywhere.
+    monkeypatch.setattr("diffusion2gan.pairs.simulate.random.SystemRandom", lambda: SimpleNamespace(randrange=lambda _total: 0))
     with pytest.raises(UserError, match=r"pair 6 \('"):
         simulate(tiny_teacher, _config(prompts_file), tmp_path / "store", progress=False)
     assert not list((tmp_path / "store").glob("shard-*"))
@@ -327,6 +330,8 @@ def test_every_setting_of_a_store_is_compared(store: Path, tmp_path: Path, promp
             assert f"pairs.{leaf}: " in str(error)  # noqa: PT017
         else:
             accepted.add(leaf)
+    assert "teacher.source" in accepted  # where the weights were found
+    accepted.remove("teacher.source")
     assert {a.split(".")[0] for a in accepted} == {"batch_size", "shard_size", "noise_storage", "precision", "noise_recipe"}
     assert settings["ode"].keys() == {"solver", "steps", "spacing", "guidance"}
     assert {"weights", "tokenizer", "schedule", "prediction_type", "latent_scaling"} <= settings["teacher"].keys()
