@@ -15,7 +15,7 @@ import torch
 from diffusion2gan.device import can_compile, default_device, has_bf16
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.emoji10k import PROTOCOL, Subject, drawn_prompt_list, evaluate_emoji10k, noise_seeds
-from diffusion2gan.evaluation.evaluate import SHOWN, describe, keep_samples
+from diffusion2gan.evaluation.evaluate import SHOWN, describe, keep_samples, refuse_fewer
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.images import to_tensor, to_uint8
 from diffusion2gan.pairs.simulate import PairsConfig
@@ -118,6 +118,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     weights = subject.identity if subject is not sampler else f"teacher {teacher.identity()['weights'][:16]}"
     describe(out, name, {"subject": weights, "sampler": sampler.identity}, part=PROTOCOL)
+    refuse_fewer(out / f"{PROTOCOL}.json", len(drawn_prompt_list(list_name, count)), list_name)
     # Before all else, so that there is something to look at.
     prompts = [p.prompt for p in drawn_prompt_list(list_name, SHOWN)]
     if not (out / "samples" / list_name).exists():

@@ -23,3 +23,9 @@ def settings_difference(ours: dict[str, Any], theirs: dict[str, Any], prefix: st
         elif a != b:
             rows.append((prefix + key, a, b))
     return rows
+
+
+def store_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The same of two pair stores' settings, but for where the teacher's weights were found (a folder, or a commit of the hub): that they
+    are the same weights is for their digest to say."""
+    return [row for row in settings_difference(ours, theirs) if row[0] != "teacher.source"]

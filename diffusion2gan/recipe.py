@@ -16,7 +16,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError, model_validator
 
-from diffusion2gan.config import Section, settings_difference
+from diffusion2gan.config import Section, settings_difference, store_difference
 from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig
 from diffusion2gan.errors import UserError
 from diffusion2gan.generator import GeneratorConfig
@@ -297,8 +297,5 @@ def check_pairs(recipe: Recipe, settings: dict[str, Any], manifest: dict[str, An
     skip = ("batch_size", "shard_size", "noise_storage", "precision", "text_precision", "compile", "noise_recipe", "shards", "fingerprint")
     ours = {k: v for k, v in settings.items() if k not in skip}
     theirs = {k: v for k, v in manifest.items() if k not in skip}
-    for key, a, b in settings_difference(ours, theirs):
-        # A folder, or a commit of the hub: that the weights are the same is their digest's to say.
-        if key == "teacher.source":
-            continue
+    for key, a, b in store_difference(ours, theirs):
         raise UserError(f"pairs.{key}: the store {store} has {b!r}, the recipe {a!r}; simulate pairs for this recipe, or mend the recipe")

@@ -88,6 +88,10 @@ def test_benchmark_of_a_student(tiny_embedded: Path, tmp_path: Path) -> None:
     assert "PARTIAL" in table
     here = "bfloat16" if has_bf16("cpu") else "float32"
     assert f"teacher ({here}) / student (float32)" in table
+    with pytest.raises(UserError, match="a result of 64 pictures, now of the first 32"):
+        evaluate_student(student, tmp_path / "scores", tmp_path / "shared", count=32, preservation_count=4)
+    with pytest.raises(UserError, match="a result of the test list, now it is the validation list"):
+        evaluate_student(student, tmp_path / "scores", tmp_path / "shared", "validation", count=64, preservation_count=4)
     # A student of another teacher is not compared with this one.
     facts = json.loads((student / "diffusion2gan.json").read_text())
     (student / "diffusion2gan.json").write_text(json.dumps(facts | {"teacher_weights": "f" * 64}))

@@ -168,6 +168,8 @@ class Evaluation:
         # The rule is not said, nor was it before there was another list.
         captions = {} if self.coco17_captions == "first" else {"coco17_captions": self.coco17_captions}
         describe(self.out, self.model.name, self.model.identity, {"block": self.block, **captions})
+        for protocol, samples, _ in ready:
+            refuse_fewer(self.out / f"{protocol.id}.json", len(self._captions(samples)))
         for samples in dict.fromkeys(s for _, s, _ in ready):
             # Every set is drawn once, for all networks of all its protocols.
             mine = [(p, kinds) for p, s, kinds in ready if s == samples]
@@ -397,6 +399,18 @@ def describe(out: Path, name: str, identity: Mapping[str, Any], run: Mapping[str
     if found["settings"].get(part) != settings:
         found["settings"][part] = settings
         write_json(path, found)
+
+
+def refuse_fewer(path: Path, pictures: int, list_name: str | None = None) -> None:
+    """Raises UserError where `path` is a result of more pictures, or of another prompt list: a short look must not replace it."""
+    if not path.exists():
+        return
+    before = json.loads(path.read_text())
+    if before.get("list") != list_name:
+        raise UserError(f"{path}: a result of the {before['list']} list, now it is the {list_name} list; choose a new --out")
+    had = before["n"] if list_name is None else before["count"]
+    if had > pictures:
+        raise UserError(f"{path}: a result of {had} pictures, now of the first {pictures}; choose a new --out, or leave --count out")
 
 
 def _drawn(model: Model, captions: Sequence[str], start: int, stop: int, block: int) -> Pictures:

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from diffusion2gan.config import Section, settings_difference
+from diffusion2gan.config import Section, store_difference
 from diffusion2gan.device import warn_of_slow_bf16
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import disk_errors, sweep_temporaries, write_bytes_atomic
@@ -107,10 +107,7 @@ def agree_on_settings(folder: Path, settings: dict[str, Any]) -> None:
         theirs = json.loads(path.read_text())
     except ValueError:
         raise UserError(f"{path}: not valid JSON; restore it, or choose a new folder") from None
-    for key, ours, other in settings_difference(settings, theirs):
-        # Where the weights were found; that they are the same is their digest's to say.
-        if key == "teacher.source":
-            continue
+    for key, ours, other in store_difference(settings, theirs):
         raise UserError(
             f"{folder}: a store of other settings: {key} is {other!r} there and {ours!r} in the recipe; choose a new folder, or mend the recipe"
         )
@@ -124,9 +121,7 @@ def _count_of_smaller(smaller: Path, settings: dict[str, Any], prompts: list[str
     except (OSError, ValueError):
         raise UserError(f"{path}: cannot be read, expected a pair store; name the folder of one") from None
     grown = {"count": settings["count"], "prompts_sha256": settings["prompts_sha256"]}
-    for key, ours, other in settings_difference(settings, theirs | grown):
-        if key == "teacher.source":
-            continue
+    for key, ours, other in store_difference(settings, theirs | grown):
         raise UserError(
             f"{smaller}: a store of other settings: {key} is {other!r} there and {ours!r} in the recipe; its pairs are other pairs"
         )

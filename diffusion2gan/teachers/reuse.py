@@ -126,9 +126,10 @@ class _OneConvolution(nn.Module):
 
 def _convolution_after(module: nn.Module) -> nn.Conv2d | None:
     """The convolution of an `Upsample2D` that repeats pixels and then convolves 3 x 3; else None."""
+    if not isinstance(module, Upsample2D) or module.norm is not None or not module.interpolate:
+        return None
     convolution = getattr(module, "conv", None)
-    plain = isinstance(module, Upsample2D) and module.norm is None and module.interpolate and isinstance(convolution, nn.Conv2d)
-    if not plain or not isinstance(convolution, nn.Conv2d):
+    if not isinstance(convolution, nn.Conv2d):
         return None
     usual = (convolution.kernel_size, convolution.padding, convolution.stride, convolution.dilation, convolution.groups)
     return convolution if usual == ((3, 3), (1, 1), (1, 1), (1, 1), 1) else None

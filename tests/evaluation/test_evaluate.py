@@ -263,6 +263,15 @@ def test_another_model_in_the_same_folder_is_refused(tmp_path: Path, coco: Path,
     assert "count is 11, expected 1 to 10" in skipped["clip5k_coco17"][0]
 
 
+def test_a_short_look_does_not_replace_a_result(tmp_path: Path, coco: Path, weights: Path) -> None:
+    evaluation(toy_model(), tmp_path, coco, weights, count=6).run(["clip5k_coco17"])
+    evaluation(toy_model(), tmp_path, coco, weights).run(["clip5k_coco17"])
+    whole = (tmp_path / "clip5k_coco17.json").read_bytes()
+    with pytest.raises(UserError, match="a result of 10 pictures, now of the first 6; choose a new --out, or leave --count out"):
+        evaluation(toy_model(), tmp_path, coco, weights, count=6).run(["clip5k_coco17"])
+    assert (tmp_path / "clip5k_coco17.json").read_bytes() == whole
+
+
 def test_a_protocol_that_fails_leaves_the_others_their_results(tmp_path: Path, weights: Path) -> None:
     small_coco(tmp_path / "data")
     (tmp_path / "data" / "val2017" / f"{104:012d}.png").write_bytes(b"no picture")
