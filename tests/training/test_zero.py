@@ -76,6 +76,15 @@ def test_either_goes_on_from_the_others_checkpoint(stage: int, offload: str, who
     assert_near(tmp_path / "ended", whole["run"])
 
 
+@with_deepspeed
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_split_run_goes_on_with_zero(stage: int, whole: dict[str, Path], tmp_path: Path) -> None:
+    command = ("train", whole["recipe"], "--pairs", whole["store"], "--out", tmp_path / "run")
+    in_two_processes(*command, "--set", "training.shard=true", "--set", "training.steps=6")
+    in_two_processes(*command, "--set", f"training.zero={stage}")
+    assert_near(tmp_path / "run", whole["run"])
+
+
 _NOT_FINITE = """
 import math, sys, torch
 from accelerate import Accelerator
