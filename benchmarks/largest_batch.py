@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from training_step import R1_EVERY, load, new_trainer
 
-from diffusion2gan.device import default_device
+from diffusion2gan.device import default_device, out_of_memory
 from diffusion2gan.evaluation.speed import device_name, extra_memory, synchronise
 from diffusion2gan.files import write_json
 from diffusion2gan.pairs.simulate import PairsConfig, simulate
+from diffusion2gan.precision import no_tf32
 from diffusion2gan.report import markdown_table
 from diffusion2gan.teachers.protocol import Teacher
 from diffusion2gan.training.distance import LossConfig
@@ -66,7 +67,8 @@ class Tries:
             def step(at: int) -> None:
                 started = time.perf_counter()
                 trainer.step = at
-                trainer.train_step(batches)
+                with no_tf32():  # as in `Trainer.run`
+                    trainer.train_step(batches)
                 synchronise(device)
                 seconds.append(time.perf_counter() - started)
 
@@ -74,8 +76,8 @@ class Tries:
             extra = extra_memory(lambda: step(R1_EVERY), device)
             for _ in range(self.a.repeats):
                 step(1)
-        except RuntimeError as error:  # out of memory is one, and has many names
-            if not any(said in str(error) for said in ("out of memory", "can't allocate memory", "ALLOC_FAILED")):
+        except RuntimeError as error:
+            if out_of_memory(error) is None:
                 raise
             return False
         finally:
@@ -95,10 +97,7 @@ class Tries:
         a = self.a
         config = TrainingConfig(steps=0, batch_size=batch, mixed_precision=a.precision, holdout=1, compile=a.compile)
         r1_count = 1 if self.adversarial else None
-        trainer = new_trainer(self.teacher, self.loss, self.store, self.folder / str(self._count), config, not a.no_checkpointing, r1_count)
-        # `train` gives it up; the next batch copies it again.
-        torch.nn.Module.to(self.teacher.network, "cpu")
-        return trainer
+        return new_trainer(self.teacher, self.loss, self.store, self.folder / str(self._count), config, not a.no_checkpointing, r1_count)
 
 
 def main() -> None:

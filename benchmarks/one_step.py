@@ -54,8 +54,9 @@ def main() -> None:
         teacher = {"sd15": random_sd15, "sdxl": random_sdxl}[a.network](device)
     else:
         teacher = StableDiffusionTeacher.from_pretrained(TeacherConfig(), embedded_folder("teacher"), device)
-    for module in (teacher.text_encoder, teacher.vae):
-        torch.nn.Module.to(module, dtype, memory_format=torch.channels_last)
+    for part in ("text_encoder", "text_encoder_2", "vae"):
+        if module := getattr(teacher, part, None):
+            torch.nn.Module.to(module, dtype, memory_format=torch.channels_last)
     student = OneStepGenerator.from_teacher(teacher).requires_grad_(False).eval()
     student = student.to(dtype).to(memory_format=torch.channels_last)
     if a.compile:

@@ -126,7 +126,7 @@ def distances(channels: int, device: torch.device, compiled: bool, decoded: bool
         rows["package, augmentation bg alone"] = lambda a, b: torch.add(*package.augment(a, b))
     if decoded:
         vae = random_vae(device, channels).requires_grad_(False).eval().to(memory_format=torch.channels_last)
-        pixel = LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=3, kept_poolings=(1, 2, 3, 4, 5), tap="before")))
+        pixel = LatentLPIPS(LatentVGG(LatentVGGConfig.pixels()))
         pixel.to(device, memory_format=torch.channels_last)
         rows["decode + lpips"] = prepared(DecodedLPIPS(lambda x: vae.decode(x, return_dict=False)[0], pixel))
     if unet and channels == 4:

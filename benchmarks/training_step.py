@@ -12,6 +12,7 @@ does not fit is recorded with its error.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import statistics
 import tempfile
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from random_teachers import random_sd15, random_sdxl
 
-from diffusion2gan.device import default_device
+from diffusion2gan.device import default_device, out_of_memory
 from diffusion2gan.discriminator.build import build_discriminator
 from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig
 from diffusion2gan.embedded.weights import embedded_folder
@@ -33,6 +34,7 @@ from diffusion2gan.pairs.dataset import PairDataset
 from diffusion2gan.pairs.simulate import PairsConfig, simulate
 from diffusion2gan.perceptual import LatentLPIPS, LatentVGG
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
+from diffusion2gan.precision import no_tf32
 from diffusion2gan.report import markdown_table
 from diffusion2gan.teachers.protocol import Teacher, TeacherConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
@@ -54,14 +56,21 @@ def load(network: str, device: str, folder: Path) -> tuple[Teacher, LossConfig]:
 def new_trainer(
     teacher: Teacher, loss: LossConfig, store: Path, folder: Path, config: TrainingConfig, checkpointing: bool, r1_count: int | None
 ) -> Trainer:
-    """`r1_count`: samples of the batch that R1 looks at; None: there is no discriminator."""
+    """`r1_count`: samples of the batch that R1 looks at; None: there is no discriminator. Afterwards the teacher's network is a copy in the
+    host's memory: `train` gives it up, and the next trainer needs it again."""
     generator = OneStepGenerator.from_teacher(teacher, GeneratorConfig(gradient_checkpointing=checkpointing))
     adversarial = discriminator = None
     if r1_count is not None:
         adversarial = AdversarialConfig(steps=1000, r1_every=R1_EVERY, r1_count=r1_count)
         discriminator = build_discriminator(DiscriminatorConfig(gradient_checkpointing=checkpointing), teacher)
     distance = build_distance(loss, teacher, teacher.device)
-    return Trainer(teacher, PairDataset(store), generator, distance, config, folder, None, adversarial, discriminator)
+    spare = copy.deepcopy(teacher.network).to("cpu")
+    teacher.give_up_network()
+    teacher.network = spare
+    trainer = Trainer(teacher, PairDataset(store), generator, distance, config, folder, None, adversarial, discriminator)
+    # Nobody goes on from these runs, and a checkpoint of each would fill a small disk.
+    trainer._save = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def measure(trainer: Trainer, repeats: int) -> dict[str, dict[str, float]]:
@@ -72,7 +81,8 @@ def measure(trainer: Trainer, repeats: int) -> dict[str, dict[str, float]]:
     def step(phase: int, at: int) -> None:
         # A step is told by its number whether R1 is due.
         trainer.guard, trainer.step = (guard if phase == 2 else None), at
-        trainer.train_step(batches)
+        with no_tf32():  # as in `Trainer.run`
+            trainer.train_step(batches)
         synchronise(trainer.device)
 
     kinds = {"phase 1": (1, 1), "phase 2": (2, 1), "phase 2, with R1": (2, R1_EVERY)}
@@ -116,17 +126,17 @@ def main() -> None:
             try:
                 run = folder / f"run-{checkpointing}"
                 trainer = new_trainer(teacher, loss, folder / "store", run, config, checkpointing, a.r1_count)
-                # `train` gives it up; the next row copies it again.
-                torch.nn.Module.to(teacher.network, "cpu")
                 if device == "cuda":
                     row["resident, MB"] = torch.cuda.memory_allocated() / 2**20
                 found = measure(trainer, a.repeats)
-            except RuntimeError as error:  # out of memory is one
+            except RuntimeError as error:
+                if out_of_memory(error) is None:
+                    raise
                 rows.append(row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
                 continue
             finally:
                 trainer = None  # type: ignore[assignment]
-                torch.nn.Module.to(teacher.network, device)
+                teacher.network.to(device)
                 gc.collect()
                 if device == "cuda":
                     torch.cuda.empty_cache()

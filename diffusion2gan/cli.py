@@ -592,11 +592,6 @@ def _leave_process_group() -> None:
         distributed.destroy_process_group()
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Of a GPU, or of the host: torch says the latter in words alone."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 2 for what the user must mend (one line on stderr), 130 when interrupted."""
     arguments = _parser().parse_args(argv)
@@ -618,10 +613,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ndiffusion2gan: interrupted; run the same command again to go on where it stopped", file=sys.stderr)
         return 130
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        from diffusion2gan.device import out_of_memory
+
+        where = out_of_memory(error)
+        if where is None:
             raise
         asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
-        where = "GPU" if type(error).__name__ == "OutOfMemoryError" else "host"
         print(
             f"diffusion2gan: out of {where} memory{f' ({asked[1]} more were asked for)' if asked else ''}; lower pairs.batch_size or training.micro_batch_size, or set "
             "generator.gradient_checkpointing=true; `diffusion2gan plan RECIPE --gpu NAME` estimates what is needed",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from diffusion2gan.run_log import read_scalars
 from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig, evaluations_per_pair
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+
+if TYPE_CHECKING:
+    from diffusion2gan.evaluation.scoring import ScoringNetwork
 
 # Each has many right answers, so the noise decides which picture it is.
 PROMPTS = ("noto face smiling", "fluent face affection", "twemoji heart", "noto animal mammal", "fluent food fruit", "twemoji country flag")
@@ -136,7 +139,7 @@ def demo_recipe(out: Path, teacher: StableDiffusionTeacher, minutes: float, judg
         return load_recipe(str(path))
     prompts = out / "prompts.txt"
     write_bytes_atomic(prompts, ("\n".join(PROMPTS) + "\n").encode())
-    overrides = [f"pairs.prompts.source={prompts}"]
+    overrides = [f"pairs.prompts.source={json.dumps(str(prompts))}"]
     if not (weights_root() / "latent_vgg").is_dir():
         overrides.append("loss.distance=mse")
     recipe = load_recipe("demo", overrides)
@@ -162,13 +165,22 @@ def run_demo(out: Path, minutes: float) -> Path:
         foreign = [p.name for p in out.iterdir() if not p.name.startswith(".") and p.name not in _OWN]
     if foreign:
         raise UserError(f"{out}: holds {foreign[0]}, which is not of a demo; choose a new --out")
+    from diffusion2gan.evaluation.scoring import ScoringNetwork
+
+    # What is not installed is found now, not after all the work.
+    scorer = ScoringNetwork()
     started = time.perf_counter()
     finish = started + 60 * minutes
     emoji = load_recipe("emoji")
     teacher = load_teacher(emoji.teacher, default_device())
     assert isinstance(teacher, StableDiffusionTeacher)
     judged = emoji.pairs.ode
+    begun_before = (out / "recipe.yaml").exists()
     recipe = demo_recipe(out, teacher, minutes, judged)
+    if begun_before:
+        print(
+            f"demo: goes on as it began, {recipe.pairs.count} pairs and {recipe.training.steps} steps; another length needs another --out"
+        )
     clock = out / "seconds.json"
     seconds: dict[str, float] = json.loads(clock.read_text()) if clock.exists() else {}
     # What comes after training: export, measuring, the page.
@@ -185,14 +197,17 @@ def run_demo(out: Path, minutes: float) -> Path:
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begun
         write_bytes_atomic(clock, canonical_json(seconds))
     print("demo: measure", flush=True)
-    results = measure(out, teacher, judged)
+    results = measure(out, teacher, judged, scorer)
     write_bytes_atomic(out / "results.json", canonical_json(results["numbers"]))
-    report = write_report(out, recipe, judged, results, seconds | {"all": time.perf_counter() - started})
-    print(f"demo: {time.perf_counter() - started:.0f} s in all; open {report}")
+    # With the parts of an interrupted demo, as its stages are.
+    seconds["all"] = seconds.get("all", 0.0) + time.perf_counter() - started
+    write_bytes_atomic(clock, canonical_json(seconds))
+    report = write_report(out, recipe, judged, results, seconds)
+    print(f"demo: {time.perf_counter() - started:.0f} s; open {report}")
     return report
 
 
-def measure(out: Path, teacher: StableDiffusionTeacher, judged: SolverConfig) -> dict[str, Any]:
+def measure(out: Path, teacher: StableDiffusionTeacher, judged: SolverConfig, scorer: ScoringNetwork) -> dict[str, Any]:
     """Pictures of teacher and students for NOISES noises of each prompt, never used in training, and their scores."""
     prompts = [p for p in PROMPTS for _ in range(NOISES)]
     seeds = [evaluation_seed((1 << 52) + i) for i in range(len(prompts))]
@@ -209,16 +224,17 @@ def measure(out: Path, teacher: StableDiffusionTeacher, judged: SolverConfig) ->
         begun = time.perf_counter()
         pictures[name] = sample(prompts, seeds)
         timing[name] = (time.perf_counter() - begun) / len(prompts)
-    return {"pictures": pictures, "numbers": {name: {"seconds_per_image": timing[name]} | s for name, s in _scores(pictures).items()}}
+    return {
+        "pictures": pictures,
+        "numbers": {name: {"seconds_per_image": timing[name]} | s for name, s in _scores(pictures, scorer).items()},
+    }
 
 
-def _scores(pictures: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+def _scores(pictures: dict[str, np.ndarray], scorer: ScoringNetwork) -> dict[str, dict[str, float]]:
     """Each student against the teacher's pictures of the same noises, in the features of the scoring network (used in no loss)."""
     from diffusion2gan.evaluation.metrics import retrieval, within_prompt_diversity
-    from diffusion2gan.evaluation.scoring import ScoringNetwork
 
-    network = ScoringNetwork()
-    features = {name: network.features(images).reshape(len(PROMPTS), NOISES, -1) for name, images in pictures.items()}
+    features = {name: scorer.features(images).reshape(len(PROMPTS), NOISES, -1) for name, images in pictures.items()}
     diversity = within_prompt_diversity(features["teacher"]).mean()
     scores = {}
     for name, own in features.items():

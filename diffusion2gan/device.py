@@ -42,6 +42,14 @@ def available_memory(device: torch.device | str) -> int:
 _CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
+def out_of_memory(error: Exception) -> str | None:
+    """Whose memory was too small, "GPU" or "host", or None for another error: libraries say it in words alone."""
+    said = str(error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in said:
+        return "host"
+    return "GPU" if "out of memory" in said or "ALLOC_FAILED" in said else None
+
+
 def has_bf16(device: torch.device | str) -> bool:
     """Whether `device` computes in bfloat16 itself. A CPU that does not (no AVX-512, no AMX) takes 16 times as long
     as in float32 (a convolution with its backward, Zen 3)."""

@@ -44,6 +44,10 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from None
         if error.errno in (errno.EEXIST, errno.ENOTDIR):
             raise UserError(f"{path}: a file is in the way, expected a folder; choose another path") from None
+        if error.errno == errno.EISDIR:
+            raise UserError(f"{path}: is a folder, expected the name of a file; choose another path") from None
+        if error.errno == errno.EBUSY:
+            raise UserError(f"{path}: is in use (a mount point?) and cannot be replaced; name a folder in it") from None
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise UserError(f"{path}: cannot write here ({os.strerror(error.errno)}); choose a folder you may write to") from None
         raise
@@ -183,6 +187,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     An interrupted replacement leaves the old folder or the new one whole; a process killed in the one moment between two
     renames leaves the old one as `.NAME.old`, and the next call puts it back before anything else.
     """
+    # Of a link, what it points to is replaced, where it is.
+    folder = folder.resolve()
     aside = folder.with_name(f".{folder.name}.old")
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -208,10 +214,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 def fsync_dir(path: Path) -> None:
     """Makes a rename inside `path` survive a power cut, where the file system has that."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
-        return
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     except OSError as error:

@@ -79,8 +79,9 @@ GPUS: Mapping[str, Gpu] = {
     "a100": Gpu(312, 19.5, 80, 300, 200),
     "h100": Gpu(989, 67, 80, 450, 400),
     "h200": Gpu(989, 67, 141, 450, 400),
-    "l40s": Gpu(362, 91.6, 48, 32, 12.5),
-    "a10": Gpu(125, 31.2, 24, 32, 12.5),
+    # ECC takes a sixteenth of GDDR6.
+    "l40s": Gpu(362, 91.6, 45, 32, 12.5),
+    "a10": Gpu(125, 31.2, 22.5, 32, 12.5),
     "rtx4090": Gpu(165, 82.6, 24, 32, 12.5),
     "rtx3090": Gpu(71, 35.6, 24, 32, 12.5),
     "v100": Gpu(125, 15.7, 32, 150, 50),
@@ -551,11 +552,18 @@ def _with_less(recipe: Recipe, stage: str, gpus: int) -> str:
         ways = [
             ("generator.gradient_checkpointing=true", not recipe.generator.gradient_checkpointing),
             ("training.optimizer=adamw_8bit", training.optimizer == "adamw" and not split),
-            ("training.shard=true", gpus > 1 and whole and not split),
+            (_sharded(recipe), gpus > 1 and whole and not split),
         ]
         lower = "training.micro_batch_size"
     found = [way for way, open_still in ways if open_still]
     return f"lower {lower}" + (f", or set {' or '.join(found)}" if found else "")
+
+
+def _sharded(recipe: Recipe) -> str:
+    """What splits this recipe's weights: FSDP2 allows neither compiling nor an exact R1."""
+    exact = recipe.adversarial is not None and recipe.adversarial.r1 == "exact"
+    more = ["training.compile=false"] * recipe.training.compile + ["adversarial.r1=finite_difference"] * exact
+    return "training.shard=true" + (f" with {' and '.join(more)}" if more else "")
 
 
 # What of a recipe to look at before it runs.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor
 
 from diffusion2gan.config import settings_difference
@@ -25,7 +25,7 @@ from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.lora import fused_weights, lora_layers
 from diffusion2gan.pairs.dataset import PairDataset, canonical_json
 from diffusion2gan.pairs.measure_solver import measure_recipe
-from diffusion2gan.pairs.prompts import prompts_digest, read_prompts
+from diffusion2gan.pairs.prompts import prompts_digest, read_prompts, source_is_here
 from diffusion2gan.pairs.simulate import simulate, store_settings
 from diffusion2gan.pipeline import STUDENT_FILE, OneStepPipeline
 from diffusion2gan.plan import check_memory
@@ -111,7 +111,7 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
         warn_of_slow_bf16(accelerator.device, "training.mixed_precision=no")
     pairs = PairDataset(store, share=(accelerator.process_index, accelerator.num_processes))
     teacher = load_teacher(recipe.teacher, accelerator.device)
-    settings = store_settings(teacher, recipe.pairs, _prompts_digest(recipe, pairs))
+    settings = store_settings(teacher, recipe.pairs, _prompts_digest(recipe, pairs, accelerator))
     check_pairs(recipe, settings, pairs.manifest, store)
     done = max(map(checkpoint_step, checkpoints(folder / "checkpoints")), default=0)
     check_memory(recipe, "train", teacher.network, accelerator.num_processes, accelerator.device, done)
@@ -241,12 +241,13 @@ def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance, start: t
     write_bytes_atomic(path, canonical_json(inputs))
 
 
-def _prompts_digest(recipe: Recipe, pairs: PairDataset) -> str:
-    """Of the recipe's prompts; a store that was moved to a machine without the prompt file vouches for itself."""
-    source = recipe.pairs.prompts.source
-    if source not in ("embedded", "empty") and not Path(source).exists():
-        return pairs.manifest["prompts_sha256"]
-    return prompts_digest(read_prompts(recipe.pairs.prompts, recipe.pairs.count, recipe.pairs.seed))
+def _prompts_digest(recipe: Recipe, pairs: PairDataset, accelerator: Accelerator) -> str:
+    """Of the recipe's prompts; a store that was moved to a machine without the prompt file vouches for itself. Millions of prompts are read
+    by the first process alone."""
+    config, said = recipe.pairs, [pairs.manifest["prompts_sha256"]]
+    if accelerator.is_main_process and source_is_here(config.prompts):
+        said = [prompts_digest(read_prompts(config.prompts, config.count, config.seed))]
+    return str(broadcast_object_list(said)[0])
 
 
 def export_run(

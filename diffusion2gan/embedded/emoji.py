@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import cache_dir, write_bytes_atomic
+from diffusion2gan.files import cache_dir, disk_errors, write_bytes_atomic
 
 RESOLUTION = 64
 STYLES = ("noto", "twemoji", "fluent")
@@ -164,6 +164,8 @@ def _fetch(package: str, sha256: str, folder: Path) -> Path:
                 raise UserError(
                     f"`{' '.join(command[:3])}` failed: {error.stderr.strip().splitlines()[-1:]}; check the network and try again"
                 ) from None
+            except subprocess.TimeoutExpired:
+                raise UserError(f"`{' '.join(command[:3])}` did not end within 10 minutes; check the network and try again") from None
             os.replace(Path(scratch) / path.name, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != sha256:
@@ -172,9 +174,10 @@ def _fetch(package: str, sha256: str, folder: Path) -> Path:
 
 
 def build(folder: Path | None = None) -> tuple[EmojiDataset, dict[str, int]]:
-    """Builds (or opens) the data set in `folder` (default: the cache) and says what was skipped, by reason."""
+    """Builds the data set in `folder` (default: the cache) and says what was skipped, by reason."""
     folder = folder or cache_dir() / "emoji"
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         archives = {style: stack.enter_context(tarfile.open(_fetch(package, sha256, folder))) for package, sha256, style in PACKAGES}
         skipped = _build_from(archives, folder)

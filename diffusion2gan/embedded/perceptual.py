@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from diffusion2gan.embedded.emoji import STYLES, TONES, EmojiDataset
 from diffusion2gan.fit import FitConfig
 from diffusion2gan.images import to_tensor
-from diffusion2gan.perceptual import LatentLPIPS
+from diffusion2gan.perceptual import LatentLPIPS, LatentSpace
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.perceptual.train import train_classifier
 
@@ -74,10 +74,7 @@ def train(
     """Trains the latent network, or with `vae=None` the pixel network, in `folder`. Returns the uncalibrated distance and the
     accuracies on the held-out (concept, style) cells."""
     encode = encoder(vae)
-    if vae is None:
-        shape = LatentVGGConfig(in_channels=3, width=WIDTH, kept_poolings=(1, 2, 3, 4, 5), tap="before")
-    else:
-        shape = LatentVGGConfig(in_channels=vae.config.latent_channels, width=WIDTH)
+    shape = LatentVGGConfig.pixels(WIDTH) if vae is None else LatentVGGConfig(in_channels=vae.config.latent_channels, width=WIDTH)
     sizes, labels = labels_of(dataset)
 
     def batches(rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -92,4 +89,5 @@ def train(
         inputs = [encode(to_tensor(dataset.images[rows]).to(device)) for rows in parts]
     truth = [{k: v[rows].to(device) for k, v in labels.items()} for rows in parts]
     backbone, accuracy = train_classifier(shape, sizes, batches, config, folder, lambda: zip(inputs, truth, strict=True), device)
-    return LatentLPIPS(backbone.cpu()), accuracy
+    # The autoencoder's statistics are folded into it: its own latents are the scaled ones.
+    return LatentLPIPS(backbone.cpu(), space=LatentSpace()), accuracy

@@ -45,8 +45,13 @@ def embedded_student() -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
         with disk_errors(target), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             draft = Path(scratch) / "student"
-            shutil.copytree(teacher, draft, ignore=shutil.ignore_patterns("unet", "README.md"))
-            shutil.copytree(own, draft, dirs_exist_ok=True)
+            try:
+                shutil.copytree(teacher, draft, ignore=shutil.ignore_patterns("unet", "README.md"))
+                shutil.copytree(own, draft, dirs_exist_ok=True)
+            except shutil.Error as error:  # a list of what could not be copied, without a number
+                raise UserError(
+                    f"{target}: cannot be written ({error.args[0][0][2]}); make room, or set DIFFUSION2GAN_CACHE to another folder"
+                ) from None
             try:
                 draft.rename(target)
             except OSError:  # another process was faster: the same files

@@ -195,7 +195,7 @@ def decoded_lpips(teacher: LoadedTeacher) -> tuple[DecodedLPIPS, list[nn.Module]
     not depend on them. Raises UserError for a teacher without a decoder."""
     if teacher.vae is None:
         raise UserError(f"a {teacher.family} teacher decodes nothing; name one of latents")
-    vgg = LatentVGG(LatentVGGConfig(in_channels=3, kept_poolings=(1, 2, 3, 4, 5), tap="before"))
+    vgg = LatentVGG(LatentVGGConfig.pixels())
     distance = DecodedLPIPS(teacher.decode, LatentLPIPS(vgg).to(teacher.device).to(memory_format=torch.channels_last))
     return distance, [distance, teacher.vae.decoder, teacher.vae.post_quant_conv]
 

@@ -16,6 +16,7 @@ from diffusion2gan.images import grid, png_bytes, to_uint8
 from diffusion2gan.pairs.dataset import (
     PairDataset,
     encode_shard,
+    existing_shards,
     shard_count,
     shard_name,
     shard_rows,
@@ -55,6 +56,13 @@ def show(folder: Path, teacher: Teacher, out: Path, count: int = 32) -> Image.Im
     import torch
 
     store = PairDataset(folder, verify=False)
+    if teacher.latent_shape != store.latent_shape:
+        raise UserError(
+            f"{folder}: latents of {store.latent_shape}, the recipe's teacher has {teacher.latent_shape}; name the store's own recipe"
+        )
+    theirs, ours = store.manifest["teacher"]["weights"], teacher.identity()["weights"]
+    if theirs != ours:
+        raise UserError(f"{folder}: pairs of teacher {theirs[:16]}..., the recipe's is {ours[:16]}...; name the store's own recipe")
     rows = range(min(count, len(store)))
     with torch.inference_mode():
         pixels = teacher.decode(torch.from_numpy(store.latents(rows).astype(np.float32)).to(teacher.device))
@@ -74,7 +82,11 @@ def store_noise(folder: Path, out: Path) -> dict[str, Any]:
         raise UserError(f"{out}: is the store itself; choose a new folder")
     agree_on_settings(out, settings)
     sweep_temporaries(out)
+    present = existing_shards(out, total)
     for index in tqdm(range(total), unit="shard", desc="store-noise"):
+        if index in present:
+            verify_shard(present[index])
+            continue
         rows = shard_rows(index, settings["count"], settings["shard_size"])
         batch = source.batch(rows)
         data = encode_shard(batch.seeds.tolist(), batch.prompts, batch.latent, batch.noise)

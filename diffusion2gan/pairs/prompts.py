@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from diffusion2gan.config import Section
 from diffusion2gan.errors import UserError
@@ -47,6 +47,12 @@ class PromptsConfig(Section):
         for text in where:
             Condition.parse(text)
         return where
+
+    @model_validator(mode="after")
+    def _nothing_to_choose_from(self) -> PromptsConfig:
+        if self.source in ("embedded", "empty") and (self.where or self.unique or self.drop_unusable):
+            raise ValueError(f"source is {self.source}, of which where, unique and drop_unusable choose nothing; leave them out")
+        return self
 
 
 @dataclass(frozen=True)
@@ -119,10 +125,16 @@ def prompts_digest(prompts: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+def source_is_here(config: PromptsConfig) -> bool:
+    """Whether there is anything by the source's name: a file, a folder, or what a pattern matches."""
+    path = Path(config.source)
+    return config.source in ("embedded", "empty") or path.exists() or any(path.parent.glob(path.name))
+
+
 def _files(config: PromptsConfig) -> list[Path]:
     """The file, the folder's files or those of the pattern, in the order of their names."""
     path = Path(config.source)
-    if path.is_dir() or any(c in path.name for c in "*?["):
+    if path.is_dir() or (not path.is_file() and any(c in path.name for c in "*?[")):
         parent, pattern = (path, "*") if path.is_dir() else (path.parent, path.name)
         files = sorted(p for p in parent.glob(pattern) if p.suffix in _READERS and p.is_file() and not p.name.startswith("."))
         kinds = sorted({p.suffix for p in files})

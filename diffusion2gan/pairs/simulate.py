@@ -12,6 +12,7 @@ import json
 import platform
 import random
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -244,5 +245,10 @@ def _make_shard(
 
 
 def _log(folder: Path, row: dict[str, Any]) -> None:
-    with disk_errors(folder), open(folder.with_name(folder.name + ".log.jsonl"), "a") as file:
-        file.write(json.dumps(row | {"time": time.time(), "host": platform.node()}) + "\n")
+    """Beside the store, which holds what its manifest names. The parent of a mounted folder may be another's: pairs matter more."""
+    path = folder.with_name(folder.name + ".log.jsonl")
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(row | {"time": time.time(), "host": platform.node()}) + "\n")
+    except OSError as error:
+        warnings.warn(f"{path}: cannot be written ({error.strerror}); the store is made without a log", stacklevel=2)

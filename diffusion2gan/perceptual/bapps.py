@@ -58,7 +58,7 @@ class TripletFolder:
         path = self.folder / "judge" / f"{name}.npy"
         try:
             value = float(np.load(path, allow_pickle=False).reshape(-1)[0])
-        except (ValueError, OSError, IndexError) as error:
+        except (ValueError, OSError, IndexError, EOFError) as error:
             raise UserError(f"{path}: cannot be read ({error}); unpack the data set again") from None
         if not 0 <= value <= 1:
             raise UserError(f"{path}: holds {value}, expected a share between 0 and 1; unpack the data set again")
@@ -68,7 +68,11 @@ class TripletFolder:
 def subsets(root: Path, split: str, resolution: int = 64) -> dict[str, TripletFolder]:
     """Every subset of `split` ("train" or "val") in an unpacked BAPPS folder, by name. Raises UserError if there is none."""
     base = next((p for p in (root / "2afc" / split, root / split) if p.is_dir()), None)
-    found = {} if base is None else {p.name: TripletFolder(p, resolution) for p in sorted(base.iterdir()) if (p / "judge").is_dir()}
+    found = (
+        {}
+        if base is None
+        else {p.name: TripletFolder(p, resolution) for p in sorted(base.iterdir()) if p.is_dir() and not p.name.startswith(".")}
+    )
     if not found:
         raise UserError(f"{root}: has no 2afc/{split}/SUBSET/judge, expected an unpacked BAPPS data set; see docs/e_latent_lpips.md")
     return found

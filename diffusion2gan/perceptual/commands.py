@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 from torch import Tensor
 
 from diffusion2gan.embedded.weights import embedded_folder
@@ -38,8 +39,6 @@ READINGS: dict[str, dict[str, Any]] = {
     "released": {"kept_poolings": (4, 5), "tap": "after"},
     "before": {"kept_poolings": (3, 4), "tap": "before"},
 }
-# A network of pixels is LPIPS' own: no pooling removed, features before them.
-PIXEL_READING: dict[str, Any] = {"kept_poolings": (1, 2, 3, 4, 5), "tap": "before"}
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,19 @@ def open_autoencoder(source: str, device: torch.device, dtype: torch.dtype = tor
     [-1, 1]. Raises UserError when it is something else."""
     if source == "pixels":
         return Autoencoder(lambda x: x.to(device), lambda x: x, LatentSpace(1.0, 0.0), 3, source)
+    reasons = []
     for options in ({}, {"subfolder": "vae"}):
         try:
             vae = AutoencoderKL.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **options)
             break
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())[:120]
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            reasons.append(" ".join(str(error).split())[:120])
     else:
+        # Of a folder that is one itself, that there is none below it says nothing.
+        reason = reasons[0 if (Path(source) / "config.json").is_file() else -1]
         raise UserError(f"--vae {source}: is no AutoencoderKL ({reason}); name a folder or hub id of one, or of a pipeline with a vae")
+    if any(vae.config.get(key) is not None for key in ("latents_mean", "latents_std")):
+        raise UserError(f"--vae {source}: has latents_mean and latents_std of its own, expected a scaling_factor alone; name another")
     vae = vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     space = LatentSpace(float(vae.config.scaling_factor), float(getattr(vae.config, "shift_factor", None) or 0.0))
 
@@ -112,21 +116,24 @@ def train_command(
         raise UserError(f"--reading is {reading} with --vae pixels, which keeps all five poolings; leave --reading away")
     caches = {split: out / "latents" / split for split in ("train", "val")}
     encoder = open_autoencoder(vae, device, getattr(torch, encode_dtype))
+    # All that can be wrong, before hours of encoding.
+    shape = (
+        LatentVGGConfig.pixels(width, norm)
+        if vae == "pixels"
+        else LatentVGGConfig(in_channels=encoder.channels, width=width, norm=norm, **READINGS[reading])
+    )
+    pictures = {split: open_images(data, split) for split in caches}
+    if pictures["train"].classes != pictures["val"].classes:
+        raise UserError(f"{data}: train and val have other classes; expected the same subfolders in both")
     for split, folder in caches.items():
-        images = open_images(data, split)
-        views = crops if split == "train" else 0
+        images, views = pictures[split], crops if split == "train" else 0
         cache_latents(images, encoder.encode, folder, {"vae": encoder.name}, resolution, views, limit, encode_batch, rank=rank, world=world)
     # Not a barrier: the processes may need hours, and are never equally fast.
     train, val = (LatentCache(folder, wait=world > 1) for folder in caches.values())
-    if train.settings["classes"] != val.settings["classes"]:
-        raise UserError(f"{data}: train and val have other classes; expected the same subfolders in both")
     steps = max(1, epochs * len(train) // batch_size)
     config = FitConfig(
         steps, batch_size, learning_rate, warmup_steps=min(1000, steps // 10), decay_steps=steps // 2, weight_decay=0.05, compile=compiled
     )  # fmt: skip
-    shape = LatentVGGConfig(
-        in_channels=encoder.channels, width=width, norm=norm, **(PIXEL_READING if vae == "pixels" else READINGS[reading])
-    )
     share = batch_size // world
     # About once an epoch: one process looks, the others wait.
     validate_every = max(500, len(train) // batch_size)
@@ -171,7 +178,14 @@ def score_command(metric_source: str, vae: str, bapps: Path, resolution: int = 6
     """2AFC of a metric on each validation subset of BAPPS, beside the best that any metric could reach; a Markdown table."""
     device = PartialState().device
     metric = LatentLPIPS.from_pretrained(metric_source, clamp).to(device)
+    if metric.l1_weight:
+        raise UserError(
+            f"{metric_source}: has an L1 term (l1_weight {metric.l1_weight:g}), expected the features' distance alone; set it to 0"
+        )
     judged = _judged(metric, _encoder_of(metric, vae, device), bapps, "val", resolution)
+    for name, found in judged.items():
+        if not (found.first.isfinite().all() and found.second.isfinite().all()):
+            raise UserError(f"{metric_source}: its features of the pictures of {name} are not finite; look where its weights come from")
     heads = head_vector(metric).cpu()
     rows = [[name, len(j.judgement), two_afc(heads, j), best_possible(j)] for name, j in judged.items()]
     return markdown_table(["subset", "triplets", "2AFC", "always with the majority"], rows)

@@ -110,7 +110,7 @@ class LatentLPIPS(nn.Module):
         net: LatentVGG,
         l1_weight: float = 0.0,
         calibrated: bool = False,
-        space: LatentSpace | None = LatentSpace(),
+        space: LatentSpace | None = None,
         licence: str | None = None,
         origin: Origin | None = None,
     ):
@@ -123,7 +123,7 @@ class LatentLPIPS(nn.Module):
         self.origin = origin
         self.check_values = True
         """Whether inputs are looked at for NaN and for missing scaling; a trainer, which looks at the loss, switches it off."""
-        self._found_finite = self._found_plausible = False
+        self._found_finite = self._deviation_settled = False
         for i, channels in enumerate(net.channels):
             self.add_module(f"lin{i}", Head(channels).requires_grad_(False))
 
@@ -217,9 +217,9 @@ class LatentLPIPS(nn.Module):
                 self._check_finite({name: x0} if x1 is None else {name: x0, "x1": x1})
                 self._found_finite = True
             target = x0 if name == "x1" else x1
-            if not self._found_plausible and target is not None:
-                self._check_deviation(target, raw)
-                self._found_plausible = True
+            # Said once. On a CPU a later call may be the first that forgets the scaling.
+            if not self._deviation_settled and target is not None:
+                self._deviation_settled = not self._looks_plausible(target, raw) or x0.device.type != "cpu"
         return x0, x1
 
     @torch.no_grad()
@@ -229,15 +229,22 @@ class LatentLPIPS(nn.Module):
                 raise UserError(f"{name} has NaN or infinite values, expected finite latents; look where they come from")
 
     @torch.no_grad()
-    def _check_deviation(self, target: Tensor, raw: bool) -> None:
+    def _looks_plausible(self, target: Tensor, raw: bool) -> bool:
+        """Whether the target's deviation is that of scaled latents; if not, warns."""
         deviation = target.float().std(correction=0).item()
-        # Scaled latents of real pictures have about 1; those of a flat colour, less.
-        if deviation > 2.5 and not raw:
+        # Scaled latents of real pictures have about 1, those of a flat colour less; unscaled ones 1 / scale, those scaled twice scale. The
+        # limits lie between. Stable Diffusion's 0.18 where the scale says nothing.
+        scale = self.space.scale if self.space and self.space.scale < 1 else 0.18
+        plausible = False
+        if deviation > min(2.5, scale**-0.7) and not raw:
             advice = "these look like unscaled latents; multiply them by the autoencoder's scaling_factor, or pass raw=True"
             warnings.warn(f"x1 has a standard deviation of {deviation:.2f}, expected about 1: {advice}", stacklevel=5)
-        elif deviation < 0.3 and raw:
+        elif deviation < max(0.3, scale**0.7) and raw:
             advice = "these look like scaled latents; leave raw=True away"
             warnings.warn(f"x1 has a standard deviation of {deviation:.2f} once scaled, expected about 1: {advice}", stacklevel=5)
+        else:
+            plausible = True
+        return plausible
 
     def l1(self, x0: Tensor, x1: Tensor | None, spatial: bool = False) -> Tensor:
         """mean |x0 - x1| over channels and locations, (B,), or over channels, (B, H, W)."""
@@ -325,6 +332,8 @@ class LatentLPIPS(nn.Module):
             warnings.warn(f"{Path(source).name}: these weights are not this project's ({metric.licence})", LicenceNotice, stacklevel=2)
         if l1_weight is not None:
             metric.l1_weight = _checked_l1_weight(l1_weight)
+        if not isinstance(space, LatentSpace | None):
+            raise UserError(f"space is {space!r}, expected diffusion2gan.perceptual.LatentSpace(scale, shift)")
         if space is not None:
             metric.space = space
         return metric

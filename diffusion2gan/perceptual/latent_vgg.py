@@ -31,7 +31,7 @@ class LatentVGGConfig:
     """Scales every block's channels; rounded to a multiple of 8."""
     kept_poolings: tuple[int, ...] = (4, 5)
     """Which of the poolings after blocks 1 to 5 are there. The released checkpoints keep 4 and 5; another reading of "three
-    poolings removed" keeps 3 and 4. All five with `in_channels=3` is the pixel network."""
+    poolings removed" keeps 3 and 4. `pixels` keeps all five."""
     tap: str = "after"
     """Features are read "after" a block's pooling, as by the released checkpoints, or "before" it, as by LPIPS in pixels."""
     norm: str = "batch"
@@ -50,6 +50,11 @@ class LatentVGGConfig:
             raise UserError(f"tap is {self.tap!r}, expected 'after' or 'before'")
         if self.norm not in ("batch", "group"):
             raise UserError(f"norm is {self.norm!r}, expected 'batch' or 'group'")
+
+    @classmethod
+    def pixels(cls, width: float = 1.0, norm: str = "batch") -> LatentVGGConfig:
+        """LPIPS' own reading, of pixels: all five poolings, features before them."""
+        return cls(3, width, (1, 2, 3, 4, 5), "before", norm)
 
     @property
     def channels(self) -> list[int]:
@@ -154,7 +159,8 @@ class LatentVGG(nn.Module):
                 f"the input of LatentVGG has shape {tuple(x.shape)}, expected (B, {self.config.in_channels}, H, W); "
                 "use the network of this latent space"
             )
-        if not torch.is_autocast_enabled(x.device.type):
+        # Autocast casts all but float64.
+        if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
             x = x.to(next(self.parameters()).dtype)
         features = []
         for block in self.slices:
@@ -177,25 +183,25 @@ class LatentVGG(nn.Module):
 
 
 def _frozen_layers(block: nn.Sequential, x: Tensor) -> Tensor:
-    """`block(x)` up to its pooling, with each batch norm folded into the convolution before it.
+    """`block(x)` up to its pooling, with each batch norm, which stored statistics make an affine map per channel, done in place.
 
-    Stored statistics make batch norm an affine map per channel. Folded, its output is not kept for the backward pass
-    (half the memory) and not written at all (a third less traffic); folding itself costs one pass over the weights.
+    A convolution's input is not kept, as its weights want no gradient, nor is what the affine map is given: of each layer there is one
+    tensor for the backward pass. (Folded into the weights, the map would cost a copy of all of them in each pass, kept as well.)
     """
     layers = list(block)
     for i in range(0, len(layers) - 1, 3):
         conv, norm = layers[i], layers[i + 1]
         assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-        weight, bias = _folded(conv, norm)
-        x = F.relu(F.conv2d(x, weight, bias, padding=1), inplace=True)
+        scale, shift = _affine(conv, norm)
+        x = F.conv2d(x, conv.weight, None, padding=1).mul_(scale).add_(shift).relu_()
     return x
 
 
-def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def _affine(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each (C, 1, 1), of a convolution's bias and the batch norm after it: norm(y + bias) = scale y + shift."""
     assert conv.bias is not None and norm.running_mean is not None and norm.running_var is not None
     # At least float32: 1 / sqrt(var + eps) in bf16 would put its own error on every channel.
     work = torch.promote_types(conv.weight.dtype, torch.float32)
     scale = norm.weight.to(work) * torch.rsqrt(norm.running_var.to(work) + norm.eps)
-    weight = conv.weight.to(work) * scale.view(-1, 1, 1, 1)
-    bias = (conv.bias.to(work) - norm.running_mean.to(work)) * scale + norm.bias.to(work)
-    return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+    shift = (conv.bias.to(work) - norm.running_mean.to(work)) * scale + norm.bias.to(work)
+    return scale.view(-1, 1, 1), shift.view(-1, 1, 1)

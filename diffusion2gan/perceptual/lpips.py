@@ -14,7 +14,7 @@ class DecodedLPIPS(nn.Module):
     """d_LPIPS of Eq. 2: l(F(Decode(x0)), F(Decode(x1))), (B,).
 
     `decode` takes latents (B, C, h, w) to pixels (B, 3, H, W) in the range `metric` was trained on; gradients must flow
-    through it. `metric` is a LatentLPIPS over a pixel network (`in_channels=3, kept_poolings=(1, 2, 3, 4, 5)`).
+    through it. `metric` is a LatentLPIPS over a pixel network (`LatentVGGConfig.pixels()`).
     """
 
     def __init__(self, decode: Callable[[Tensor], Tensor], metric: LatentLPIPS):

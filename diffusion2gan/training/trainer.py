@@ -144,6 +144,9 @@ class Trainer:
     ):
         self.teacher, self.pairs, self.distance, self.config, self.folder = teacher, pairs, distance, config, folder
         self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.mixed_precision)
+        device = self.accelerator.device
+        # A GPU without a number is another one in the loader's thread, which has a current device of its own.
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
         known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
         if self.accelerator.distributed_type not in known:
             kind = str(self.accelerator.distributed_type).rpartition(".")[2]
@@ -211,10 +214,6 @@ class Trainer:
         )
 
     @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    @property
     def in_phase_2(self) -> bool:
         return self.guard is not None
 
@@ -230,10 +229,11 @@ class Trainer:
 
     # --- One step ---------------------------------------------------------------------------------------------------
 
-    def train_step(self, micro_batches: list[OdePairBatch], stop: bool = False) -> dict[str, float]:
+    def train_step(self, micro_batches: list[OdePairBatch], stop: Callable[[], bool] = bool) -> dict[str, float]:
         """One optimiser step over this process' share of the global batch: D's first, in phase 2, then G's.
 
-        `stop` travels with the loss, so that all processes learn in the same step that one of them was asked to stop.
+        `stop` says whether this process was asked to stop. It is asked late in the step, and the answer travels with the loss, so that all
+        processes learn in the same step that one of them was.
         """
         adversary = self.adversary if self.in_phase_2 else None
         conditions = [self.teacher.encode_prompts(m.prompts) for m in micro_batches]
@@ -246,7 +246,7 @@ class Trainer:
                 # Gradients are exchanged once, with the last micro-batch.
                 with self.descent.exchanging(number + 1 == len(micro_batches)):
                     told[:2] += self.generator_step(micro_batch, condition, fake, adversary)
-        told[2] = float(stop)
+        told[2] = float(stop())
         loss, adversarial_loss, stops = self.accelerator.reduce(told, "mean")
         norm = self.descent.norm()
         self._check({"regression loss": loss.item(), "adversarial loss": adversarial_loss.item(), "gradient norm": norm})
@@ -366,7 +366,7 @@ class Trainer:
                 micro_batches = upcoming.result()
                 if self.step + 1 < self.total_steps:
                     upcoming = loader.submit(self._load, self.step + 1)
-                scalars = self.train_step(micro_batches, stop() or bool(deadline and deadline()))
+                scalars = self.train_step(micro_batches, lambda: stop() or bool(deadline and deadline()))
                 done = self.step in (config.steps, self.total_steps)
                 if self.step % config.log_every == 0 or done:
                     rate = self.share(self.step - 1).size / (time.perf_counter() - started)

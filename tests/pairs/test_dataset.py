@@ -82,8 +82,31 @@ def test_stored_noise(tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prom
     assert full.noise_dtype == np.float32
     np.testing.assert_array_equal(full.noises(range(20)), plain.noises(range(20)))
     np.testing.assert_array_equal(full.latents(range(20)), plain.latents(range(20)))
+    # A conversion that was cut short goes on: what is there is not made again.
+    first = min((tmp_path / "full").glob("shard-*"))
+    made_at = first.stat().st_mtime_ns
+    max((tmp_path / "full").glob("shard-*")).unlink()
+    maintain.store_noise(store, tmp_path / "full")
+    assert first.stat().st_mtime_ns == made_at and PairDataset(tmp_path / "full").noise_dtype == np.float32
     with pytest.raises(UserError, match="already stores"):
         maintain.store_noise(tmp_path / "full", tmp_path / "again")
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(tiny_teacher: StableDiffusionTeacher, prompts_file: Path, tmp_path: Path) -> None:
+    """A folder that is mounted for writing may lie in one that is not."""
+    (tmp_path / "store.log.jsonl").mkdir()
+    with pytest.warns(UserWarning, match=r"store.log.jsonl: cannot be written \(Is a directory\)"):
+        simulate(tiny_teacher, _config(prompts_file), tmp_path / "store", progress=False)
+    assert len(PairDataset(tmp_path / "store")) == 20
+
+
+def test_pairs_are_shown_by_their_own_teacher(store: Path, tiny_teacher: StableDiffusionTeacher, tmp_path: Path) -> None:
+    maintain.show(store, tiny_teacher, tmp_path / "pairs.png", 4)
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["teacher"]["weights"] = "f" * 64
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="pairs of teacher ffffffffffffffff..., the recipe's is"):
+        maintain.show(store, tiny_teacher, tmp_path / "other.png", 4)
 
 
 def test_a_store_grows_into_the_larger_one_byte_for_byte(tiny_teacher: StableDiffusionTeacher, prompts_file: Path, tmp_path: Path) -> None:
@@ -93,7 +116,7 @@ def test_a_store_grows_into_the_larger_one_byte_for_byte(tiny_teacher: StableDif
     simulate(tiny_teacher, large, tmp_path / "grown", progress=False, smaller=tmp_path / "small")
     assert tree_digest(tmp_path / "grown") == tree_digest(tmp_path / "large")
     made = [json.loads(line)["shard"] for line in (tmp_path / "grown.log.jsonl").read_text().splitlines()]
-    assert made == [2, 3, 4]  # the short last shard of the small store too
+    assert sorted(made) == [2, 3, 4]  # the short last shard of the small store too
 
     other = large.model_copy(update={"ode": large.ode.model_copy(update={"guidance": 3.5})})
     with pytest.raises(UserError, match=r"a store of other settings: ode.guidance is"):
@@ -276,11 +299,11 @@ def test_a_shard_that_two_workers_made_is_kept_once(store: Path, tiny_teacher: S
     other = batch.latent.copy()
     other.view(np.uint16)[0, 0, 0, 0] ^= 1  # arithmetic of another machine: the last bit
     data = encode_shard(batch.seeds.tolist(), batch.prompts, other, None)
-    (store / shard_name(1, 3, hashlib.sha256(data).hexdigest())).write_bytes(data)
+    twin = store / shard_name(1, 3, hashlib.sha256(data).hexdigest())
+    twin.write_bytes(data)
     (store / "manifest.json").unlink()
     simulate(tiny_teacher, _config(prompts_file), store, progress=False)
-    assert len(list(store.glob("shard-00001-*"))) == 1
-    assert made.parent == store
+    assert list(store.glob("shard-00001-*")) == [min(made, twin)]
     maintain.check(store)
 
 

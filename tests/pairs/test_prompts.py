@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.pairs.prompts import PromptsConfig, read_prompts
+from diffusion2gan.pairs.prompts import PromptsConfig, read_prompts, source_is_here
 from diffusion2gan.recipe import load_recipe
 
 
@@ -203,3 +203,20 @@ def test_parquet_of_broken_text_is_one_line(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": broken}), tmp_path / "p.parquet")
     with pytest.raises(UserError, match="a text from row 1 on is not UTF-8"):
         read_prompts(PromptsConfig(source=str(tmp_path / "p.parquet")), 2, 0)
+
+
+def test_a_name_with_brackets_and_what_is_here(tmp_path: Path) -> None:
+    name = str(tmp_path / "prompts [v2].txt")
+    for source in (name, str(tmp_path), str(tmp_path / "*.txt")):
+        assert source_is_here(PromptsConfig(source=source)) == (source == str(tmp_path))
+    Path(name).write_text("a cat\n")
+    for source in (name, str(tmp_path), str(tmp_path / "*.txt"), "embedded", "empty"):
+        assert source_is_here(PromptsConfig(source=source))
+    assert not source_is_here(PromptsConfig(source=str(tmp_path / "*.parquet")))
+    assert read_prompts(PromptsConfig(source=name), 2, 0) == ["a cat", "a cat"]
+
+
+@pytest.mark.parametrize("setting", ['where=["a > 1"]', "unique=true", "drop_unusable=true"])
+def test_of_the_embedded_prompts_nothing_is_chosen(setting: str) -> None:
+    with pytest.raises(UserError, match="source is embedded, of which where, unique and drop_unusable choose nothing"):
+        load_recipe("emoji", [f"pairs.prompts.{setting}"])

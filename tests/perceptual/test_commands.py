@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -193,6 +194,24 @@ def test_calibrate_and_score(vae: Path, tmp_path: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     assert cli.main(["perceptual", "score", str(out), *common]) == 0
     assert "| cnn | 8 | 1 |" in capsys.readouterr().out
+    judge = tmp_path / "bapps" / "2afc" / "val" / "cnn" / "judge" / "000000.npy"
+    judged = judge.read_bytes()
+    judge.write_bytes(b"")
+    assert cli.main(["perceptual", "score", str(out), *common]) == 2
+    assert "000000.npy: cannot be read" in capsys.readouterr().err
+    judge.write_bytes(judged)
+    other = LatentLPIPS.from_pretrained(out)
+    other.net.slices[4][-2 if other.net.config.norm == "none" else 0].weight.data.fill_(float("nan"))
+    other.save_pretrained(tmp_path / "nan")
+    assert cli.main(["perceptual", "score", str(tmp_path / "nan"), *common]) == 2
+    assert "its features of the pictures of cnn are not finite" in capsys.readouterr().err
+    LatentLPIPS.from_pretrained(out, l1_weight=1.0).save_pretrained(tmp_path / "l1")
+    assert cli.main(["perceptual", "score", str(tmp_path / "l1"), *common]) == 2
+    assert "has an L1 term (l1_weight 1)" in capsys.readouterr().err
+    (tmp_path / "bapps" / "2afc" / "val" / "blur" / "ref").mkdir(parents=True)
+    assert cli.main(["perceptual", "score", str(out), *common]) == 2
+    assert "has no folder p0" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "bapps" / "2afc" / "val" / "blur")
     LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=4, width=0.125))).save_pretrained(metric)
     assert cli.main(["perceptual", "score", str(metric), *common]) == 2
     assert "the metric reads 4" in capsys.readouterr().err
@@ -202,6 +221,7 @@ def test_bad_input_is_one_line(vae: Path, images: Path, tmp_path: Path, capsys: 
     (tmp_path / "empty" / "train").mkdir(parents=True)
     (tmp_path / "broken" / "train" / "a").mkdir(parents=True)
     (tmp_path / "broken" / "train" / "a" / "x.png").write_bytes(b"no picture")
+    shutil.copytree(tmp_path / "broken" / "train", tmp_path / "broken" / "val")
     for arguments, message in (
         ((tmp_path, images, tmp_path / "o1"), "is no AutoencoderKL"),
         ((vae, tmp_path / "empty", tmp_path / "o2"), "no images in subfolders"),
@@ -211,6 +231,27 @@ def test_bad_input_is_one_line(vae: Path, images: Path, tmp_path: Path, capsys: 
         assert _train(*arguments) == 2  # type: ignore[arg-type]
         error = capsys.readouterr().err
         assert message in error.splitlines()[-1] and "Traceback" not in error
+
+
+def test_bad_input_is_found_before_anything_is_encoded(vae: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(images / "train", tmp_path / "alone" / "train")
+    shutil.copytree(images / "train", tmp_path / "other" / "train")
+    shutil.copytree(images / "val" / "red", tmp_path / "other" / "val" / "red")
+    shutil.copytree(vae, tmp_path / "means")
+    settings = json.loads((vae / "config.json").read_text())
+    (tmp_path / "means" / "config.json").write_text(json.dumps(settings | {"latents_mean": [0.0] * 6, "latents_std": [1.0] * 6}))
+    shutil.copytree(vae, tmp_path / "damaged")
+    (tmp_path / "damaged" / "diffusion_pytorch_model.safetensors").write_bytes(b"no tensors")
+    for source, data, more, message in (
+        (vae, tmp_path / "alone", (), "has no folder validation or val"),
+        (vae, tmp_path / "other", (), "train and val have other classes"),
+        (vae, images, ("--width", "-1"), "width is -1.0"),
+        (tmp_path / "means", images, (), "has latents_mean and latents_std of its own"),
+        (tmp_path / "damaged", images, (), "HeaderTooSmall|header|damaged"),
+    ):
+        assert _train(source, data, tmp_path / "out", *more) == 2
+        assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+        assert not (tmp_path / "out").exists()
 
 
 def test_another_network_is_not_trained_in_the_same_folder(

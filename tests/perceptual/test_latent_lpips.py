@@ -516,6 +516,8 @@ def test_inputs_of_any_precision(dtype: torch.dtype) -> None:
     expected = loss(x0, x1, parameters)
     torch.testing.assert_close(loss(x0.to(dtype), x1.to(dtype), parameters).float(), expected, rtol=0.1, atol=1e-3)
     torch.testing.assert_close(loss(x0, x1.to(dtype), parameters).float(), expected, rtol=0.1, atol=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(loss(x0.to(dtype), x1.to(dtype), parameters).float(), expected, rtol=0.1, atol=1e-3)
 
 
 def test_raw_latents() -> None:
@@ -531,7 +533,7 @@ def test_raw_latents() -> None:
     metric.space = None
     with pytest.raises(UserError, match="scale of this metric's latents is not known"):
         metric(x0, x1, raw=True)
-    metric.space, metric._found_plausible = LatentSpace(0.18215), False
+    metric.space, metric._deviation_settled = LatentSpace(0.18215), False
     with pytest.warns(UserWarning, match="look like scaled latents"):
         metric(x0, x1, raw=True)
 
@@ -571,11 +573,33 @@ def test_what_cannot_be_a_latent() -> None:
         loss(x, 5 * torch.randn(1, 4, 8, 8))
 
 
+@pytest.mark.parametrize("scale", [0.18215, 0.13025, 0.3611])
+def test_scaling_that_was_forgotten_or_done_twice(scale: float) -> None:
+    """At the scales of SD 1.5, SDXL and FLUX; on a CPU also after calls that were right."""
+    metric = LatentLPIPS(metric_of().net, space=LatentSpace(scale))
+    scaled = torch.randn(2, 4, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metric(scaled, scaled)
+        metric(scaled / scale, scaled / scale, raw=True)
+    with pytest.warns(UserWarning, match="look like unscaled latents"):
+        metric(scaled, scaled / scale)
+    metric._deviation_settled = False
+    with pytest.warns(UserWarning, match="look like scaled latents"):
+        metric(scaled, scaled, raw=True)
+
+
+def test_a_space_is_a_latent_space(tmp_path: Path) -> None:
+    metric_of().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"space is 0.18215, expected diffusion2gan.perceptual.LatentSpace"):
+        LatentLPIPS.from_pretrained(tmp_path, space=0.18215)  # type: ignore[arg-type]
+
+
 def test_values_are_looked_at_once_where_that_means_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """On another device than the CPU; also where no target ever passes, because its features come from elsewhere."""
     metric, looked = metric_of().to("meta"), []
     monkeypatch.setattr(metric, "_check_finite", lambda inputs: looked.append(list(inputs)))
-    monkeypatch.setattr(metric, "_check_deviation", lambda target, raw: looked.append("deviation"))
+    monkeypatch.setattr(metric, "_looks_plausible", lambda target, raw: looked.append("deviation"))
     x = torch.randn(1, 4, 8, 8, device="meta")
     for _ in range(3):
         metric.checked(x, None, False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import runpy
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from diffusion2gan import cli, losses
 from diffusion2gan.perceptual import LatentLPIPS, LatentVGG
+from diffusion2gan.perceptual import reconstruct as reconstruction
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
-from diffusion2gan.perceptual.reconstruct import distances_of_figure_3, reconstruct
+from diffusion2gan.perceptual.reconstruct import distances_of_figure_3, reconstruct, run_experiment
 from tests.conftest import tiny_pipeline
 from tests.helpers import ROOT
 
@@ -33,6 +35,23 @@ def test_mse_arrives_and_blindness_shows() -> None:
     assert torch.allclose(half.latent[:, :2], target[:, :2], atol=0.05)
     start = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
     assert torch.equal(half.latent[:, 2:], start[:, 2:])
+
+
+def test_psnr_is_of_the_clamped_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known: pixels 0.2 off in a range of 2, but for those that clamping makes equal."""
+    target = torch.full((1, 4, 8, 8), 0.5)
+    found = target + 0.2
+
+    def decode(x: Tensor) -> Tensor:
+        pixels = x[:, :3].clone()
+        pixels[:, :, :4] += 3  # beyond 1 in both
+        return pixels
+
+    monkeypatch.setattr(reconstruction, "reconstruct", lambda *_, **__: reconstruction.Reconstruction(found, [0, 1], [1.0, 0.2]))
+    run_experiment({"mse": lambda a, b, _: losses.mse(a, b)}, target, decode, tmp_path, steps=1)
+    (row,) = json.loads((tmp_path / "table.json").read_text())
+    assert row["PSNR, dB"] == pytest.approx(10 * math.log10(4 / (0.2**2 / 2)), abs=1e-4)
+    assert row["latent RMSE"] == 0.2
 
 
 def test_draws_belong_to_the_step() -> None:
