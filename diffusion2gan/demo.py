@@ -136,7 +136,9 @@ def demo_recipe(out: Path, teacher: StableDiffusionTeacher, minutes: float, judg
     """The recipe of this demo folder: made once, then read again, so that an interrupted demo goes on as it began."""
     path = out / "recipe.yaml"
     if path.exists():
-        return load_recipe(str(path))
+        begun = load_recipe(str(path))
+        print(f"demo: goes on as it began, {begun.pairs.count} pairs and {begun.training.steps} steps; another length needs another --out")
+        return begun
     prompts = out / "prompts.txt"
     write_bytes_atomic(prompts, ("\n".join(PROMPTS) + "\n").encode())
     overrides = [f"pairs.prompts.source={json.dumps(str(prompts))}"]
@@ -175,12 +177,7 @@ def run_demo(out: Path, minutes: float) -> Path:
     teacher = load_teacher(emoji.teacher, default_device())
     assert isinstance(teacher, StableDiffusionTeacher)
     judged = emoji.pairs.ode
-    begun_before = (out / "recipe.yaml").exists()
     recipe = demo_recipe(out, teacher, minutes, judged)
-    if begun_before:
-        print(
-            f"demo: goes on as it began, {recipe.pairs.count} pairs and {recipe.training.steps} steps; another length needs another --out"
-        )
     clock = out / "seconds.json"
     seconds: dict[str, float] = json.loads(clock.read_text()) if clock.exists() else {}
     # What comes after training: export, measuring, the page.

@@ -68,11 +68,8 @@ class TripletFolder:
 def subsets(root: Path, split: str, resolution: int = 64) -> dict[str, TripletFolder]:
     """Every subset of `split` ("train" or "val") in an unpacked BAPPS folder, by name. Raises UserError if there is none."""
     base = next((p for p in (root / "2afc" / split, root / split) if p.is_dir()), None)
-    found = (
-        {}
-        if base is None
-        else {p.name: TripletFolder(p, resolution) for p in sorted(base.iterdir()) if p.is_dir() and not p.name.startswith(".")}
-    )
+    folders = [] if base is None else sorted(p for p in base.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = {p.name: TripletFolder(p, resolution) for p in folders}
     if not found:
         raise UserError(f"{root}: has no 2afc/{split}/SUBSET/judge, expected an unpacked BAPPS data set; see docs/e_latent_lpips.md")
     return found

@@ -235,16 +235,14 @@ class LatentLPIPS(nn.Module):
         # Scaled latents of real pictures have about 1, those of a flat colour less; unscaled ones 1 / scale, those scaled twice scale. The
         # limits lie between. Stable Diffusion's 0.18 where the scale says nothing.
         scale = self.space.scale if self.space and self.space.scale < 1 else 0.18
-        plausible = False
         if deviation > min(2.5, scale**-0.7) and not raw:
-            advice = "these look like unscaled latents; multiply them by the autoencoder's scaling_factor, or pass raw=True"
-            warnings.warn(f"x1 has a standard deviation of {deviation:.2f}, expected about 1: {advice}", stacklevel=5)
+            found, advice = "", "these look like unscaled latents; multiply them by the autoencoder's scaling_factor, or pass raw=True"
         elif deviation < max(0.3, scale**0.7) and raw:
-            advice = "these look like scaled latents; leave raw=True away"
-            warnings.warn(f"x1 has a standard deviation of {deviation:.2f} once scaled, expected about 1: {advice}", stacklevel=5)
+            found, advice = " once scaled", "these look like scaled latents; leave raw=True away"
         else:
-            plausible = True
-        return plausible
+            return True
+        warnings.warn(f"x1 has a standard deviation of {deviation:.2f}{found}, expected about 1: {advice}", stacklevel=5)
+        return False
 
     def l1(self, x0: Tensor, x1: Tensor | None, spatial: bool = False) -> Tensor:
         """mean |x0 - x1| over channels and locations, (B,), or over channels, (B, H, W)."""
