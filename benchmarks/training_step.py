@@ -56,17 +56,18 @@ def load(network: str, device: str, folder: Path) -> tuple[Teacher, LossConfig]:
 def new_trainer(
     teacher: Teacher, loss: LossConfig, store: Path, folder: Path, config: TrainingConfig, checkpointing: bool, r1_count: int | None
 ) -> Trainer:
-    """`r1_count`: samples of the batch that R1 looks at; None: there is no discriminator. Afterwards the teacher's network is a copy in the
-    host's memory: `train` gives it up, and the next trainer needs it again."""
+    """`r1_count`: samples of the batch that R1 looks at; None: there is no discriminator. Afterwards the teacher's network is in the host's
+    memory: `train` gives it up, and the next trainer needs it again."""
     generator = OneStepGenerator.from_teacher(teacher, GeneratorConfig(gradient_checkpointing=checkpointing))
     adversarial = discriminator = None
     if r1_count is not None:
         adversarial = AdversarialConfig(steps=1000, r1_every=R1_EVERY, r1_count=r1_count)
         discriminator = build_discriminator(DiscriminatorConfig(gradient_checkpointing=checkpointing), teacher)
     distance = build_distance(loss, teacher, teacher.device)
-    spare = copy.deepcopy(teacher.network).to("cpu")
+    weights = {name: value.cpu() for name, value in teacher.network.state_dict().items()}
     teacher.give_up_network()
-    teacher.network = spare
+    teacher.network = copy.deepcopy(teacher.network)
+    teacher.network.load_state_dict(weights, assign=True)
     trainer = Trainer(teacher, PairDataset(store), generator, distance, config, folder, None, adversarial, discriminator)
     # Nobody goes on from these runs, and a checkpoint of each would fill a small disk.
     trainer._save = lambda: None  # type: ignore[method-assign]

@@ -28,9 +28,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DIFFUSION2GAN_CACHE") or Path.home() / ".cache" / "diffusion2gan")
 
 
+ANOTHER_CACHE = "set DIFFUSION2GAN_CACHE to a folder you may write to"
+
+
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full disk or a read-only folder into one clear line that names the path."""
+def disk_errors(path: Path, instead: str = "choose a folder you may write to") -> Iterator[None]:
+    """Turns a full disk or a read-only folder into one clear line that names the path; `instead`: what to do when it is read-only."""
     try:
         yield
     except SafetensorError as error:
@@ -38,19 +41,27 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise UserError(f"{path}: the disk is full; free some space and run the same command again") from None
         raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        number = _number_of(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"{path}: the disk is full; free some space and run the same command again, it goes on where it stopped"
             ) from None
-        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        if number in (errno.EEXIST, errno.ENOTDIR):
             raise UserError(f"{path}: a file is in the way, expected a folder; choose another path") from None
-        if error.errno == errno.EISDIR:
+        if number == errno.EISDIR:
             raise UserError(f"{path}: is a folder, expected the name of a file; choose another path") from None
-        if error.errno == errno.EBUSY:
+        if number == errno.EBUSY:
             raise UserError(f"{path}: is in use (a mount point?) and cannot be replaced; name a folder in it") from None
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise UserError(f"{path}: cannot write here ({os.strerror(error.errno)}); choose a folder you may write to") from None
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise UserError(f"{path}: cannot write here ({os.strerror(number)}); {instead}") from None
         raise
+
+
+def _number_of(error: OSError) -> int | None:
+    """errno; of `shutil.Error`, which has none but a text for every file that could not be copied, the first one's."""
+    if isinstance(error, shutil.Error) and (found := re.search(r"\[Errno (\d+)\]", str(error))):
+        return int(found[1])
+    return error.errno
 
 
 @contextmanager

@@ -392,11 +392,10 @@ def _simulate(recipe: Recipe, gpus: int, n: Networks) -> StagePlan:
     stored = {"none": 2, "float16": 4, "float32": 6}[pairs.noise_storage] * elements + 150  # latent, noise, a caption and a seed
     evaluations = pairs.count * evaluations_per_pair(pairs.ode)
     precision = pairs.precision or own
-    # In another precision, or compiled, a copy of the teacher's network solves.
-    copy = _BYTES[precision] * g.parameters if precision != own or pairs.compile else 0
     guided = 2 if pairs.ode.guidance > 1 else 1
     alive = pairs.batch_size * guided * g.alive * _BYTES[precision] / 2
-    memory = _BYTES[own] * (g.parameters + n.encoders) + copy + alive
+    # The network is loaded in its own precision and brought to the other one where it lies.
+    memory = _BYTES[own] * n.encoders + max(_BYTES[own] * g.parameters, _BYTES[precision] * g.parameters + alive)
     single = precision in ("float32", "float64")
     return StagePlan("simulate", gpus, evaluations, evaluations * g.flops, memory, pairs.count * stored, single=single)
 

@@ -46,7 +46,7 @@ def simulate_recipe(recipe: Recipe, store: Path, progress: bool = True, smaller:
     teacher = load_teacher(recipe.teacher, default_device())
     if not (store / "manifest.json").exists():
         check_memory(recipe, "simulate", teacher.network, worker.world, teacher.device)
-    return simulate(teacher, recipe.pairs, store, worker, progress, smaller)
+    return simulate(teacher, recipe.pairs, store, worker, progress, smaller, in_place=True)
 
 
 def measure_solver_recipe(recipe: Recipe, out: Path, count: int) -> str:

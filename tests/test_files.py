@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -13,7 +14,15 @@ from pathlib import Path
 import pytest
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import _host, atomic_folder, refuse_other_folder, sweep_temporaries, sweep_temporaries_of, write_bytes_atomic
+from diffusion2gan.files import (
+    _host,
+    atomic_folder,
+    disk_errors,
+    refuse_other_folder,
+    sweep_temporaries,
+    sweep_temporaries_of,
+    write_bytes_atomic,
+)
 
 
 def _dead_process() -> int:
@@ -93,3 +102,15 @@ def test_a_folder_where_a_file_is_to_be(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pictures: is a folder, expected the name of a file"):
         write_bytes_atomic(tmp_path / "pictures", b"x")
     assert [p.name for p in tmp_path.iterdir()] == ["pictures"]
+
+
+@pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "cannot write here .*; go elsewhere")])
+def test_a_folder_that_cannot_be_copied_is_one_line(number: int, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").touch()
+
+    def refused(source: str, *_: object) -> None:
+        raise OSError(number, os.strerror(number), source)
+
+    with pytest.raises(UserError, match=said), disk_errors(tmp_path / "b", "go elsewhere"):
+        shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=refused)

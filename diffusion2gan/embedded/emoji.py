@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import cache_dir, disk_errors, write_bytes_atomic
+from diffusion2gan.files import ANOTHER_CACHE, cache_dir, disk_errors, write_bytes_atomic
 
 RESOLUTION = 64
 STYLES = ("noto", "twemoji", "fluent")
@@ -176,7 +176,7 @@ def _fetch(package: str, sha256: str, folder: Path) -> Path:
 def build(folder: Path | None = None) -> tuple[EmojiDataset, dict[str, int]]:
     """Builds the data set in `folder` (default: the cache) and says what was skipped, by reason."""
     folder = folder or cache_dir() / "emoji"
-    with disk_errors(folder):
+    with disk_errors(folder, ANOTHER_CACHE):
         folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         archives = {style: stack.enter_context(tarfile.open(_fetch(package, sha256, folder))) for package, sha256, style in PACKAGES}

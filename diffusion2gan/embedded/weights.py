@@ -34,24 +34,19 @@ def embedded_student() -> Path:
     import shutil
     import tempfile
 
-    from diffusion2gan.files import cache_dir, disk_errors
+    from diffusion2gan.files import ANOTHER_CACHE, cache_dir, disk_errors
 
     teacher, own = embedded_folder("teacher"), embedded_folder("student")
     files = sorted(p for folder in (teacher, own) for p in folder.rglob("*") if p.is_file())
     digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in files)).hexdigest()[:16]
     target = cache_dir() / f"student-{digest}"
     if not target.exists():
-        with disk_errors(target):
+        with disk_errors(target, ANOTHER_CACHE):
             target.parent.mkdir(parents=True, exist_ok=True)
-        with disk_errors(target), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        with disk_errors(target, ANOTHER_CACHE), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             draft = Path(scratch) / "student"
-            try:
-                shutil.copytree(teacher, draft, ignore=shutil.ignore_patterns("unet", "README.md"))
-                shutil.copytree(own, draft, dirs_exist_ok=True)
-            except shutil.Error as error:  # a list of what could not be copied, without a number
-                raise UserError(
-                    f"{target}: cannot be written ({error.args[0][0][2]}); make room, or set DIFFUSION2GAN_CACHE to another folder"
-                ) from None
+            shutil.copytree(teacher, draft, ignore=shutil.ignore_patterns("unet", "README.md"))
+            shutil.copytree(own, draft, dirs_exist_ok=True)
             try:
                 draft.rename(target)
             except OSError:  # another process was faster: the same files

@@ -152,13 +152,15 @@ def simulate(
     worker: Worker | None = None,
     progress: bool = True,
     smaller: Path | None = None,
+    in_place: bool = False,
 ) -> dict[str, Any]:
     """Fills the store in `folder`; returns its manifest when all shards are there, whoever made them.
 
     teacher: whose ODE is solved, on its own device. config: which pairs, and how. worker: which share of the shards is this process'
     own; by default all. progress: a bar on stderr. smaller: a store of the same settings with fewer pairs, whose whole shards are taken
-    over instead of being made again: the result is the same bytes. Raises UserError for a folder of other settings, a corrupt shard, a
-    full disk, or a solution that is not finite.
+    over instead of being made again: the result is the same bytes. in_place: the teacher's network itself is brought to `config.precision`
+    and compiled, not a copy, and stays so. Raises UserError for a folder of other settings, a corrupt shard, a full disk, or a solution
+    that is not finite.
     """
     folder, worker = Path(folder).resolve(), worker or Worker()
     prompts = read_prompts(config.prompts, config.count, config.seed)
@@ -166,7 +168,7 @@ def simulate(
     if config.precision == "bfloat16":
         warn_of_slow_bf16(teacher.device, "pairs.precision=float32")
     # Before anything is written: it may refuse to compile.
-    solver = OdeSolver(teacher, config.ode, config.batch_size, config.precision, config.compile, config.negative_prompt)
+    solver = OdeSolver(teacher, config.ode, config.batch_size, config.precision, config.compile, config.negative_prompt, in_place)
     count = _count_of_smaller(smaller, settings, prompts) if smaller is not None else 0
     agree_on_settings(folder, settings)
     total = shard_count(config.count, config.shard_size)

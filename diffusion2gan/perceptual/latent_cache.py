@@ -174,7 +174,7 @@ def cache_latents(
     settings |= {"source": images.fingerprint, "classes": images.classes}
     path = folder / "settings.json"
     if path.exists():
-        theirs = json.loads(path.read_text())
+        theirs = _read_settings(path)
         for key, value in settings.items():
             if theirs.get(key) != value:
                 raise UserError(
@@ -195,6 +195,18 @@ def cache_latents(
                 _save(folder / f"{number:05d}.npy", np.concatenate(latents))
             bar.update(len(rows))
     sweep_temporaries(folder)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict) or not isinstance(settings.get("images"), int):
+        raise UserError(
+            f"{path}: cannot be read, expected the settings of cached latents; delete {path.parent} and run the same command again"
+        )
+    return settings
 
 
 @torch.inference_mode()
@@ -227,11 +239,11 @@ class LatentCache:
     def __init__(self, folder: Path, wait: bool = False):
         """`wait`: other processes are still making shards."""
         path = folder / "settings.json"
-        while wait and not (path.exists() and not self._missing(json.loads(path.read_text()), folder)):
+        while wait and not (path.exists() and not self._missing(_read_settings(path), folder)):
             time.sleep(1)
         if not path.exists():
             raise UserError(f"{folder}: no cached latents (no settings.json); run `diffusion2gan perceptual train` with this --out")
-        self.settings: dict[str, Any] = json.loads(path.read_text())
+        self.settings: dict[str, Any] = _read_settings(path)
         self.count: int = self.settings["images"]
         total, missing = -(-self.count // SHARD), self._missing(self.settings, folder)
         if missing:

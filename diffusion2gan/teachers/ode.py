@@ -140,7 +140,8 @@ class OdeSolver:
 
     precision: dtype of the network while it solves (default: the teacher's own); text and the state of the ODE keep theirs.
     compiled: compiles the network for batches of `batch_size`; smaller ones are padded. Costs a minute at the first batch.
-    negative_prompt: the unconditional branch's prompt. Raises UserError when compiling on a CPU without a C++ compiler.
+    negative_prompt: the unconditional branch's prompt. in_place: the teacher's own network is rounded or compiled instead of a copy,
+    for whoever has no other use for it: one network in memory, not two. Raises UserError when compiling on a CPU without a C++ compiler.
     """
 
     def __init__(
@@ -151,20 +152,22 @@ class OdeSolver:
         precision: str | None = None,
         compiled: bool = False,
         negative_prompt: str = "",
+        in_place: bool = False,
     ):
         self.teacher, self.config, self.batch_size, self.compiled = teacher, config, batch_size, compiled
         self.negative = teacher.encode_negative(negative_prompt) if config.guidance > 1 else None
         teacher.network.to(memory_format=torch.channels_last)
         self.network: nn.Module | None = None
+        self._state = torch.float64 if teacher.dtype == torch.float64 else torch.float32
         dtype = teacher.dtype if precision is None else getattr(torch, precision)
         if dtype == teacher.dtype and not compiled:
             return
-        network = copy.deepcopy(teacher.network)
+        network = teacher.network if in_place else copy.deepcopy(teacher.network)
         # torch's own `to`: diffusers' warns of modules to be kept in float32 and names none.
         nn.Module.to(network, dtype)
         if compiled:
             plain_attention_on_cpu(network, teacher.latent_shape[1] * teacher.latent_shape[2], teacher.device)
-            # For as long as the copy lives: a compiled network keeps what it was compiled with.
+            # For as long as it lives: a compiled network keeps what it was compiled with.
             self._reuse = ExitStack()
             self._reuse.enter_context(joined_upsampling(network))
             if config.guidance > 1:
@@ -185,8 +188,7 @@ class OdeSolver:
             # Another shape would be compiled anew; the last row is repeated instead.
             missing = self.batch_size - count
             noise, prompts = np.concatenate([noise, noise[-1:].repeat(missing, 0)]), [*prompts, *[prompts[-1]] * missing]
-        state = torch.float64 if self.teacher.dtype == torch.float64 else torch.float32
-        z = torch.from_numpy(noise).to(self.teacher.device, state).contiguous(memory_format=torch.channels_last)
+        z = torch.from_numpy(noise).to(self.teacher.device, self._state).contiguous(memory_format=torch.channels_last)
         # What the manifest calls float32 is float32, on a GPU as on a CPU.
         with no_tf32():
             x = solve_ode(

@@ -134,6 +134,11 @@ def test_encoding_is_done_once_and_goes_on(vae: Path, images: Path, tmp_path: Pa
     (parts / "00001.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(UserError, match="a shard cannot be read"):
         LatentCache(parts)
+    for damaged in ("", "{", "[]", '{"resolution": 16}'):
+        (parts / "settings.json").write_text(damaged)
+        for read in (LatentCache, lambda p: cache_latents(folder, encoder.encode, p, {"vae": "x"}, 16, crops=2)):
+            with pytest.raises(UserError, match=r"settings.json: cannot be read, expected the settings of cached latents; delete .*parts "):
+                read(parts)
 
 
 def test_cached_latents_are_the_autoencoders(vae: Path, images: Path, tmp_path: Path) -> None:

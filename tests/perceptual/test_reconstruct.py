@@ -13,10 +13,15 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion2gan import cli, losses
+from diffusion2gan.embedded.weights import embedded_folder
+from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.perceptual import LatentLPIPS, LatentVGG
 from diffusion2gan.perceptual import reconstruct as reconstruction
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.perceptual.reconstruct import distances_of_figure_3, reconstruct, run_experiment
+from diffusion2gan.teachers.load import load_teacher
+from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
+from diffusion2gan.teachers.protocol import TeacherConfig
 from tests.conftest import tiny_pipeline
 from tests.helpers import ROOT
 
@@ -62,6 +67,19 @@ def test_draws_belong_to_the_step() -> None:
     target = torch.randn(1, 4, 8, 8)
     first, again, other = (reconstruct(distance, target, steps=5, seed=s).latent for s in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_figure_3_with_the_weights_that_ship() -> None:
+    """The network alone stops far from the picture's latent; averaged over augmentations it goes on (150 fast steps; the docs have 1,000)."""
+    teacher = load_teacher(TeacherConfig(source="embedded"))
+    solver = OdeSolver(teacher, SolverConfig(solver="dpmpp", steps=8, spacing="trailing"))
+    target = solver.solve(draw_noise([1, 2], teacher.latent_shape), ["noto red heart", "flag germany"])
+    latent = LatentLPIPS.from_pretrained(embedded_folder("latent_vgg"))
+    distances = distances_of_figure_3(latent, None, teacher.decode, ("bgo",))
+    plain, ensembled = (
+        reconstruct(distances[name], target, steps=150, learning_rate=0.3).errors[-1] for name in ("latent_lpips", "e_latent_lpips bgo")
+    )
+    assert ensembled < 0.25 and plain > 2 * ensembled
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,14 @@ def test_precision_is_of_the_network_alone(tiny_teacher: StableDiffusionTeacher,
     assert tiny_teacher.dtype == torch.float32
     error = ((rounded - exact).square().mean() / exact.square().mean()).sqrt().item()
     assert 0 < error < 0.05
+
+
+def test_in_place_is_the_same_without_a_second_network(tiny_teacher: StableDiffusionTeacher, noise: np.ndarray) -> None:
+    expected = OdeSolver(tiny_teacher, CONFIG, precision="bfloat16", negative_prompt="sun").solve(noise, PROMPTS)
+    spent = copy.deepcopy(tiny_teacher)
+    solver = OdeSolver(spent, CONFIG, precision="bfloat16", negative_prompt="sun", in_place=True)
+    torch.testing.assert_close(solver.solve(noise, PROMPTS), expected, atol=0, rtol=0)
+    assert solver.network is spent.network and spent.dtype == torch.bfloat16
 
 
 @pytest.fixture
