@@ -30,6 +30,7 @@ from diffusion2gan.schedule import warmup_and_decay
 from diffusion2gan.teachers.attention import twice_differentiable_attention
 from diffusion2gan.teachers.protocol import Teacher, TextCondition
 from diffusion2gan.training.batches import BatchShare, OdePairBatch
+from diffusion2gan.training.clipping import RelativeClip
 from diffusion2gan.training.descent import WholeOrSplit
 from diffusion2gan.training.optimizer import adamw
 from diffusion2gan.training.order import r1_generator
@@ -57,7 +58,8 @@ class AdversarialConfig(Section):
     discriminator_learning_rate: float = Field(1e-4, gt=0)
     discriminator_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.0, 0.99)
     discriminator_gradient_clip: float = Field(2.0, gt=0)
-    """Relative, as `training.gradient_clip`: a sample with a steep score would otherwise, with R1's weight, throw D back for good."""
+    """Relative, as `training.gradient_clip`; to the norm of the steps with R1 in those, of the others in the others. A sample with a steep
+    score would otherwise, with R1's weight, throw D back for good."""
     warmup_steps: int = Field(100, ge=0)
     decay_steps: int = Field(0, ge=0)
     """Both learning rates fall linearly to 0 over the last so many steps."""
@@ -245,12 +247,15 @@ class Adversary:
         self._called: nn.Module = compile_for_one_shape(self.bare, accelerator.device, "training.compile") if compiled else self.bare
         optimizer = adamw(placement.optimizer, self.bare.parameters(), rate, betas, weight_decay)
         self.descent = WholeOrSplit(self.bare, self._called, optimizer, config.discriminator_gradient_clip, accelerator)
+        # Steps with R1 have a norm of their own, many times the others': measured by theirs R1 would be cut away. It forgets sooner, for
+        # there are few of them.
+        self._plain_clip, self._r1_clip = self.descent.clip, RelativeClip(config.discriminator_gradient_clip, memory=10)
         described: Discriminator = discriminator  # type: ignore[assignment]
         self.sees_noise = described.config.noise
         self.statistics = Statistics(described.map_names, accelerator.device)
         self.told: dict[str, float] = {}
-        # Sum and number of R1's values since they were last told.
-        self._r1_told: list[float] = [0.0, 0]
+        # Sums of R1's values and of the gradient's norm with it, and their number, since they were last told.
+        self._r1_told: list[float] = [0.0, 0.0, 0]
 
     # --- D's step ---------------------------------------------------------------------------------------------------
 
@@ -261,6 +266,8 @@ class Adversary:
 
         step: of the whole run. first_step: of phase 2. Returns what is wrong, before anything was updated, or None.
         """
+        r1_due = self._r1_due(step, first_step)
+        self.descent.clip = self._r1_clip if r1_due else self._plain_clip
         r1_rows, directions = self._r1_rows(step, first_step)
         loss = torch.zeros((), device=self.accelerator.device)
         penalties, answers = torch.zeros_like(loss), torch.zeros(2, 2, device=loss.device)
@@ -284,8 +291,8 @@ class Adversary:
         wrong = guard.follow_accuracy(counts, self.config)
         if wrong:
             return wrong
-        if self._r1_due(step, first_step):
-            self._r1_told = [self._r1_told[0] + told_r1, self._r1_told[1] + 1]
+        if r1_due:
+            self._r1_told = [a + b for a, b in zip(self._r1_told, (told_r1, length, 1), strict=True)]
         self.descent.step(self.config.discriminator_learning_rate * self.config.schedule(step - first_step), length)
         return None
 
@@ -385,11 +392,12 @@ class Adversary:
     # --- What is kept and told --------------------------------------------------------------------------------------
 
     def tell(self) -> dict[str, Any]:
-        """D's statistics and the mean of R1 since they were last told, over all processes."""
+        """D's statistics since they were last told, over all processes; the means of R1 and of the gradient's norm in steps with it."""
         sums = self.accelerator.reduce(self.statistics.sums.clone(), "sum")
         self.statistics.sums.zero_()
-        (r1, count), self._r1_told = self._r1_told, [0.0, 0]
-        return {"discriminator": self.statistics.tell(sums), "input_norms": self._input_norms()} | ({"r1": r1 / count} if count else {})
+        (r1, norm, count), self._r1_told = self._r1_told, [0.0, 0.0, 0]
+        of_r1 = {"r1": r1 / count, "r1_gradient_norm": norm / count} if count else {}
+        return {"discriminator": self.statistics.tell(sums), "input_norms": self._input_norms()} | of_r1
 
     def _input_norms(self) -> dict[str, float]:
         """Of the weights through which D sees the noise, and the latent below the first resolution: 0 at the start of a diffusion D."""
@@ -402,14 +410,15 @@ class Adversary:
         main = self.accelerator.is_main_process
         model, optimizer = own_rows(self.bare.state_dict(), main), self.descent.state(main)
         return {
-            "model": model, "optimizer": optimizer, "statistics": sums, "r1": self._r1_told, "gradient_scale": self.descent.clip.scale,
+            "model": model, "optimizer": optimizer, "statistics": sums, "r1": self._r1_told, "gradient_scale": self._plain_clip.scale,
+            "r1_gradient_scale": self._r1_clip.scale,
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
         self.bare.load_state_dict(split_like(state["model"], self.bare.state_dict()))
         self.descent.load(state["optimizer"])
-        self._r1_told = state["r1"]
         # Checkpoints from before there was one: as at the first step.
-        self.descent.clip.scale = state.get("gradient_scale", math.nan)
+        self._r1_told = state["r1"] if len(state["r1"]) == 3 else [0.0, 0.0, 0]
+        self._plain_clip.scale, self._r1_clip.scale = (state.get(f"{of}gradient_scale", math.nan) for of in ("", "r1_"))
         if self.accelerator.is_main_process and state["statistics"].shape == self.statistics.sums.shape:
             self.statistics.sums.copy_(state["statistics"])

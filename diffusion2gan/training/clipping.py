@@ -10,15 +10,15 @@ from torch import nn
 
 from diffusion2gan.training.sharding import whole
 
-# The running norm forgets over about 100 steps.
-_DECAY = 0.99
-
 
 class RelativeClip:
-    """Cuts a gradient to `factor` times the running mean of its (cut) norm. `scale`: that mean; nan before the first step."""
+    """Cuts a gradient to `factor` times the running mean of its (cut) norm, which forgets over about `memory` steps.
 
-    def __init__(self, factor: float):
-        self.factor, self.scale = factor, math.nan
+    `scale`: that mean; nan before the first step.
+    """
+
+    def __init__(self, factor: float, memory: int = 100):
+        self.factor, self.memory, self.scale = factor, memory, math.nan
         self._parameters: list[nn.Parameter] = []
         self._norm = torch.zeros(())
 
@@ -34,7 +34,7 @@ class RelativeClip:
             limit = self.factor * self.scale
             self._cut(limit)
             norm = min(norm, limit)
-        self.scale = norm if math.isnan(self.scale) else _DECAY * self.scale + (1 - _DECAY) * norm
+        self.scale = norm if math.isnan(self.scale) else self.scale + (norm - self.scale) / self.memory
         self._parameters = []
 
     def _cut(self, limit: float) -> None:

@@ -37,3 +37,11 @@ def test_measuring_changes_nothing() -> None:
     clip.scale = 1e-3
     assert clip.measure([parameter]) == 5.0
     assert parameter.grad.tolist() == [3.0, 4.0]
+
+
+def test_how_soon_it_forgets() -> None:
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))]
+    clip = RelativeClip(2.0, memory=10)
+    _step(clip, parameters, 1.0)
+    assert _step(clip, parameters, 100.0) == pytest.approx((100.0, 2.0))
+    assert clip.scale == pytest.approx(1 + 0.1)
