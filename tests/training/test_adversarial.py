@@ -549,6 +549,31 @@ def test_r1_is_logged_whatever_the_steps_between(store: Path, tmp_path: Path) ->
     assert told == pytest.approx([(seen[0] + seen[1]) / 2, seen[2]])
 
 
+def test_steps_with_r1_are_cut_by_their_own_norm(store: Path, tmp_path: Path) -> None:
+    """A heavy penalty every other step: what is left of its gradient is many times the others', and both norms come back."""
+    trainer = _trainer(store, tmp_path, {"steps": 8, "r1_gamma": 1e7}, steps=0)
+    left: dict[bool, list[float]] = {True: [], False: []}
+    adversary = trainer.adversary
+    assert adversary is not None
+    own = adversary.descent.raw_optimizer.step
+
+    def step(*a: Any) -> Any:
+        gradients = [p.grad for p in adversary.bare.parameters() if p.grad is not None]
+        left[len(left[True]) == len(left[False])].append(torch.nn.utils.get_total_norm(gradients).item())
+        return own(*a)
+
+    adversary.descent.raw_optimizer.step = step  # type: ignore[method-assign]
+    trainer.run(progress=False)
+    assert len(left[True]) == len(left[False]) == 4
+    assert min(left[True]) > 10 * max(left[False])
+    rows = [r for r in read_scalars(tmp_path / "metrics.jsonl") if "discriminator_loss" in r]
+    assert [r.get("r1_gradient_norm") for r in rows] == [r["discriminator_gradient_norm"] if "r1" in r else None for r in rows]
+    again = _trainer(store, tmp_path, {"steps": 8, "r1_gamma": 1e7}, steps=0).adversary
+    assert again is not None
+    for kind in ("_plain_clip", "_r1_clip"):
+        assert getattr(again, kind).scale == getattr(adversary, kind).scale > 0
+
+
 def test_relativistic_answers_are_about_pairs(store: Path, tmp_path: Path) -> None:
     """An offset common to both costs nothing there, and says nothing of D's accuracy."""
     statistics = Statistics(["a"], torch.device("cpu"))
