@@ -6,7 +6,8 @@ Protocol emoji10k-v1; teacher, untrained and reference features are computed onc
 goes on where it stopped, and another one with the same OUT adds its rows: all recipes with one seed, say, then some with more.
 Writes OUT/table.md, OUT/table.json and OUT/pictures.png; where recipes have two seeds or more in common also
 OUT/differences.md: each recipe minus the first one, or (--neighbours) minus the one before it, seed by seed, with Student's 95 %
-interval of the mean difference. Seeds change the order of the pairs and all draws; the pairs and the start are the same.
+interval of the mean difference; and OUT/spread.md: mean and standard deviation over the seeds. Seeds change the order of the pairs
+and all draws; the pairs and the start are the same. Of a training that stopped itself the last good average is scored.
 
     python benchmarks/ablation.py table2/regression table2/scratch ... --neighbours --set generator.start=runs/emoji --store ... --out ...
 """
@@ -26,6 +27,7 @@ from scipy.stats import t as student_t
 
 from diffusion2gan.benchmark import evaluate_student
 from diffusion2gan.device import default_device
+from diffusion2gan.errors import TrainingStoppedError
 from diffusion2gan.evaluation.emoji10k import drawn_prompt_list, noise_seeds
 from diffusion2gan.files import write_bytes_atomic, write_json
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
@@ -72,26 +74,35 @@ def one_row(name: str, seed: int, overrides: list[str], store: Path, out: Path, 
     """Trains, exports and scores one recipe; what is already there is not done again."""
     recipe = load_recipe(name, [*overrides, f"training.seed={seed}"])
     folder = row_folder(out, name, seed)
-    train_recipe(recipe, store, folder / "run")
+    steps, stopped = recipe.total_steps, None
+    try:
+        train_recipe(recipe, store, folder / "run")
+    except TrainingStoppedError as error:
+        if error.good_step is None:
+            raise
+        steps, stopped = error.good_step, str(error)
+        print(f"{name}, seed {seed}: {stopped}", flush=True)
     # A student of fewer steps than the run now has is of another row.
     card = folder / "student" / STUDENT_FILE
     scores = folder / list_name / "emoji10k-v1.json"
-    if not card.exists() or json.loads(card.read_text())["steps"] != recipe.total_steps:
+    if not card.exists() or json.loads(card.read_text())["steps"] != steps:
         # In this order: a kill between the two must not leave another student's scores.
         shutil.rmtree(scores.parent, ignore_errors=True)
-        export_run(folder / "run", folder / "student", "float32")
+        export_run(folder / "run", folder / "student", "float32", step=steps)
     result = json.loads(scores.read_text()) if scores.exists() else evaluate_student(folder / "student", scores.parent, shared, list_name)
     told = read_scalars(folder / "run" / "metrics.jsonl")
-    held_out = [r["validation_mse"] for r in told if "validation_mse" in r]
+    held_out = [r["validation_mse"] for r in told if "validation_mse" in r and r["step"] <= steps]
     seconds = [
         (recipe.samples(r["step"]) - recipe.samples(r["step"] - 1)) / r["images_per_second"] for r in told if "images_per_second" in r
     ]
+    # The mean, for steps with R1 are few and slow; without those in which something was compiled.
+    usual = [s for s in seconds if s < 3 * statistics.median(seconds)]
     whole, kept = result["scores"]["all"], result["preservation"]
     row = [
         row_name(name),
         seed,
-        recipe.samples(recipe.total_steps),
-        statistics.median(seconds),
+        recipe.samples(steps),
+        statistics.mean(usual),
         whole["gap_closed"],
         whole["fd_student_TB"],
         whole["fd_inf_ratio"],
@@ -101,9 +112,9 @@ def one_row(name: str, seed: int, overrides: list[str], store: Path, out: Path, 
         whole["prompt_agreement"]["student"]["mean"],
         whole["precision_student"],
         whole["recall_student"],
-        held_out[-1],
+        held_out[-1] if held_out else None,
     ]
-    settings = {"list": list_name, "set": overrides}
+    settings: dict[str, Any] = {"list": list_name, "set": overrides, "stopped": stopped}
     return dict(zip(COLUMNS, row, strict=True)) | {"floors": result["floors"], "sha256": result["sha256"]} | settings
 
 
@@ -138,6 +149,18 @@ def differences(rows: list[dict[str, Any]], names: list[str], neighbours: bool =
             half = student_t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / len(d) ** 0.5
             cells.append(f"{d.mean():+.4g} ({d.mean() - half:+.4g} to {d.mean() + half:+.4g})")
         table.append(cells)
+    return table
+
+
+def spread(rows: list[dict[str, Any]], names: list[str]) -> list[list[Any]]:
+    """Of every recipe of `names` with two seeds or more: mean and standard deviation over them, and how many stopped themselves."""
+    table = []
+    for name in names:
+        found = [r for r in rows if r["row"] == name]
+        if len(found) > 1:
+            values = [[r[column] for r in found] for column in COMPARED]
+            cells = ["-" if None in v else f"{statistics.mean(v):.4g} ({statistics.stdev(v):.2g})" for v in values]
+            table.append([name, len(found), sum(r.get("stopped") is not None for r in found), *cells])
     return table
 
 
@@ -186,6 +209,10 @@ def main() -> None:
     if compared:
         text = markdown_table(["difference", "seeds", *COMPARED], compared)
         write_bytes_atomic(a.out / "differences.md", text.encode())
+        print(text)
+    if of_seeds := spread(rows, [row_name(n) for n in a.recipes]):
+        text = markdown_table(["row", "seeds", "stopped", *COMPARED], of_seeds)
+        write_bytes_atomic(a.out / "spread.md", text.encode())
         print(text)
     side_by_side(a.recipes, a.seeds[0], a.set, a.out, a.pictures)
 

@@ -252,7 +252,7 @@ def write_report(out: Path, recipe: Recipe, judged: SolverConfig, results: dict[
     shipped = "shipped student" in pictures
     page.text(
         f"Teacher: the embedded emoji model, {judged.steps} steps of {judged.solver} with guidance {judged.guidance:g}. "
-        + ("Shipped student: one step, distilled beforehand by the full `emoji` recipe and part of the package. " if shipped else "")
+        + ("Shipped student: one step, distilled beforehand (how: below) and part of the package. " if shipped else "")
         + f"Student of this run: one step, distilled just now from {recipe.pairs.count} pairs of these {len(PROMPTS)} prompts. "
         + "Untrained: the teacher's own network asked for the picture in one step. None of these noises was used in training."
         + ("" if shipped else " This installation has no shipped student.")

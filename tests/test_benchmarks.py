@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.helpers import ROOT, recipe_values, trained_from_scratch
+from diffusion2gan.recipe import parse_recipe
+from diffusion2gan.run import simulate_recipe
+from tests.helpers import ROOT, recipe_values, trained_from_scratch, write_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +98,43 @@ def test_differences_of_seeds() -> None:
     neighbours = script["differences"](three, ["a", "b", "c"], neighbours=True)
     assert [(c[0], c[2][:2]) for c in neighbours] == [("b - a", "+1"), ("c - b", "+2")]
     assert script["differences"](three, ["c", "a"], neighbours=True)[0][0] == "a - c"
+
+
+def test_spread_over_seeds() -> None:
+    script = _script("ablation")
+    rows = [
+        {"row": name, "seed": seed, "stopped": "step 3: ..." if (name, seed) == ("b", 1) else None}
+        | dict.fromkeys(script["COMPARED"], value)
+        for name, values in (("a", [1.0, 2.0, 3.0]), ("b", [5.0, 5.0]), ("c", [7.0]))
+        for seed, value in enumerate(values)
+    ]
+    rows[0]["FD_inf ratio"] = None
+    (a, b) = script["spread"](rows, ["a", "b", "c"])
+    assert a == ["a", 3, 0, *["-" if c == "FD_inf ratio" else "2 (1)" for c in script["COMPARED"]]]
+    assert b == ["b", 2, 1, *["5 (0)"] * len(script["COMPARED"])]
+
+
+def test_a_row_that_stops_itself_is_scored_where_it_was_good(tiny_teacher_folder: Path, prompts_file: Path, tmp_path: Path) -> None:
+    """And does so again when the same command is repeated: the study goes on."""
+    adversarial = {"steps": 60, "learning_rate": 3.0, "warmup_steps": 0, "r1": "none"}
+    values = recipe_values(tiny_teacher_folder, prompts_file, training__steps=0, adversarial=adversarial)
+    simulate_recipe(parse_recipe(values, "tiny"), tmp_path / "store", progress=False)
+    recipe = write_recipe(tmp_path / "wild.yaml", values)
+    script = _script("ablation")
+    scored: list[int] = []
+
+    def scores(student: Path, out: Path, *_: object) -> dict[str, Any]:
+        scored.append(json.loads((student / "diffusion2gan.json").read_text())["steps"])
+        whole = {"prompt_agreement": {"student": {"mean": 0.5}}}
+        whole |= dict.fromkeys(("gap_closed", "fd_student_TB", "fd_inf_ratio", "precision_student", "recall_student"), 0.5)
+        preservation = {"retrieval": {"mean": 0.5}, "ratio": 0.5}
+        return {"scores": {"all": whole}, "preservation": preservation, "diversity": {"ratio": 0.5}, "floors": {}, "sha256": ""}
+
+    script["one_row"].__globals__["evaluate_student"] = scores
+    arguments = (str(recipe), 0, [], tmp_path / "store", tmp_path / "out", tmp_path / "shared", "validation")
+    first, again = (script["one_row"](*arguments) for _ in range(2))
+    assert "stopped before the update" in first["stopped"] and first["images seen"] == 4 * scored[0] < 240
+    assert scored == [scored[0]] * 2 and again["images seen"] == first["images seen"]
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 7, 48, 63, 64, 100, 1000])

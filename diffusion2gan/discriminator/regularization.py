@@ -30,7 +30,7 @@ def r1_penalty(score: Callable[[Tensor], Tensor], latent: Tensor) -> Tensor:
 def r1_finite_difference(score: Callable[[Tensor], Tensor], latent: Tensor, direction: Tensor, sigma: float) -> Tensor:
     """(s(x + sigma e) - s(x))^2 / sigma^2 of each sample: in expectation over e ~ N(0, I), |d s / d x|^2 as sigma goes to 0.
 
-    One direction a sample: twice the penalty is its standard deviation over sqrt(2). Needs no double backward, so it works sharded
+    One direction a sample: its standard deviation is sqrt(2) times the penalty. Needs no double backward, so it works sharded
     (FSDP2) and compiled. Lin et al. 2025 (Seaweed-APT) take |D(x) - D(x + sigma e)|^2; it is divided by sigma^2 here,
     so that gamma means the same in both forms.
     """

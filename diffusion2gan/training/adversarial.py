@@ -173,7 +173,8 @@ class Statistics:
 
     @torch.no_grad()
     def add(self, real: losses.Maps, fake: losses.Maps, kind: Tensor, relative: bool = False) -> Tensor:
-        """Counts a micro-batch. relative: an answer is right when the real logit is above the fake one of its row, not above 0.
+        """Counts a micro-batch. relative: an answer is right when the real logit is above the fake one of its row, not above 0; of the real
+        latents only those beside a generated one count then.
 
         Returns (right, all) answers about real and about generated latents, (2, 2).
         """
@@ -184,6 +185,8 @@ class Statistics:
         right = (margin > 0).float()
         below = torch.cat([torch.zeros_like(of_real), (of_real > of_fake).float()])
         member = nn.functional.one_hot(row, len(self.ROWS)).float()
+        if relative:
+            member[: len(kind), 0] = (kind == GENERATED).float()
         sums = torch.einsum("br,bck->rck", member, torch.stack([logits, right, torch.ones_like(right), below], dim=2))
         self.sums += sums
         return sums[: 2 + GENERATED, 0, 1:3]

@@ -29,7 +29,7 @@ from diffusion2gan.config import Section
 from diffusion2gan.device import compile_for_one_shape
 from diffusion2gan.discriminator.regularization import mix_and_match
 from diffusion2gan.ema import Ema, load_trained, trained_state
-from diffusion2gan.errors import UserError
+from diffusion2gan.errors import TrainingStoppedError, UserError
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import grid, to_uint8
 from diffusion2gan.interrupt import stop_requests
@@ -289,19 +289,21 @@ class Trainer:
         self.descent.backward(regression + adversarial)
         return torch.stack([regression, adversarial]).detach()
 
-    def _stopped(self, wrong: str) -> UserError:
+    def _stopped(self, wrong: str) -> TrainingStoppedError:
         """What to say when a step may not be taken."""
         if self.guard is None:
             last = checkpoints(self.folder / "checkpoints")
-            return UserError(
+            return TrainingStoppedError(
                 f"step {self.step}: {wrong}; stopped before the update, the last state saved is {last[-1] if last else 'the start'}; start again "
-                "in a new --out with a lower training.learning_rate"
+                "in a new --out with a lower training.learning_rate",
+                None,
             )
         good = self.guard.good_step
-        return UserError(
+        return TrainingStoppedError(
             f"step {self.step}: {wrong}; stopped before the update, the last good average is in {checkpoint_path(self.folder / 'checkpoints', good)} "
             f"(diffusion2gan export --step {good}); start again in a new --out with lower adversarial.learning_rate, "
-            "adversarial.discriminator_learning_rate or adversarial.weight"
+            "adversarial.discriminator_learning_rate or adversarial.weight",
+            good,
         )
 
     def _check(self, terms: dict[str, float]) -> None:
@@ -359,6 +361,7 @@ class Trainer:
             if self.step == 0:
                 self._sample()
             upcoming: Future[list[OdePairBatch]] = loader.submit(self._load, self.step)
+            images, seconds = 0, 0.0  # since the last row
             while self.step < self.total_steps and not self.stopping:
                 if self.step == config.steps and not self.in_phase_2:
                     self._enter_phase_2()
@@ -368,8 +371,10 @@ class Trainer:
                     upcoming = loader.submit(self._load, self.step + 1)
                 scalars = self.train_step(micro_batches, lambda: stop() or bool(deadline and deadline()))
                 done = self.step in (config.steps, self.total_steps)
+                images, seconds = images + self.share(self.step - 1).size, seconds + time.perf_counter() - started
                 if self.step % config.log_every == 0 or done:
-                    rate = self.share(self.step - 1).size / (time.perf_counter() - started)
+                    rate = images / seconds
+                    images, seconds = 0, 0.0
                     of_d = self.adversary.tell() if self.adversary is not None and self.in_phase_2 else {}
                     self.log.scalars(self.step, scalars, images_per_second=round(rate, 2), **of_d)
                     bar.set_postfix(loss=f"{scalars['loss']:.4f}", img_s=f"{rate:.0f}")

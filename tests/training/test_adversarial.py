@@ -582,6 +582,13 @@ def test_relativistic_answers_are_about_pairs(store: Path, tmp_path: Path) -> No
     kind = torch.full((4,), GENERATED)
     assert statistics.add(real, fake, kind).tolist() == [[4.0, 4.0], [0.0, 4.0]]
     assert statistics.add(real, fake, kind, relative=True).tolist() == [[4.0, 4.0], [4.0, 4.0]]
+    # A guess about a mismatch says nothing of real and generated latents.
+    fake["a"][2:] = 99.0
+    mixed = torch.tensor([GENERATED, GENERATED, OTHER_TEXT, OTHER_NOISE])
+    statistics.sums.zero_()
+    assert statistics.add(real, fake, mixed, relative=True).tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    told = statistics.tell(statistics.sums)
+    assert told["real"]["count"] == 2 and told["other_text"]["accuracy"] == [0.0, 0.0]
 
 
 def test_real_and_generated_weigh_alike_in_the_accuracy(store: Path, tmp_path: Path) -> None:
