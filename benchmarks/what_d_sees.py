@@ -25,6 +25,7 @@ from diffusion2gan.discriminator.regularization import r1_finite_difference, r1_
 from diffusion2gan.files import write_json
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.pairs.dataset import PairDataset
+from diffusion2gan.precision import no_tf32
 from diffusion2gan.recipe import load_recipe
 from diffusion2gan.report import markdown_table
 from diffusion2gan.teachers.attention import twice_differentiable_attention
@@ -46,6 +47,12 @@ def partners(prompts: list[str], other_text: bool) -> np.ndarray:
     return found
 
 
+def share_above(a: Tensor, b: Tensor) -> float:
+    """The share of a > b, ties as half: 0.5 where a and b are the same."""
+    return (0.5 * ((a > b).float() + (a >= b).float())).mean().item()
+
+
+@no_tf32()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -62,6 +69,8 @@ def main() -> None:
     state = load_state(path)
     if state.adversary is None:
         raise SystemExit(f"{path}: has no discriminator; name a step of phase 2")
+    if recipe.generator.lora_rank is not None:
+        raise SystemExit(f"{a.run}: trained a LoRA, expected a run that trains all weights; name another")
     d = build_discriminator(recipe.discriminator, teacher).to(teacher.device)
     d.load_state_dict(state.adversary["model"])
     d.requires_grad_(False).eval()
@@ -90,7 +99,9 @@ def main() -> None:
         "other_text": scores(x, z, [c[i] for i in of_text]),
         "other_noise": scores(x, z[any_other], c),
     }
-    below = {kind: (real > of).float().mean().item() for kind, of in fakes.items()}
+    below = {kind: share_above(real, of) for kind, of in fakes.items()}
+    # Does a generated latent look more real beside its own noise? Under 0.5 D takes following from the noise for a mark of a fake.
+    generated_own_noise = share_above(fakes["generated"], scores(fake, z[any_other], c))
 
     def of_real(at: slice) -> Any:
         condition = teacher.encode_prompts(c[at])
@@ -111,7 +122,7 @@ def main() -> None:
         rows.append([sigma, value.mean().item(), (value.mean() / exact.mean()).item(), (value.std() / value.mean()).item(), error.item()])
     columns = ["sigma", "mean |grad s|^2", "of the exact one", "deviation / mean, one sample", "standard error of the ratio"]
     accuracy = {"real": (real > 0).float().mean().item(), "generated": (fakes["generated"] < 0).float().mean().item()}
-    print(f"step {state.step}, {count} held-out pairs; accuracy at 0: {accuracy}; below_real: {below}\n")
+    print(f"step {state.step}, {count} held-out pairs; accuracy at 0: {accuracy}; below_real: {below}; generated, own noise above another's: {generated_own_noise}\n")
     print(markdown_table(columns, rows))
     if a.out:
         write_json(
@@ -121,6 +132,7 @@ def main() -> None:
                 "count": count,
                 "accuracy": accuracy,
                 "below_real": below,
+                "generated_own_noise_above_another": generated_own_noise,
                 "r1": [dict(zip(columns, r, strict=True)) for r in rows],
             },
         )

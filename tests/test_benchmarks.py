@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from diffusion2gan.recipe import parse_recipe
@@ -165,6 +166,9 @@ def test_what_a_runs_discriminator_sees(
     found = json.loads(out.read_text())
     assert found["step"] == 3 and found["count"] == 4
     assert set(found["below_real"]) == {"generated", "other_latent", "other_text", "other_noise"}
+    assert 0 <= found["generated_own_noise_above_another"] <= 1
+    a, b = torch.tensor([1.0, 2.0, 3.0, 3.0]), torch.tensor([0.0, 2.0, 4.0, 5.0])
+    assert script["share_above"](a, b) == 1.5 / 4 and script["share_above"](a, a) == 0.5
     # In expectation a short difference is the gradient.
     of = {row["sigma"]: row for row in found["r1"]}
     assert of["exact"]["mean |grad s|^2"] > 0
