@@ -108,11 +108,11 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_labe
 
 
 def discriminator_picture(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
-    """How D did, from the rows of a run's metrics: which fakes it tells from the real latent of their row; accuracy and logits by map;
-    its loss and R1."""
+    """How D did, from the rows of a run's metrics: which fakes it tells from the real latent of their row, as a whole and (mismatches) by
+    map; accuracy and logits by map; losses and R1; norms of its gradient and of what began at 0."""
     told = [(r["step"], r["discriminator"]) for r in rows if "discriminator" in r]
-    figure = new_figure(11, 7, 100)
-    (by_kind, losses), (by_map, logits) = figure.subplots(2, 2)
+    figure = new_figure(11, 10.5, 100)
+    (by_kind, losses), (by_map, logits), (mismatches, norms) = figure.subplots(3, 2)
     for kind in ("generated", "other_latent", "other_text", "other_noise"):
         of_kind = [(step, t[kind]["below_real"][0]) for step, t in told if "below_real" in t.get(kind, {})]
         if of_kind:
@@ -136,9 +136,24 @@ def discriminator_picture(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
         steps = [step for step, _ in both]
         by_map.plot(steps, [(t["real"]["accuracy"][i] + t["generated"]["accuracy"][i]) / 2 for _, t in both], label=name, linewidth=1)
         logits.plot(steps, [t["real"]["logit"][i] - t["generated"]["logit"][i] for _, t in both], label=name, linewidth=1)
+        for kind, style in (("other_text", "-"), ("other_noise", ":")):
+            of_kind = [(step, t[kind]["below_real"][i]) for step, t in told if "below_real" in t.get(kind, {})]
+            if of_kind:
+                mismatches.plot(*zip(*of_kind, strict=True), style, color=f"C{(i - 1) % 10}", linewidth=1)
+    for name in ("discriminator_gradient_norm", "r1_gradient_norm"):
+        of_name = [(r["step"], r[name]) for r in rows if name in r]
+        if of_name:
+            norms.plot(*zip(*of_name, strict=True), label=f"D's gradient{', in steps with R1' if name[0] == 'r' else ''}", linewidth=1.2)
+    for name in next((r["input_norms"] for r in rows if r.get("input_norms")), {}):
+        of_input = [(r["step"], r["input_norms"][name]) for r in rows if name in r.get("input_norms", {})]
+        norms.plot(*zip(*of_input, strict=True), "--", label=f"weights of {name}", linewidth=1)
+    norms.set_yscale("symlog", linthresh=1e-3)
+    norms.set_ylabel("norm")
+    mismatches.set_ylabel("the same by map: other text; dotted: noise")
+    mismatches.axhline(0.5, color="grey", linewidth=0.8)
     by_map.set_ylabel("accuracy by map, real and generated")
     logits.set_ylabel("logit of real - generated, by map")
-    for axes in (by_kind, losses, by_map, logits):
+    for axes in (by_kind, losses, by_map, logits, mismatches, norms):
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[0]:

@@ -183,7 +183,8 @@ class Statistics:
         row = torch.cat([torch.zeros_like(kind), 1 + kind])
         margin = torch.cat([of_real - of_fake] * 2) if relative else torch.cat([of_real, -of_fake])
         right = (margin > 0).float()
-        below = torch.cat([torch.zeros_like(of_real), (of_real > of_fake).float()])
+        # Ties as half: of a map that a mismatch does not reach, both logits are the same.
+        below = torch.cat([torch.zeros_like(of_real), ((of_real > of_fake).float() + (of_real >= of_fake).float()) / 2])
         member = nn.functional.one_hot(row, len(self.ROWS)).float()
         if relative:
             member[: len(kind), 0] = (kind == GENERATED).float()
