@@ -122,7 +122,9 @@ def main() -> None:
         rows.append([sigma, value.mean().item(), (value.mean() / exact.mean()).item(), (value.std() / value.mean()).item(), error.item()])
     columns = ["sigma", "mean |grad s|^2", "of the exact one", "deviation / mean, one sample", "standard error of the ratio"]
     accuracy = {"real": (real > 0).float().mean().item(), "generated": (fakes["generated"] < 0).float().mean().item()}
-    print(f"step {state.step}, {count} held-out pairs; accuracy at 0: {accuracy}; below_real: {below}; generated, own noise above another's: {generated_own_noise}\n")
+    print(
+        f"step {state.step}, {count} held-out pairs; accuracy at 0: {accuracy}; below_real: {below}; generated, own noise above another's: {generated_own_noise}\n"
+    )
     print(markdown_table(columns, rows))
     if a.out:
         write_json(

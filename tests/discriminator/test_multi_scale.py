@@ -14,11 +14,13 @@ from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig, MultiSc
 from diffusion2gan.discriminator.unet_taps import READOUTS, UNetTaps
 from diffusion2gan.embedded.weights import embedded_folder
 from diffusion2gan.errors import UserError
+from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.teachers.pixel import PixelTeacher
-from diffusion2gan.teachers.protocol import TextCondition
+from diffusion2gan.teachers.protocol import Teacher, TeacherConfig, TextCondition
 from diffusion2gan.teachers.published import SD15
+from diffusion2gan.teachers.sdxl import SDXLTeacher
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
-from tests.conftest import tiny_pipeline, tiny_pixel_unet, tiny_sdxl_unet
+from tests.conftest import tiny_pipeline, tiny_pixel_pipeline, tiny_pixel_unet, tiny_sdxl_pipeline, tiny_sdxl_unet
 
 
 def _evaluate(latent: Tensor, timestep: Tensor, condition: TextCondition, network: nn.Module) -> Tensor:
@@ -104,6 +106,31 @@ def test_at_the_start_the_features_are_the_teachers(plan: str, timestep: int) ->
         assert maps[f"{i}.joined"].shape == maps[f"{i}.below"].shape == maps[f"{i}.skip"].shape
     assert torch.equal(out(act(norm(read[f"{levels - 1}.joined"]))), prediction)
     assert all(0 < m.abs().max() < 1 for m in maps.values())
+
+
+TEACHERS: dict[str, Callable[[], Teacher]] = {
+    "sd": lambda: StableDiffusionTeacher.from_pipeline(tiny_pipeline()),
+    "sdxl": lambda: SDXLTeacher.from_pipeline(tiny_sdxl_pipeline()),
+    "edm": lambda: PixelTeacher.from_pipeline(tiny_pixel_pipeline(edm=True)),
+    "embedded": lambda: load_teacher(TeacherConfig(source="embedded")),
+}
+
+
+@pytest.mark.parametrize("timestep", [0, 500])
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_from_teacher_begins_as_what_the_teacher_evaluates(kind: str, timestep: int) -> None:
+    """With each family's own conditions and preconditioning: what reaches the network's output layers."""
+    teacher = TEACHERS[kind]()
+    discriminator = MultiScaleDiscriminator.from_teacher(teacher, DiscriminatorConfig(timestep=timestep))
+    condition = teacher.encode_prompts(["red heart", ""] if kind != "edm" else ["", ""])
+    latent, noise = (torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    read: dict[str, Tensor] = {}
+    teacher.network.conv_norm_out.register_forward_pre_hook(lambda _m, a: read.update(teacher=a[0]))
+    discriminator.readouts[-1].register_forward_pre_hook(lambda _m, a: read.update(ours=a[0]))
+    with torch.no_grad():
+        teacher.evaluate(latent, torch.tensor(timestep), condition)
+        discriminator(latent, noise, condition)
+    assert torch.equal(read["ours"], read["teacher"])
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -145,14 +145,17 @@ def test_r1_samples_of_an_odd_batch_are_refused() -> None:
     texts=st.integers(1, 4),
     pairs=st.integers(1, 9),
     shares=st.tuples(*[st.sampled_from([0.0, 0.1, 1 / 3])] * 3),
+    noise_is_seen=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_bookkeeping_of_mix_and_match(batch: int, texts: int, pairs: int, shares: tuple[float, ...], seed: int) -> None:
+def test_bookkeeping_of_mix_and_match(
+    batch: int, texts: int, pairs: int, shares: tuple[float, ...], noise_is_seen: bool, seed: int
+) -> None:
     generator = np.random.default_rng(seed)
     rows = generator.integers(pairs, size=batch)
     prompts = [f"text {r % texts}" for r in rows]
     uniform = generator.random((batch, 2))
-    kinds, partners = mix_and_match(uniform, shares, rows, prompts)
+    kinds, partners = mix_and_match(uniform, shares, rows, prompts, noise_is_seen)
     assert kinds.shape == partners.shape == (batch,)
     for i, (kind, j) in enumerate(zip(kinds, partners, strict=True)):
         assert 0 <= j < batch
@@ -161,13 +164,14 @@ def test_bookkeeping_of_mix_and_match(batch: int, texts: int, pairs: int, shares
             continue
         assert shares[kind - 1] > 0
         assert rows[j] != rows[i], "a swap onto itself"
-        if kind == OTHER_TEXT:
+        if kind == OTHER_TEXT or not noise_is_seen:
             assert prompts[j] != prompts[i]
-    # Only who finds no partner stays as he was.
+    # Only who finds no partner for the kind that was drawn stays as he was.
+    drawn = 1 + np.searchsorted(np.cumsum(shares), uniform[:, 0], side="right")
     for i in np.flatnonzero((kinds == GENERATED) & (uniform[:, 0] < sum(shares) - 1e-9)):
-        same_text = all(p == prompts[i] for p in prompts)
-        assert all(r == rows[i] for r in rows) or same_text
-    again = mix_and_match(uniform, shares, rows, prompts)
+        by_text = drawn[i] == OTHER_TEXT or not noise_is_seen
+        assert all(p == prompts[i] for p in prompts) if by_text else all(r == rows[i] for r in rows)
+    again = mix_and_match(uniform, shares, rows, prompts, noise_is_seen)
     assert (kinds == again[0]).all()
     assert (partners == again[1]).all()
 

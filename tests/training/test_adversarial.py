@@ -517,10 +517,11 @@ def test_non_finite_logits_stop_before_the_update(store: Path, tmp_path: Path) -
     assert adversary is not None
     with torch.no_grad():
         adversary.bare.readouts[0].out.bias.fill_(float("nan"))  # type: ignore[union-attr, index]
-    before = _weights(trainer.bare_generator)
+    before = [_weights(m).nan_to_num(7.0) for m in (trainer.bare_generator, adversary.bare)]
     with pytest.raises(UserError, match="step 0: the discriminator loss is nan"):
         trainer.train_step(trainer._load(0))
-    assert torch.equal(before, _weights(trainer.bare_generator))
+    for was, module in zip(before, (trainer.bare_generator, adversary.bare), strict=True):
+        assert torch.equal(was, _weights(module).nan_to_num(7.0))
 
 
 def test_a_non_finite_term_of_g_is_named(store: Path, tmp_path: Path) -> None:
@@ -601,8 +602,10 @@ def test_real_and_generated_weigh_alike_in_the_accuracy(store: Path, tmp_path: P
             head.out.bias.fill_(50.0)  # type: ignore[union-attr]
     for step in range(4):
         trainer.train_step(trainer._load(step))
+    before = [_weights(m) for m in (trainer.bare_generator, adversary.bare)]
     with pytest.raises(UserError, match=r"accuracy on real and generated latents was 50.0% over 5 steps"):
         trainer.train_step(trainer._load(4))
+    assert all(torch.equal(was, _weights(m)) for was, m in zip(before, (trainer.bare_generator, adversary.bare), strict=True))
 
 
 def test_a_stop_leaves_the_judgement_to_the_next_start(store: Path, tmp_path: Path) -> None:
@@ -662,6 +665,13 @@ def test_statistics_by_hand() -> None:
         "generated": {"count": 1, "logit": [1.0, -2.0, 4.0], "accuracy": [0.0, 1.0, 0.0], "below_real": [1.0, 1.0, 0.0]},
         "other_text": {"count": 1, "logit": [-2.0, 5.0, -9.0], "accuracy": [1.0, 0.0, 1.0], "below_real": [1.0, 0.0, 1.0]},
     }
+
+
+def test_a_map_that_a_mismatch_does_not_reach_tells_nothing() -> None:
+    statistics = Statistics(["a"], torch.device("cpu"))
+    same = {"a": torch.ones(2, 1, 2, 2)}
+    statistics.add(same, same, torch.full((2,), OTHER_TEXT))
+    assert statistics.tell(statistics.sums)["other_text"]["below_real"] == [0.5, 0.5]
 
 
 def test_the_optimizers_settings_are_the_recipes(store: Path, tmp_path: Path) -> None:
