@@ -504,8 +504,7 @@ def _add_preference(commands: Commands) -> None:
 def _perceptual_reconstruct(a: argparse.Namespace) -> None:
     from diffusion2gan.perceptual.commands import reconstruct_command
 
-    options = {"prompts": a.prompt} if a.prompt else {}
-    print(reconstruct_command(a.out, a.metric, a.vae, a.pixel_metric, a.images, steps=a.steps, seed=a.seed, **options), end="")
+    print(reconstruct_command(a.out, a.metric, a.vae, a.pixel_metric, a.images, a.prompt, a.steps, a.seed), end="")
     print(f"wrote {a.out / 'pictures.png'} and {a.out / 'curves.png'}")
 
 
@@ -539,7 +538,8 @@ def _add_perceptual(commands: Commands) -> None:
         sub.add_argument("metric", help="folder, file, hub repository, or sd15, sd21, sdxl, sd3, flux")
         sub.add_argument("--vae", required=True, help="the metric's autoencoder, or `pixels` for a metric that reads pixels")
         sub.add_argument("--bapps", type=Path, required=True, help="the unpacked data set, with 2afc/{train,val}")
-        sub.add_argument("--resolution", type=_positive, default=64)
+        text = "side of the encoded pictures in pixels (default: the autoencoder's own, at most 512; 64 of `pixels`)"
+        sub.add_argument("--resolution", type=_positive, default=None, help=text)
         if name == "calibrate":
             sub.add_argument("--out", type=Path, required=True)
         else:
@@ -592,6 +592,20 @@ def _leave_process_group() -> None:
         distributed.destroy_process_group()
 
 
+def _less_memory(arguments: argparse.Namespace) -> str:
+    """What to do about too little memory, by the settings that the command has."""
+    if hasattr(arguments, "recipe"):
+        return (
+            "lower pairs.batch_size or training.micro_batch_size, or set generator.gradient_checkpointing=true; "
+            "`diffusion2gan plan RECIPE --gpu NAME` estimates what is needed"
+        )
+    if hasattr(arguments, "encode_batch"):
+        return "lower --encode-batch while it encodes, or --batch-size while it trains, or set --encode-dtype bfloat16"
+    name = next((n for n in ("batches", "batch_size", "resolution", "images", "count") if hasattr(arguments, n)), None)
+    what = {"images": "give fewer or smaller --images"}.get(name or "", f"lower --{name}".replace("_", "-"))
+    return "use a device that has more" if name is None else what
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 2 for what the user must mend (one line on stderr), 130 when interrupted."""
     arguments = _parser().parse_args(argv)
@@ -620,8 +634,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         print(
-            f"diffusion2gan: out of {where} memory{f' ({asked[1]} more were asked for)' if asked else ''}; lower pairs.batch_size or training.micro_batch_size, or set "
-            "generator.gradient_checkpointing=true; `diffusion2gan plan RECIPE --gpu NAME` estimates what is needed",
+            f"diffusion2gan: out of {where} memory{f' ({asked[1]} more were asked for)' if asked else ''}; {_less_memory(arguments)}",
             file=sys.stderr,
         )
         return 2

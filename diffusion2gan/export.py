@@ -18,7 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import atomic_folder, atomic_path, disk_errors, refuse_other_folder, sweep_temporaries_of, write_bytes_atomic
+from diffusion2gan.files import (
+    atomic_folder,
+    atomic_path,
+    disk_errors,
+    hub_file,
+    refuse_other_folder,
+    sweep_temporaries_of,
+    write_bytes_atomic,
+)
 from diffusion2gan.pairs.dataset import canonical_json
 from diffusion2gan.pipeline import FORMAT, LORA_FILE, STUDENT_FILE
 from diffusion2gan.single_file import original_layout
@@ -228,12 +236,9 @@ def licence_of(folder: Path) -> str | None:
 
 def hub_licence(repository: str) -> str | None:
     """The same of a hub repository, from its card; None when it cannot be read."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError
-
     try:
-        return licence_of(Path(hf_hub_download(repository, "README.md")).parent)
-    except (OSError, ValueError, HTTPError):
+        return licence_of(hub_file(repository, "README.md").parent)
+    except (OSError, ValueError):
         return None
 
 

@@ -250,6 +250,17 @@ def _too_large_for_the_gpu(_: object) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ({"recipe": "emoji"}, "lower pairs.batch_size or training.micro_batch_size"),
+        ({"encode_batch": 32, "batch_size": 64, "resolution": 512}, "lower --encode-batch while it encodes, or --batch-size"),
+        ({"batch_size": 32, "count": 4}, "; lower --batch-size"),
+        ({"bapps": "x", "resolution": 64}, "; lower --resolution"),
+        ({"images": []}, "; give fewer or smaller --images"),
+        ({}, "; use a device that has more"),
+    ],
+)
+@pytest.mark.parametrize(
     ("work", "said"),
     [
         (_too_large, "out of host memory (288230376151711744 bytes more were asked for)"),
@@ -257,17 +268,22 @@ def _too_large_for_the_gpu(_: object) -> None:
     ],
 )
 def test_too_little_memory_is_one_line(
-    work: Callable[[object], None], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    work: Callable[[object], None],
+    said: str,
+    given: dict[str, object],
+    advice: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Parser:
         def parse_args(self, _: object) -> argparse.Namespace:
-            return argparse.Namespace(function=work)
+            return argparse.Namespace(function=work, **given)
 
     monkeypatch.setattr(cli, "_parser", Parser)
     assert cli.main([]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
-    assert "lower pairs.batch_size or training.micro_batch_size" in line
+    assert advice in line
 
 
 def test_a_run_stays_with_its_teacher(world: Path, tmp_path: Path, tiny_teacher_folder: Path, prompts_file: Path) -> None:

@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import (
     _host,
     atomic_folder,
     disk_errors,
+    hub_file,
     refuse_other_folder,
     sweep_temporaries,
     sweep_temporaries_of,
@@ -114,3 +116,20 @@ def test_a_folder_that_cannot_be_copied_is_one_line(number: int, said: str, tmp_
 
     with pytest.raises(UserError, match=said), disk_errors(tmp_path / "b", "go elsewhere"):
         shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=refused)
+
+
+def test_a_proxy_that_refuses_does_not_hide_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client asks it before it looks into the cache, and raises what is no OSError."""
+    cached = {"here.json": tmp_path / "here.json"}
+
+    def download(_repository: str, name: str, local_files_only: bool = False) -> str:
+        if not local_files_only:
+            raise HTTPError("403 Forbidden")
+        if name not in cached:
+            raise LocalEntryNotFoundError("no such entry")
+        return str(cached[name])
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert hub_file("someone/something", "here.json") == cached["here.json"]
+    with pytest.raises(FileNotFoundError, match="403 Forbidden"):
+        hub_file("someone/something", "gone.json")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.datasets import PictureFolder
+from diffusion2gan.files import hub_file
 from diffusion2gan.images import Quantiser, to_uint8
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.pipeline import STUDENT_FILE, OneStepPipeline, teacher_pictures
@@ -81,14 +82,10 @@ def _family(source: str) -> str:
     """The family of a teacher by its pipeline's class: of a folder, or of a hub repository's model_index.json."""
     folder = Path(source)
     if source != "embedded" and not folder.is_dir():
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
         try:
-            folder = Path(hf_hub_download(source, "model_index.json")).parent
-        except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-            reason = " ".join(str(error).split())[:100]
-            raise UserError(f"teacher:{source}: cannot be found ({reason}); name `embedded`, a diffusers folder or a hub id") from None
+            folder = hub_file(source, "model_index.json").parent
+        except FileNotFoundError as error:
+            raise UserError(f"teacher:{source}: cannot be found ({error}); name `embedded`, a diffusers folder or a hub id") from None
     return family_of(folder) or "stable_diffusion"
 
 
@@ -182,10 +179,12 @@ def _turbo(pipeline: Any) -> None:
 
 
 def _lightning(pipeline: Any) -> None:
-    from huggingface_hub import hf_hub_download
     from safetensors.torch import load_file
 
-    weights = load_file(hf_hub_download("ByteDance/SDXL-Lightning", "sdxl_lightning_1step_unet_x0.safetensors"))
+    try:
+        weights = load_file(hub_file("ByteDance/SDXL-Lightning", "sdxl_lightning_1step_unet_x0.safetensors"))
+    except FileNotFoundError as error:
+        raise UserError(f"ByteDance/SDXL-Lightning: its weights cannot be had ({error}); go online once, or leave the model away") from None
     network = UNet2DConditionModel.from_config(pipeline.unet.config).to(pipeline.unet.dtype)
     network.load_state_dict(weights)
     pipeline.unet = network.to(pipeline.unet.device).eval()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import cache_dir
+from diffusion2gan.files import cache_dir, hub_file
 
 
 class UnavailableError(UserError):
@@ -104,16 +104,12 @@ def find_weights(key: str, folder: Path | None = None, allow_unknown: bool = Fal
 
 
 def _from_hub(wanted: Weights, key: str, where: Path) -> list[Path]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     assert wanted.hub is not None
     try:
-        return [Path(hf_hub_download(wanted.hub, Path(name).name)) for name in wanted.files]
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:80]
+        return [hub_file(wanted.hub, Path(name).name) for name in wanted.files]
+    except FileNotFoundError as error:
         raise UnavailableError(
-            f"{key}: {where} has no {wanted.files[0]}, and {wanted.hub} could not be reached ({reason}); copy {', '.join(wanted.files)} there"
+            f"{key}: {where} has no {wanted.files[0]}, and {wanted.hub} could not be reached ({error}); copy {', '.join(wanted.files)} there"
         ) from None
 
 

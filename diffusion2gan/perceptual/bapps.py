@@ -26,6 +26,8 @@ class TripletFolder:
 
     def __init__(self, folder: Path, resolution: int = 64):
         self.folder, self.resolution = folder, resolution
+        # 64 at 128 x 128, fewer of what an autoencoder holds many megabytes of.
+        self.batch = max(1, 64 * 128**2 // max(128, resolution) ** 2)
         for part in (*PARTS, "judge"):
             if not (folder / part).is_dir():
                 raise UserError(f"{folder}: has no folder {part}, expected ref, p0, p1 and judge; name an unpacked BAPPS 2afc subset")
@@ -41,8 +43,9 @@ class TripletFolder:
     def __len__(self) -> int:
         return len(self.names)
 
-    def batches(self, size: int = 64) -> Iterator[TripletBatch]:
-        """Triplets in order, `size` at a time."""
+    def batches(self, size: int | None = None) -> Iterator[TripletBatch]:
+        """Triplets in order, `size` (default: `batch`) at a time."""
+        size = size or self.batch
         for start in range(0, len(self.names), size):
             names = self.names[start : start + size]
             first, second, third = (to_tensor(np.stack([self._picture(part, n) for n in names])) for part in PARTS)

@@ -41,6 +41,9 @@ READINGS: dict[str, dict[str, Any]] = {
 }
 
 
+PROMPTS = ("noto face smiling", "twemoji animal mammal", "fluent food fruit", "noto country flag")
+
+
 @dataclass(frozen=True)
 class Autoencoder:
     """A frozen autoencoder: pixels to scaled latents and back, and what names it."""
@@ -50,13 +53,15 @@ class Autoencoder:
     space: LatentSpace
     channels: int
     name: str
+    side: int
+    """Of the pictures that it was made for, in pixels, at most 512; 64 of pixels, as LPIPS reads BAPPS."""
 
 
 def open_autoencoder(source: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Autoencoder:
     """A diffusers `AutoencoderKL` from a folder or hub id, or from the `vae` part of a pipeline; `pixels`: none, latents are pixels in
     [-1, 1]. Raises UserError when it is something else."""
     if source == "pixels":
-        return Autoencoder(lambda x: x.to(device), lambda x: x, LatentSpace(1.0, 0.0), 3, source)
+        return Autoencoder(lambda x: x.to(device), lambda x: x, LatentSpace(1.0, 0.0), 3, source, 64)
     reasons = []
     for options in ({}, {"subfolder": "vae"}):
         try:
@@ -82,7 +87,8 @@ def open_autoencoder(source: str, device: torch.device, dtype: torch.dtype = tor
         return vae.decode((x / space.scale + space.shift).to(dtype), return_dict=False)[0].float()
 
     name = f"{weights_digest(vae)[:16]}, {vae.config.latent_channels} channels, scale {space.scale:g}, shift {space.shift:g}"
-    return Autoencoder(encode, decode, space, vae.config.latent_channels, name)
+    sides = np.atleast_1d(vae.config.sample_size or 512)
+    return Autoencoder(encode, decode, space, vae.config.latent_channels, name, min(512, int(sides.max())))
 
 
 def train_command(
@@ -159,42 +165,50 @@ def train_command(
 
 def _judged(metric: LatentLPIPS, encode: Encode, root: Path, split: str, resolution: int) -> dict[str, Judgements]:
     return {
-        name: judge(metric, subset.batches(), encode, -(-len(subset) // 64)) for name, subset in subsets(root, split, resolution).items()
+        name: judge(metric, subset.batches(), encode, -(-len(subset) // subset.batch))
+        for name, subset in subsets(root, split, resolution).items()
     }
 
 
-def calibrate_command(metric_source: str, vae: str, bapps: Path, out: Path, resolution: int = 64) -> dict[str, float]:
-    """Fits the heads of a metric to the training judgements of BAPPS and writes it to `out`. Returns its 2AFC on them."""
+def calibrate_command(metric_source: str, vae: str, bapps: Path, out: Path, resolution: int | None = None) -> dict[str, float]:
+    """Fits the heads of a metric to the training judgements of BAPPS and writes it to `out`. Returns its 2AFC on them.
+
+    resolution: side of the pictures in pixels, which BAPPS has at 64; None: `Autoencoder.side`, for its latents to be of the size that
+    they have in use.
+    """
     device = PartialState().device
     metric = LatentLPIPS.from_pretrained(metric_source).to(device)
     encoder = _encoder_of(metric, vae, device)
-    judged = _judged(metric, encoder, bapps, "train", resolution)
+    judged = _judged(metric, encoder.encode, bapps, "train", resolution or encoder.side)
     metric = calibrate(metric.cpu(), Judgements.cat(judged.values()))
     metric.save_pretrained(out)
     return {name: two_afc(head_vector(metric), j) for name, j in judged.items()}
 
 
-def score_command(metric_source: str, vae: str, bapps: Path, resolution: int = 64, clamp: bool = True) -> str:
-    """2AFC of a metric on each validation subset of BAPPS, beside the best that any metric could reach; a Markdown table."""
+def score_command(metric_source: str, vae: str, bapps: Path, resolution: int | None = None, clamp: bool = True) -> str:
+    """2AFC of a metric on each validation subset of BAPPS, beside the best that any metric could reach; a Markdown table. `resolution` as
+    of `calibrate_command`."""
     device = PartialState().device
     metric = LatentLPIPS.from_pretrained(metric_source, clamp).to(device)
     if metric.l1_weight:
         raise UserError(
             f"{metric_source}: has an L1 term (l1_weight {metric.l1_weight:g}), expected the features' distance alone; set it to 0"
         )
-    judged = _judged(metric, _encoder_of(metric, vae, device), bapps, "val", resolution)
+    encoder = _encoder_of(metric, vae, device)
+    side = resolution or encoder.side
+    judged = _judged(metric, encoder.encode, bapps, "val", side)
     for name, found in judged.items():
         if not (found.first.isfinite().all() and found.second.isfinite().all()):
             raise UserError(f"{metric_source}: its features of the pictures of {name} are not finite; look where its weights come from")
     heads = head_vector(metric).cpu()
-    rows = [[name, len(j.judgement), two_afc(heads, j), best_possible(j)] for name, j in judged.items()]
-    return markdown_table(["subset", "triplets", "2AFC", "always with the majority"], rows)
+    rows = [[name, len(j.judgement), f"{side} x {side}", two_afc(heads, j), best_possible(j)] for name, j in judged.items()]
+    return markdown_table(["subset", "triplets", "pictures", "2AFC", "always with the majority"], rows)
 
 
-def _encoder_of(metric: LatentLPIPS, vae: str, device: torch.device) -> Encode:
+def _encoder_of(metric: LatentLPIPS, vae: str, device: torch.device) -> Autoencoder:
     encoder = open_autoencoder(vae, device)
     _check_channels(encoder, metric, vae)
-    return encoder.encode
+    return encoder
 
 
 def _check_channels(encoder: Autoencoder, metric: LatentLPIPS, vae: str) -> None:
@@ -210,11 +224,11 @@ def reconstruct_command(
     vae: str = "embedded",
     pixel_metric: str | None = None,
     images: Sequence[Path] = (),
-    prompts: Sequence[str] = ("noto face smiling", "twemoji animal mammal", "fluent food fruit", "noto country flag"),
+    prompts: Sequence[str] = (),
     steps: int = 1000,
     seed: int = 0,
 ) -> str:
-    """Figure 3's experiment on images, or on pictures of the embedded teacher for `prompts`. Returns the table.
+    """Figure 3's experiment on images, or on pictures of the embedded teacher for `prompts` (four of its own by default). Returns the table.
 
     `metric`: `embedded`, or as `LatentLPIPS.from_pretrained`; `pixel_metric`: a metric that reads pixels, for LPIPS through the
     decoder (the embedded one by default beside the embedded metric).
@@ -228,6 +242,10 @@ def reconstruct_command(
     pixel_source = str(embedded_folder("pixel_vgg")) if pixel_metric is None and embedded else pixel_metric
     pixel = None if pixel_source is None else LatentLPIPS.from_pretrained(pixel_source).to(device)
     _check_channels(encoder, latent, vae)
+    if pixel is not None and pixel.net.config.in_channels != 3:
+        raise UserError(f"--pixel-metric {pixel_source}: reads {pixel.net.config.in_channels} channels, expected a metric of pixels, of 3")
+    if prompts and (images or not embedded):
+        raise UserError("--prompt is drawn by the embedded teacher, expected neither --images nor another --vae beside it; leave one away")
     if pixel is None:
         warnings.warn("no --pixel-metric: the row of LPIPS through the decoder is left out", stacklevel=2)
     if images:
@@ -238,7 +256,7 @@ def reconstruct_command(
             )
         target = torch.cat([encoder.encode(p) for p in pictures])
     elif embedded:
-        teacher = load_teacher(TeacherConfig(source="embedded"), device)
+        teacher, prompts = load_teacher(TeacherConfig(source="embedded"), device), prompts or PROMPTS
         noise = draw_noise([evaluation_seed((1 << 51) + seed + i) for i in range(len(prompts))], teacher.latent_shape)
         target = OdeSolver(teacher, SolverConfig(solver="dpmpp", steps=25, spacing="trailing")).solve(noise, list(prompts))
     else:

@@ -233,11 +233,12 @@ class LatentLPIPS(nn.Module):
         """Whether the target's deviation is that of scaled latents; if not, warns."""
         deviation = target.float().std(correction=0).item()
         # Scaled latents of real pictures have about 1, those of a flat colour less; unscaled ones 1 / scale, those scaled twice scale. The
-        # limits lie between. Stable Diffusion's 0.18 where the scale says nothing.
-        scale = self.space.scale if self.space and self.space.scale < 1 else 0.18
-        if deviation > min(2.5, scale**-0.7) and not raw:
+        # limits lie between, where there is a between: not for a scale near 1.
+        scale = self.space.scale if self.space else 1.0
+        apart = scale <= 0.4
+        if deviation > (min(2.5, scale**-0.7) if apart else 2.5) and not raw:
             found, advice = "", "these look like unscaled latents; multiply them by the autoencoder's scaling_factor, or pass raw=True"
-        elif deviation < max(0.3, scale**0.7) and raw:
+        elif apart and deviation < max(0.3, scale**0.7) and raw:
             found, advice = " once scaled", "these look like scaled latents; leave raw=True away"
         else:
             return True

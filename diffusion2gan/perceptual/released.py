@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.files import hub_file
 from diffusion2gan.perceptual.checkpoint import CONFIG, WEIGHTS
 from diffusion2gan.perceptual.latent_lpips import LatentSpace, Origin
 
@@ -69,14 +70,10 @@ def resolve(source: str | Path) -> Resolved:
 
 
 def _from_hub(repository: str, name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
-        path = Path(hf_hub_download(repository, name))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{repository}: {name} could not be downloaded ({reason}); go online once, or give the path of a copy") from None
+        path = hub_file(repository, name)
+    except FileNotFoundError as error:
+        raise UserError(f"{repository}: {name} could not be downloaded ({error}); go online once, or give the path of a copy") from None
     # The hub's cache names a large file by its sha256; a file that was changed there since is not what was downloaded.
     blob = path.resolve()
     if re.fullmatch("[0-9a-f]{64}", blob.name):

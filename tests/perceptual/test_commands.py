@@ -21,6 +21,7 @@ from PIL import Image
 from diffusion2gan import cli
 from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual import LatentLPIPS, LatentVGG, latent_cache
+from diffusion2gan.perceptual.bapps import TripletFolder
 from diffusion2gan.perceptual.commands import open_autoencoder
 from diffusion2gan.perceptual.latent_cache import ImageFolder, LatentCache, cache_latents, centre_crop, random_crop
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
@@ -198,7 +199,11 @@ def test_calibrate_and_score(vae: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert LatentLPIPS.from_pretrained(out).calibrated
     capsys.readouterr()
     assert cli.main(["perceptual", "score", str(out), *common]) == 0
-    assert "| cnn | 8 | 1 |" in capsys.readouterr().out
+    assert "| cnn | 8 | 16 x 16 | 1 |" in capsys.readouterr().out
+    # Without --resolution the size that the autoencoder was made for.
+    assert cli.main(["perceptual", "score", str(out), *common[:-2]]) == 0
+    assert "| cnn | 8 | 32 x 32 | 1 |" in capsys.readouterr().out
+    assert [TripletFolder(tmp_path / "bapps/2afc/val/cnn", side).batch for side in (16, 64, 128, 256, 512)] == [64, 64, 64, 16, 4]
     judge = tmp_path / "bapps" / "2afc" / "val" / "cnn" / "judge" / "000000.npy"
     judged = judge.read_bytes()
     judge.write_bytes(b"")

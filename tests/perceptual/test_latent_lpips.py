@@ -589,6 +589,21 @@ def test_scaling_that_was_forgotten_or_done_twice(scale: float) -> None:
         metric(scaled, scaled, raw=True)
 
 
+@pytest.mark.parametrize("scale", [0.477, 0.7, 1.0, 1.5305])
+def test_a_scale_near_1_is_not_guessed_at(scale: float) -> None:
+    """HunyuanVideo's, a made-up one, none, Stable Diffusion 3's: a factor that latents of another picture have as well."""
+    metric = LatentLPIPS(metric_of().net, space=LatentSpace(scale))
+    latent = torch.randn(2, 4, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for deviation in (0.7, 1.3):
+            metric(latent, deviation * latent)
+            metric(latent, deviation / scale * latent, raw=True)
+        metric(latent, latent, raw=True)
+    with pytest.warns(UserWarning, match="look like unscaled latents"):
+        metric(latent, 4 * latent)
+
+
 def test_a_space_is_a_latent_space(tmp_path: Path) -> None:
     metric_of().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"space is 0.18215, expected diffusion2gan.perceptual.LatentSpace"):

@@ -108,6 +108,12 @@ def test_the_command(embedded: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     capsys.readouterr()
     assert cli.main(["perceptual", "reconstruct", "--out", str(out), "--metric", "sd15"]) == 2
     assert "must be of the autoencoder's own latents" in capsys.readouterr().err
+    for more, message in (
+        (["--pixel-metric", str(embedded / "latent_vgg")], "reads 4 channels, expected a metric of pixels"),
+        (["--images", str(picture), "--prompt", "cat"], "--prompt is drawn by the embedded teacher"),
+    ):
+        assert cli.main(["perceptual", "reconstruct", "--out", str(out), "--steps", "1", *more]) == 2
+        assert message in capsys.readouterr().err
     other = tmp_path / "y.png"
     for size, message in (((32, 16), "expected one size"), ((4, 16), "expected at least 8 x 8")):
         Image.new("RGB", size, "red").save(other)
