@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffusion2gan.device import can_compile
 from diffusion2gan.errors import UserError
-from diffusion2gan.perceptual.augmentations import Augmentation, AugmentationParameters, _edges_repeated, _smoothed
+from diffusion2gan.perceptual.augmentations import Augmentation, AugmentationParameters, _edges_repeated, _gathered, _grid, _smoothed
 
 torch.set_num_threads(1)
 N = Augmentation.N_UNIFORM
@@ -445,3 +445,25 @@ def test_errors() -> None:
             Augmentation(letters).apply(torch.zeros(1, 4, *size), parameters)
     with pytest.raises(UserError, match="uniform has shape"):
         Augmentation().draw(2, (4, 8, 8), uniform=torch.rand(3, N))
+
+
+@pytest.mark.parametrize("letters", ["b", "g", "bg"])
+@pytest.mark.parametrize("size", [(4, 4), (16, 16), (12, 20)])
+def test_resampling_without_grid_sample_is_the_same(letters: str, size: tuple[int, int]) -> None:
+    """The path of MPS, run on the CPU: values and gradients, also far beyond the borders."""
+    augmentation = Augmentation(letters)
+    mode: Any = "bicubic" if "g" in letters else "nearest"
+    x = torch.randn(40, 3, *size, dtype=torch.float64, requires_grad=True)
+    affine = augmentation.draw(40, x.shape[1:], torch.Generator().manual_seed(0)).affine.double()
+    affine[20:, :, 2] *= 9
+    grid = _grid(affine, x)
+    direction = torch.randn(x.shape, dtype=torch.float64)
+    found = []
+    for sampled in (
+        F.grid_sample(x, grid, mode=mode, padding_mode="reflection", align_corners=False),
+        _gathered(x, grid, mode),
+    ):
+        (gradient,) = torch.autograd.grad(sampled, x, direction)
+        found.append((sampled, gradient))
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
