@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -72,3 +73,16 @@ def test_the_table_of_recipes_has_all_of_them() -> None:
     # `base` recipes are there to be built on.
     assert not [name for name in builtin_recipes() if name not in told]
     assert len(told & set(builtin_recipes())) > 30
+
+
+def test_figure_3_is_the_results_file() -> None:
+    rows = {r["distance"]: r for r in json.loads((ROOT / "benchmarks/results/figure3.json").read_text())}
+    text = (ROOT / "docs/reproduction.md").read_text().partition("## Figure 3")[2]
+    cells = [[c.strip() for c in line.strip("| ").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    told = {name.replace(", Eq. 2", ""): (float(error), float(psnr)) for name, error, psnr in cells[2:]}
+    assert told.keys() == rows.keys()
+    for name, (error, psnr) in told.items():
+        assert error == pytest.approx(rows[name]["latent RMSE"], rel=0.01)
+        assert psnr == pytest.approx(rows[name]["PSNR, dB"], abs=0.06)
+    nearer = [rows["latent_lpips"]["latent RMSE"] / r["latent RMSE"] for name, r in rows.items() if name.startswith("e_latent_lpips")]
+    assert 14.5 < min(nearer) < 15.5 and 50 <= max(nearer) < 55  # "15 to 50 times nearer"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -144,3 +145,33 @@ def test_nothing_is_compiled_at_import_and_no_dead_id_is_named() -> None:
         # The released metric builds CUDA code at first use; runwayml's repositories are gone.
         assert "cpp_extension" not in text, path
         assert "runwayml/" not in text, path
+
+
+_LOSS_ALONE = """
+import importlib.abc, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {refused}:
+            raise ImportError("not installed: " + name)
+
+sys.meta_path.insert(0, Refuse())
+import torch
+from diffusion2gan import ELatentLPIPS
+from diffusion2gan.embedded.weights import embedded_folder
+
+loss = ELatentLPIPS.from_pretrained(embedded_folder("latent_vgg"))
+x = torch.randn(2, 4, 8, 8, requires_grad=True)
+loss(x, torch.randn(2, 4, 8, 8)).mean().backward()
+assert x.grad.abs().sum() > 0
+"""
+
+
+def test_the_loss_needs_five_packages() -> None:
+    """What docs/e_latent_lpips.md says to install for it alone; none of the package's other dependencies."""
+    needed = {"torch", "numpy", "safetensors", "tqdm"}  # and huggingface_hub, for what comes from there
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    declared = {re.split("[>=<]", d)[0] for d in project["dependencies"]}
+    refused = {"PIL" if d == "pillow" else "yaml" if d == "pyyaml" else d for d in declared - needed} | {"huggingface_hub"}
+    assert {"diffusers", "transformers", "accelerate", "pydantic", "PIL"} <= refused
+    subprocess.run([sys.executable, "-c", _LOSS_ALONE.format(refused=refused)], check=True)
