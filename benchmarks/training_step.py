@@ -1,6 +1,7 @@
 """A training step of phase 1 (regression) and of phase 2 (with the discriminator): time and memory, in one run.
 
-    python benchmarks/training_step.py --batch 32 --r1-count 8 --repeats 3 --out benchmarks/results/training_step_cpu.json  # as `emoji`
+    python benchmarks/training_step.py --batch 32 --r1-count 8 --repeats 3 --out benchmarks/results/training_step_cpu.json  # float32
+    python benchmarks/training_step.py --batch 32 --r1-every 4 --r1-count 2 --precision bf16 --compile --repeats 5 --out ...  # as `emoji`
     python benchmarks/training_step.py --network sd15 --batch 8 --precision bf16 --out ...      # on a GPU
 
 The trainer itself is measured, on pairs of a one-step solve; Stable Diffusion 1.5 and SDXL have random weights: time and memory
@@ -54,14 +55,21 @@ def load(network: str, device: str, folder: Path) -> tuple[Teacher, LossConfig]:
 
 
 def new_trainer(
-    teacher: Teacher, loss: LossConfig, store: Path, folder: Path, config: TrainingConfig, checkpointing: bool, r1_count: int | None
+    teacher: Teacher,
+    loss: LossConfig,
+    store: Path,
+    folder: Path,
+    config: TrainingConfig,
+    checkpointing: bool,
+    r1_count: int | None,
+    r1_every: int = R1_EVERY,
 ) -> Trainer:
     """`r1_count`: samples of the batch that R1 looks at; None: there is no discriminator. Afterwards the teacher's network is in the host's
     memory: `train` gives it up, and the next trainer needs it again."""
     generator = OneStepGenerator.from_teacher(teacher, GeneratorConfig(gradient_checkpointing=checkpointing))
     adversarial = discriminator = None
     if r1_count is not None:
-        adversarial = AdversarialConfig(steps=1000, r1_every=R1_EVERY, r1_count=r1_count)
+        adversarial = AdversarialConfig(steps=1000, r1_every=r1_every, r1_count=r1_count)
         discriminator = build_discriminator(DiscriminatorConfig(gradient_checkpointing=checkpointing), teacher)
     distance = build_distance(loss, teacher, teacher.device)
     weights = {name: value.cpu() for name, value in teacher.network.state_dict().items()}
@@ -74,9 +82,11 @@ def new_trainer(
     return trainer
 
 
-def measure(trainer: Trainer, repeats: int) -> dict[str, dict[str, float]]:
-    """Seconds and MB of each kind of step."""
+def measure(trainer: Trainer, repeats: int) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Seconds and MB of each kind of step; and of those that do not fit, why."""
     trainer._enter_phase_2()
+    assert trainer.adversarial is not None
+    r1_every = trainer.adversarial.r1_every
     guard, batches = trainer.guard, trainer._load(1)
 
     def step(phase: int, at: int) -> None:
@@ -86,17 +96,39 @@ def measure(trainer: Trainer, repeats: int) -> dict[str, dict[str, float]]:
             trainer.train_step(batches)
         synchronise(trainer.device)
 
-    kinds = {"phase 1": (1, 1), "phase 2": (2, 1), "phase 2, with R1": (2, R1_EVERY)}
+    kinds = {"phase 1": (1, 1), "phase 2": (2, 1), "phase 2, with R1": (2, r1_every)}
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    failed: dict[str, str] = {}
     for _ in range(repeats + 1):
         for kind, (phase, at) in kinds.items():
+            if kind in failed:
+                continue
             started = time.perf_counter()
-            step(phase, at)
+            try:
+                step(phase, at)
+            except RuntimeError as error:
+                failed[kind] = why_it_does_not_fit(error)
+                free(trainer.device.type)
             times[kind].append(time.perf_counter() - started)
-    return {
+    fits = {kind: where for kind, where in kinds.items() if kind not in failed}
+    found = {
         kind: {"s": statistics.median(times[kind][1:]), "MB": extra_memory(lambda where=where: step(*where), trainer.device)}
-        for kind, where in kinds.items()
+        for kind, where in fits.items()
     }
+    return found, failed
+
+
+def why_it_does_not_fit(error: RuntimeError) -> str:
+    """In one line. Raises the error again when it is not of memory."""
+    if out_of_memory(error) is None:
+        raise error
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def free(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -104,6 +136,7 @@ def main() -> None:
     parser.add_argument("--network", choices=("embedded", "sd15", "sdxl"), default="embedded")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--r1-count", type=int, default=1, help="samples of the batch that R1 looks at")
+    parser.add_argument("--r1-every", type=int, default=R1_EVERY)
     parser.add_argument("--precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
@@ -126,24 +159,22 @@ def main() -> None:
             row: dict[str, Any] = {"gradient checkpointing": checkpointing}
             try:
                 run = folder / f"run-{checkpointing}"
-                trainer = new_trainer(teacher, loss, folder / "store", run, config, checkpointing, a.r1_count)
+                trainer = new_trainer(teacher, loss, folder / "store", run, config, checkpointing, a.r1_count, a.r1_every)
                 if device == "cuda":
                     row["resident, MB"] = torch.cuda.memory_allocated() / 2**20
-                found = measure(trainer, a.repeats)
+                found, failed = measure(trainer, a.repeats)
             except RuntimeError as error:
-                if out_of_memory(error) is None:
-                    raise
-                rows.append(row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
+                rows.append(row | {"error": why_it_does_not_fit(error)})
                 continue
             finally:
                 trainer = None  # type: ignore[assignment]
                 teacher.network.to(device)
-                gc.collect()
-                if device == "cuda":
-                    torch.cuda.empty_cache()
-            lazy = ((R1_EVERY - 1) * found["phase 2"]["s"] + found["phase 2, with R1"]["s"]) / R1_EVERY
+                free(device)
             row |= {f"{kind}, {unit}": value for kind, values in found.items() for unit, value in values.items()}
-            row |= {"phase 2 : phase 1, time": lazy / found["phase 1"]["s"], "R1's share of phase 2": 1 - found["phase 2"]["s"] / lazy}
+            row |= {f"{kind}, error": why for kind, why in failed.items()}
+            if not failed:
+                lazy = ((a.r1_every - 1) * found["phase 2"]["s"] + found["phase 2, with R1"]["s"]) / a.r1_every
+                row |= {"phase 2 : phase 1, time": lazy / found["phase 1"]["s"], "R1's share of phase 2": 1 - found["phase 2"]["s"] / lazy}
             rows.append(row)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     print(markdown_table(columns, [[row.get(c) for c in columns] for row in rows]))
@@ -153,6 +184,7 @@ def main() -> None:
             "network": a.network,
             "batch": a.batch,
             "r1_count": a.r1_count,
+            "r1_every": a.r1_every,
             "precision": a.precision,
             "compile": a.compile,
         }

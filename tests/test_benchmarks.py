@@ -15,6 +15,7 @@ from scipy import stats
 
 from diffusion2gan.recipe import parse_recipe
 from diffusion2gan.run import simulate_recipe
+from diffusion2gan.training.adversarial import Adversary
 from tests.helpers import ROOT, recipe_values, trained_from_scratch, write_recipe
 
 
@@ -35,7 +36,7 @@ def _script(name: str) -> dict[str, Any]:
         ("simulate", ["--batch", "2", "--steps", "2", "--repeats", "2"]),
         ("solver_distance", ["--count", "4", "--reference-steps", "100"]),
         ("student_dtypes", ["--count", "4", "--student", "WHOLE"]),
-        ("training_step", ["--batch", "2", "--repeats", "1"]),
+        ("training_step", ["--batch", "2", "--repeats", "1", "--r1-every", "4"]),
         ("largest_batch", ["--most", "2", "--repeats", "1"]),
         ("pair_store", ["--pairs", "256", "--seconds", "0.1"]),
         ("evaluation_memory", ["--counts", "8", "16"]),
@@ -54,13 +55,23 @@ def test_scripts_write_what_they_measured(
 def test_ratios_of_the_perceptual_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script, out = _script("perceptual"), tmp_path / "result.json"
     monkeypatch.setitem(script["main"].__globals__, "SHAPES", {"tiny": (4, 8, 8)})
-    monkeypatch.setattr(sys, "argv", ["perceptual", "--batches", "1", "--repeats", "1", "--out", str(out)])
+    monkeypatch.setattr(
+        sys, "argv", ["perceptual", "--batches", "1", "--repeats", "1", "--precision", "float32", "bfloat16", "--out", str(out)]
+    )
     script["main"]()
     result = json.loads(out.read_text())
-    of = {row["method"]: row for row in result["rows"]}
-    assert not [row for row in of.values() if "error" in row]
+    assert not [row for row in result["rows"] if "error" in row]
+    of = {row["method"]: row for row in result["rows"] if row["precision"] == "float32"}
     theirs = {"latent_lpips": "package, no augmentation", "e_latent_lpips bg": "package bg"}
-    ratios = {row["method"]: row for row in result["ratios"]}
+    in_bf16 = {row["method"]: row for row in result["ratios"] if row["precision"] == "bfloat16"}
+    half = next(r for r in result["rows"] if (r["method"], r["precision"]) == ("latent_lpips", "bfloat16"))
+    assert in_bf16["latent_lpips"]["package float32, time"] == pytest.approx(of["package, no augmentation"]["ms"] / half["ms"])
+    ratios = {row["method"]: row for row in result["ratios"] if row["precision"] == "float32"}
+    # The default letters have no counterpart in the package, but in decode + LPIPS.
+    assert ratios["e_latent_lpips bgo"]["package, time"] is None
+    assert ratios["e_latent_lpips bgo"]["decode + lpips, time"] == pytest.approx(
+        of["decode + lpips"]["ms"] / of["e_latent_lpips bgo"]["ms"]
+    )
     for name, other in theirs.items():
         assert ratios[name]["package, time"] == pytest.approx(of[other]["ms"] / of[name]["ms"])
         assert ratios[name]["package, MB"] == pytest.approx(of[other]["MB"] / of[name]["MB"])
@@ -136,6 +147,17 @@ def test_a_row_that_stops_itself_is_scored_where_it_was_good(tiny_teacher_folder
     first, again = (script["one_row"](*arguments) for _ in range(2))
     assert "stopped before the update" in first["stopped"] and first["images seen"] == 4 * scored[0] < 240
     assert scored == [scored[0]] * 2 and again["images seen"] == first["images seen"]
+
+
+def test_a_kind_of_step_that_does_not_fit_leaves_the_others(tiny_embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, out = _script("training_step"), tmp_path / "result.json"
+    monkeypatch.setattr(Adversary, "_r1", lambda *_: torch.empty(1 << 58, dtype=torch.uint8))
+    monkeypatch.setattr(sys, "argv", ["training_step", "--batch", "2", "--repeats", "1", "--out", str(out)])
+    script["main"]()
+    for row in json.loads(out.read_text())["rows"]:
+        assert row["phase 1, s"] > 0 and row["phase 2, MB"] > 0
+        assert "288230376151711744 bytes" in row["phase 2, with R1, error"]
+        assert "phase 2 : phase 1, time" not in row
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 7, 48, 63, 64, 100, 1000])

@@ -81,7 +81,16 @@ def test_every_loss_of_table_1_lowers_itself(
     source = pixel_folder if distance == "lpips" else perceptual_folder
     loss = LossConfig.model_validate({"distance": distance, "perceptual": str(source)})
     trainer = _trainer(store, tmp_path, loss, steps=30, batch_size=8)
+    metric = trainer.distance.network
+    assert (metric is None) == (distance in ("mse", "l1", "pseudo_huber"))
+    if metric is not None:
+        # Running means of its batch norms among them, whatever mode somebody puts it in.
+        metric.train()
+        before = {k: v.clone() for k, v in metric.state_dict().items()}
     trainer.run(progress=False)
+    if metric is not None:
+        assert all(torch.equal(v, before[k]) for k, v in metric.state_dict().items())
+        assert all(p.grad is None for p in metric.parameters())
     losses = [row["loss"] for row in read_scalars(tmp_path / "metrics.jsonl") if "loss" in row]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:2])
     assert (tmp_path / "samples" / "held-out-00000030.png").exists()
