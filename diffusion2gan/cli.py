@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import os
 import re
 import sys
@@ -611,6 +612,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     # transformers says at import which torchvision classes it replaces; nothing here uses them.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # On a CPU bitsandbytes misses at import kernels of 4 bits that nothing here uses either.
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     # One line that says what is the matter, not where in the code it was noticed.
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"diffusion2gan: warning: {message}\n"
     try:
