@@ -233,7 +233,7 @@ def test_what_gpus_exchange(settings: list[str], g: int, d: int) -> None:
     recipe = load_recipe("emoji", settings)
     n = _plain(recipe, trained=1000, discriminator=Cost(1.0, 100, 0, 0))
     simulate, _, phase_2, pictures = stages(recipe, 2, n)
-    assert phase_2.exchanged == 1100 * 4 * (g * 1000 + d * 100) / 2
+    assert phase_2.exchanged == 2000 * 4 * (g * 1000 + d * 100) / 2
     assert simulate.exchanged == pictures.exchanged == stages(recipe, 1, n)[2].exchanged == 0
 
 
@@ -339,7 +339,7 @@ def test_the_table_says_what_is_assumed(monkeypatch: pytest.MonkeyPatch) -> None
     n = _plain(recipe)
     monkeypatch.setattr("diffusion2gan.plan.networks", lambda _: n)
     text = plan_table(recipe, "rtx4090", 2, 0.3)
-    assert "1,024,000" in text and "35,200" in text and "assumptions" in text
+    assert "1,024,000" in text and "64,000" in text and "assumptions" in text
     assert "exchanged at 32 GB/s each way, none of it during the arithmetic" in text
     assert "does not fit" not in text and "| exchange |" not in text
     n = _plain(recipe, trained=10**10)
@@ -355,7 +355,7 @@ def test_the_table_stands_below_what_matters_of_the_recipe(monkeypatch: pytest.M
         "    pairs: {count: 192000, ode: {solver: unipc, steps: 8, ",
         "    loss: {distance: e_latent_lpips, ",
         "    training: {steps: 77, batch_size: 64, ",
-        "    adversarial: {steps: 1100, batch_size: 32, weight: 0.5, ",
+        "    adversarial: {steps: 2000, batch_size: 32, weight: 0.5, ",
         "    discriminator: {kind: diffusion, ",
     ):
         assert f"\n{line}" in above
