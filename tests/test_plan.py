@@ -135,8 +135,8 @@ def _plain(recipe: Recipe, **changes: object) -> Networks:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        # D's step: G's graph waits for its own, D reads real and fake, R1 8 samples.
-        ([], 32 * 10 + 2 * 32 * 1000 + 8 * 100_000),
+        # D's step: G's graph waits for its own, D reads real and fake, R1 2 samples.
+        ([], 32 * 10 + 2 * 32 * 1000 + 2 * 100_000),
         # Of several micro-batches none waits; each has one sample of R1 at most.
         (["training.micro_batch_size=4"], 2 * 4 * 1000 + 100_000),
         (["training.mixed_precision=no", "training.micro_batch_size=4"], 2 * (2 * 4 * 1000) + 100_000),
