@@ -200,6 +200,8 @@ def main() -> None:
     # All recipes of one seed before the next: an interrupted table compares like with like.
     for seed, name in itertools.product(a.seeds, a.recipes):
         new = one_row(name, seed, a.set, a.store, a.out, a.shared or a.out / "shared", a.list)
+        # Read again: another call, beside this one, may have added its own.
+        rows = earlier_rows(a.out / "table.json", a.list, a.set)
         rows = [r for r in rows if (r["row"], r["seed"]) != (new["row"], seed)] + [new]
         table = markdown_table(COLUMNS, [[r[c] for c in COLUMNS] for r in rows])
         write_bytes_atomic(a.out / "table.md", table.encode())
