@@ -11,7 +11,6 @@ checkpointing is on, unless --no-checkpointing.
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import tempfile
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_step import R1_EVERY, load, new_trainer
+from training_step import R1_EVERY, free, load, new_trainer
 
 from diffusion2gan.device import default_device, out_of_memory
 from diffusion2gan.evaluation.speed import device_name, extra_memory, synchronise
@@ -85,9 +84,7 @@ class Tries:
             self.teacher.network.to(device)
             # Every batch is compiled for itself, and dynamo gives up after a few shapes.
             torch._dynamo.reset()
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            free(device.type)
         if device.type == "cpu" and extra > 1024 * self.a.limit:
             return False
         self.rate = batch / statistics.median(seconds[2:])

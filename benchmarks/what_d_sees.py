@@ -11,12 +11,13 @@ over samples is theirs beside the exact one's.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion2gan.device import default_device
 from diffusion2gan.discriminator.build import build_discriminator
@@ -26,15 +27,17 @@ from diffusion2gan.files import write_json
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.pairs.dataset import PairDataset
 from diffusion2gan.precision import no_tf32
-from diffusion2gan.recipe import load_recipe
+from diffusion2gan.recipe import Recipe, load_recipe
 from diffusion2gan.report import markdown_table
 from diffusion2gan.teachers.attention import twice_differentiable_attention
-from diffusion2gan.teachers.load import load_teacher
+from diffusion2gan.teachers.load import LoadedTeacher, load_teacher
+from diffusion2gan.training.adversarial import above
 from diffusion2gan.training.batches import pair_batch
 from diffusion2gan.training.state import checkpoint_path, checkpoints, load_state
 
 BATCH = 32
 SIGMAS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+R1_COLUMNS = ["sigma", "mean |grad s|^2", "of the exact one", "deviation / mean, one sample", "standard error of the ratio"]
 
 
 def partners(prompts: list[str], other_text: bool) -> np.ndarray:
@@ -49,7 +52,45 @@ def partners(prompts: list[str], other_text: bool) -> np.ndarray:
 
 def share_above(a: Tensor, b: Tensor) -> float:
     """The share of a > b, ties as half: 0.5 where a and b are the same."""
-    return (0.5 * ((a > b).float() + (a >= b).float())).mean().item()
+    return above(a, b).mean().item()
+
+
+def frozen_networks(recipe: Recipe, teacher: LoadedTeacher, path: Path) -> tuple[int, nn.Module, OneStepGenerator]:
+    """The step of a checkpoint, its D, and G by its average."""
+    state = load_state(path)
+    if state.adversary is None:
+        raise SystemExit(f"{path}: has no discriminator; name a step of phase 2")
+    if recipe.generator.lora_rank is not None:
+        raise SystemExit(f"{path}: of a LoRA, expected a run that trains all weights; name another")
+    d = build_discriminator(recipe.discriminator, teacher).to(teacher.device)
+    d.load_state_dict(state.adversary["model"])
+    generator = OneStepGenerator.from_teacher(teacher, recipe.generator)
+    generator.load_state_dict(state.ema)
+    return state.step, d.requires_grad_(False).eval(), generator.requires_grad_(False).eval()
+
+
+def batches(count: int) -> list[slice]:
+    return [slice(i, i + BATCH) for i in range(0, count, BATCH)]
+
+
+def r1_rows(score_of: Callable[[slice], Callable[[Tensor], Tensor]], x: Tensor, draws: int) -> list[list[Any]]:
+    """The exact penalty and, for each sigma, finite differences with `draws` directions a sample: cells as R1_COLUMNS. score_of: rows of x
+    -> s of such latents."""
+    parts = batches(len(x))
+    with twice_differentiable_attention():
+        exact = torch.cat([r1_penalty(score_of(at), x[at]).detach() for at in parts])
+    random = torch.Generator().manual_seed(0)
+    rows: list[list[Any]] = [["exact", exact.mean().item(), 1.0, (exact.std() / exact.mean()).item(), None]]
+    for sigma in SIGMAS:
+        drawn = []
+        for _ in range(draws):
+            e = torch.randn(x.shape, generator=random).to(x.device)
+            with torch.no_grad():
+                drawn.append(torch.cat([r1_finite_difference(score_of(at), x[at], e[at], sigma) for at in parts]))
+        value = torch.stack(drawn)
+        error = value.mean(1).std() / draws**0.5 / exact.mean()
+        rows.append([sigma, value.mean().item(), (value.mean() / exact.mean()).item(), (value.std() / value.mean()).item(), error.item()])
+    return rows
 
 
 @no_tf32()
@@ -66,32 +107,19 @@ def main() -> None:
     teacher = load_teacher(recipe.teacher, default_device())
     folder = a.run / "checkpoints"
     path = checkpoints(folder)[-1] if a.step is None else checkpoint_path(folder, a.step)
-    state = load_state(path)
-    if state.adversary is None:
-        raise SystemExit(f"{path}: has no discriminator; name a step of phase 2")
-    if recipe.generator.lora_rank is not None:
-        raise SystemExit(f"{a.run}: trained a LoRA, expected a run that trains all weights; name another")
-    d = build_discriminator(recipe.discriminator, teacher).to(teacher.device)
-    d.load_state_dict(state.adversary["model"])
-    d.requires_grad_(False).eval()
-    generator = OneStepGenerator.from_teacher(teacher, recipe.generator)
-    generator.load_state_dict(state.ema)
-    generator.requires_grad_(False).eval()
-
+    step, d, generator = frozen_networks(recipe, teacher, path)
     count = min(a.count, recipe.training.holdout)
     held_out = pair_batch(pairs, np.arange(len(pairs) - recipe.training.holdout, len(pairs))[:count], None, teacher.device)
 
-    def over_batches(act: Any) -> Tensor:
-        return torch.cat([act(slice(i, i + BATCH)) for i in range(0, count, BATCH)])
+    x, z, c = held_out.latent, held_out.noise, held_out.prompts
 
+    @torch.no_grad()
     def scores(latent: Tensor, noise: Tensor, prompts: list[str]) -> Tensor:
-        with torch.no_grad():
-            return over_batches(lambda at: score(d(latent[at], noise[at], teacher.encode_prompts(prompts[at]))))
+        return torch.cat([score(d(latent[at], noise[at], teacher.encode_prompts(prompts[at]))) for at in batches(count)])
 
     with torch.no_grad():
-        fake = over_batches(lambda at: generator(held_out.noise[at], teacher.encode_prompts(held_out.prompts[at])))
-    any_other, of_text = (partners(held_out.prompts, other) for other in (False, True))
-    x, z, c = held_out.latent, held_out.noise, held_out.prompts
+        fake = torch.cat([generator(z[at], teacher.encode_prompts(c[at])) for at in batches(count)])
+    any_other, of_text = (partners(c, other) for other in (False, True))
     real = scores(x, z, c)
     fakes = {
         "generated": scores(fake, z, c),
@@ -103,39 +131,26 @@ def main() -> None:
     # Does a generated latent look more real beside its own noise? Under 0.5 D takes following from the noise for a mark of a fake.
     generated_own_noise = share_above(fakes["generated"], scores(fake, z[any_other], c))
 
-    def of_real(at: slice) -> Any:
+    def of_real(at: slice) -> Callable[[Tensor], Tensor]:
         condition = teacher.encode_prompts(c[at])
         return lambda latent: score(d(latent, z[at], condition))
 
-    with twice_differentiable_attention():
-        exact = over_batches(lambda at: r1_penalty(of_real(at), x[at]).detach())
-    random = torch.Generator().manual_seed(0)
-    rows: list[list[Any]] = [["exact", exact.mean().item(), 1.0, (exact.std() / exact.mean()).item(), None]]
-    for sigma in SIGMAS:
-        drawn = []
-        for _ in range(a.draws):
-            direction = torch.randn(x.shape, generator=random).to(x.device)
-            with torch.no_grad():
-                drawn.append(over_batches(lambda at, e=direction, s=sigma: r1_finite_difference(of_real(at), x[at], e[at], s)))
-        value = torch.stack(drawn)
-        error = value.mean(1).std() / a.draws**0.5 / exact.mean()
-        rows.append([sigma, value.mean().item(), (value.mean() / exact.mean()).item(), (value.std() / value.mean()).item(), error.item()])
-    columns = ["sigma", "mean |grad s|^2", "of the exact one", "deviation / mean, one sample", "standard error of the ratio"]
+    rows = r1_rows(of_real, x, a.draws)
     accuracy = {"real": (real > 0).float().mean().item(), "generated": (fakes["generated"] < 0).float().mean().item()}
     print(
-        f"step {state.step}, {count} held-out pairs; accuracy at 0: {accuracy}; below_real: {below}; generated, own noise above another's: {generated_own_noise}\n"
+        f"step {step}, {count} held-out pairs; accuracy at 0: {accuracy}; below_real: {below}; generated, own noise above another's: {generated_own_noise}\n"
     )
-    print(markdown_table(columns, rows))
+    print(markdown_table(R1_COLUMNS, rows))
     if a.out:
         write_json(
             a.out,
             {
-                "step": state.step,
+                "step": step,
                 "count": count,
                 "accuracy": accuracy,
                 "below_real": below,
                 "generated_own_noise_above_another": generated_own_noise,
-                "r1": [dict(zip(columns, r, strict=True)) for r in rows],
+                "r1": [dict(zip(R1_COLUMNS, r, strict=True)) for r in rows],
             },
         )
 

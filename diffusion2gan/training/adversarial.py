@@ -157,6 +157,11 @@ class Guard:
             self.good_step = step
 
 
+def above(a: Tensor, b: Tensor) -> Tensor:
+    """1 where a > b, 1/2 where they are equal, as both logits are of a map that a mismatch does not reach, else 0."""
+    return ((a > b).float() + (a >= b).float()) / 2
+
+
 class Statistics:
     """Logits and accuracy of D by kind of sample and by map, summed on the device until they are told.
 
@@ -183,8 +188,7 @@ class Statistics:
         row = torch.cat([torch.zeros_like(kind), 1 + kind])
         margin = torch.cat([of_real - of_fake] * 2) if relative else torch.cat([of_real, -of_fake])
         right = (margin > 0).float()
-        # Ties as half: of a map that a mismatch does not reach, both logits are the same.
-        below = torch.cat([torch.zeros_like(of_real), ((of_real > of_fake).float() + (of_real >= of_fake).float()) / 2])
+        below = torch.cat([torch.zeros_like(of_real), above(of_real, of_fake)])
         member = nn.functional.one_hot(row, len(self.ROWS)).float()
         if relative:
             member[: len(kind), 0] = (kind == GENERATED).float()
