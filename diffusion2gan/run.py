@@ -91,6 +91,8 @@ def _check_lengths(recipe: Recipe, saved: Recipe, folder: Path) -> None:
             why = f"the learning rate is already falling (since {ends - theirs.decay_steps})"
         elif begins + ours.steps < done:
             why = "more is done already"
+        elif begins + ours.steps - ours.decay_steps < done:
+            why = f"the learning rate would jump: it would be falling since {begins + ours.steps - ours.decay_steps}"
         else:
             return
         raise UserError(

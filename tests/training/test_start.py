@@ -126,10 +126,9 @@ def test_a_run_keeps_its_start_and_its_lengths(
 def test_lengths_that_no_longer_fit_are_refused(
     phase_1: dict[str, Path], tmp_path: Path, tiny_teacher_folder: Path, prompts_file: Path
 ) -> None:
-    def train(out: str, steps: int, after: int, stop: int | None = None) -> Trainer:
-        recipe = _recipe(
-            tiny_teacher_folder, prompts_file, training__steps=steps, adversarial=PHASE_2 | {"steps": after}, training__checkpoint_every=1
-        )
+    def train(out: str, steps: int, after: int, stop: int | None = None, fall: int = 0) -> Trainer:
+        phase_2 = PHASE_2 | {"steps": after, "decay_steps": fall}
+        recipe = _recipe(tiny_teacher_folder, prompts_file, training__steps=steps, adversarial=phase_2, training__checkpoint_every=1)
         count = iter(range(100))
         deadline = None if stop is None else (lambda: next(count) + 1 >= stop)
         return train_recipe(recipe, phase_1["store"], tmp_path / out, progress=False, deadline=deadline)
@@ -147,6 +146,10 @@ def test_lengths_that_no_longer_fit_are_refused(
     with pytest.raises(UserError, match="adversarial.steps is 4 there and 1 now, but at step 2 more is done already"):
         train("c", 0, 1)
     assert train("c", 0, 3).step == 3
+    train("d", 0, 9, stop=4, fall=3)
+    with pytest.raises(UserError, match="at step 4 the learning rate would jump: it would be falling since 3"):
+        train("d", 0, 6, fall=3)
+    assert train("d", 0, 7, fall=3).step == 7
 
 
 def test_a_start_is_the_end_of_phase_1(phase_1: dict[str, Path], tmp_path: Path, tiny_teacher_folder: Path, prompts_file: Path) -> None:
