@@ -217,26 +217,31 @@ _Rows = Iterator[tuple[int, str | None]]
 def _broken(config: PromptsConfig, message: str) -> None:
     """A caption that cannot be read."""
     if not config.drop_unusable:
-        raise UserError(message)
+        raise UserError(f"{message} (or set pairs.prompts.drop_unusable)")
 
 
-def _text(path: Path, _config: PromptsConfig, _conditions: list[Condition]) -> _Rows:
-    yield from enumerate(_lines(path), 1)
+def _decoded(text: bytes, config: PromptsConfig, where: str, encoding: str = "utf-8") -> str | None:
+    try:
+        return text.decode(encoding)
+    except UnicodeDecodeError as error:
+        _broken(config, f"{where}: not UTF-8 text (byte {error.start}); save it as UTF-8")
+        return None
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _text(path: Path, config: PromptsConfig, _conditions: list[Condition]) -> _Rows:
     """Lines between newlines alone: `splitlines` would also split at U+2028 and other marks that stand inside real prompts."""
     with path.open("rb") as file:
-        for number, line in enumerate(file):
-            try:
-                yield line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8-sig" if number == 0 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}, line {number + 1}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        for number, line in enumerate(file, 1):
+            line = line.removesuffix(b"\n").removesuffix(b"\r")
+            yield number, _decoded(line, config, f"{path}, line {number}", "utf-8-sig" if number == 1 else "utf-8")
 
 
 def _jsonl(path: Path, config: PromptsConfig, conditions: list[Condition]) -> _Rows:
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in _text(path, config, conditions):
         where = f"{path}, line {number}"
+        if line is None:
+            yield number, None
+            continue
         try:
             row = json.loads(line)
             value = row[config.column]
@@ -284,17 +289,15 @@ def _parquet(path: Path, config: PromptsConfig, conditions: list[Condition]) -> 
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
             raise UserError(f"{path}: column {config.column!r} holds {kind}, expected strings; set pairs.prompts.column to one that does")
         for batch in file.iter_batches(columns=wanted):
-            numbers, texts = _chosen(batch, config.column, conditions, path, first)
+            for number, text in _chosen(batch, config.column, conditions, path, first):
+                yield number, _decoded(text or b"", config, f"{path}, line {number}")
             first += len(batch)
-            yield from zip(numbers, texts, strict=True)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: a text from row {first} on is not UTF-8 (byte {error.start}); write the column anew as UTF-8") from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({' '.join(str(error).split())[:120]}); is it whole?") from None
 
 
-def _chosen(batch: Any, column: str, conditions: list[Condition], path: Path, first: int) -> tuple[list[int], list[str]]:
-    """The numbers and texts of the rows of an Arrow batch that meet the conditions."""
+def _chosen(batch: Any, column: str, conditions: list[Condition], path: Path, first: int) -> Iterator[tuple[int, bytes | None]]:
+    """The numbers and undecoded texts of the rows of an Arrow batch that meet the conditions."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -317,8 +320,9 @@ def _chosen(batch: Any, column: str, conditions: list[Condition], path: Path, fi
         if floating:  # pandas' way of a missing value
             kept = pc.and_(kept, pc.invert(pc.is_nan(values)))
         batch = batch.filter(kept)
-    texts = [text or "" for text in batch.column(column).to_pylist()]
-    return batch.column("row number of this file").to_pylist(), texts
+    # Not every writer has seen to it that a text is UTF-8.
+    texts = batch.column(column).cast(pa.large_binary()).to_pylist()
+    return zip(batch.column("row number of this file").to_pylist(), texts, strict=True)
 
 
 def _web_dataset(path: Path, config: PromptsConfig, conditions: list[Condition]) -> _Rows:
@@ -344,14 +348,9 @@ def _web_dataset(path: Path, config: PromptsConfig, conditions: list[Condition])
         if not _meets(row, conditions, where):
             return
         if as_text:
-            try:
-                value = (sample["txt"] or b"").decode()
-            except KeyError:
+            if "txt" not in sample:
                 _broken(config, f"{where}: no .txt; set pairs.prompts.column to the key of its .json that holds the caption")
-                value = None
-            except UnicodeDecodeError as error:
-                _broken(config, f"{where}: its .txt is not UTF-8 text (byte {error.start})")
-                value = None
+            value = _decoded(sample["txt"] or b"", config, f"{where}, its .txt") if "txt" in sample else None
         yield number, _as_text(value, config, where)
 
     try:

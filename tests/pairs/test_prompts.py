@@ -197,12 +197,17 @@ def test_what_is_wrong_with_a_source_is_named(tmp_path: Path) -> None:
         read_prompts(PromptsConfig(source=str(tmp_path / "empty")), 1, 0)
 
 
-def test_parquet_of_broken_text_is_one_line(tmp_path: Path) -> None:
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    broken = pa.array([b"a cat", b"\xff\xfe"], pa.binary()).view(pa.string())
-    pq.write_table(pa.table({"prompt": broken}), tmp_path / "p.parquet")
-    with pytest.raises(UserError, match="a text from row 1 on is not UTF-8"):
-        read_prompts(PromptsConfig(source=str(tmp_path / "p.parquet")), 2, 0)
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_text_that_is_not_utf_8_is_refused_or_passed_over(kind: str, tmp_path: Path) -> None:
+    path, broken = tmp_path / f"p.{kind}", [b"a cat", b"\xff\xfe", b"a dog"]
+    if kind == "parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pa.table({"prompt": pa.array(broken, pa.binary()).view(pa.string())}), path)
+    else:
+        path.write_bytes(b"".join(b'{"prompt": "%s"}\n' % t if kind == "jsonl" else t + b"\n" for t in broken))
+    with pytest.raises(UserError, match=rf"p.{kind}, line 2: not UTF-8 text \(byte .*or set pairs.prompts.drop_unusable"):
+        read_prompts(PromptsConfig(source=str(path)), 3, 0)
+    assert read_prompts(PromptsConfig(source=str(path), drop_unusable=True), 3, 0) == ["a cat", "a dog", "a cat"]
 
 
 def test_a_name_with_brackets_and_what_is_here(tmp_path: Path) -> None:
