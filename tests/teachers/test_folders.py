@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.export import export_student
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.pipeline import OneStepPipeline
-from diffusion2gan.teachers.folders import family_of, load_pipeline, stored_weights
+from diffusion2gan.recipe import load_recipe
+from diffusion2gan.teachers.folders import PIPELINES, family_of, load_pipeline, stored_weights
 from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.teachers.ode import SolverConfig, solve_ode
 from diffusion2gan.teachers.pixel import PixelTeacher
 from diffusion2gan.teachers.protocol import TeacherConfig
+from diffusion2gan.teachers.published import REVISIONS
 from diffusion2gan.teachers.sdxl import SDXLTeacher
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from tests.conftest import tiny_pipeline, tiny_pixel_pipeline, tiny_pixel_unet, tiny_sdxl_pipeline
@@ -126,6 +129,34 @@ def test_the_hub_is_asked_for_revision_and_variant(tiny_teacher_folder: Path, mo
     assert len(asked) >= 3
     assert [o["revision"] for _, o in asked] == ["a1b2c3"] * (len(asked) - 1) + [None]
     assert all(name == "somebody/model" and o["use_safetensors"] and o["variant"] is None for name, o in asked)
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion", "sdxl", "pixel"])
+def test_published_teachers_are_read_at_the_commit_on_record(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a recipe means the same weights next year; another revision is taken when it is named."""
+    source = {
+        "stable_diffusion": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+        "pixel": "google/ddpm-cifar10-32",
+    }[family]
+    assert source in {load_recipe(n).teacher.source for n in ("sd15_cfg3", "sdxl_cfg7", "cifar10_ddpm")}
+    asked: list[str | None] = []
+
+    def download(name: str, revision: str | None, **_options: Any) -> str:
+        asked.append(revision)
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(PIPELINES[family], "download", download)
+    pinned = f"has model_index.json, or teacher.revision=main for another commit than {REVISIONS[source][:12]}$"
+    for config, told in (
+        ({"source": source}, pinned),
+        ({"source": source, "revision": "main"}, "has model_index.json$"),
+        ({"source": "somebody/else"}, "has model_index.json$"),
+    ):
+        with pytest.raises(UserError, match=told):
+            load_teacher(TeacherConfig.model_validate({"family": family, **config}))
+    assert asked == [REVISIONS[source], "main", None]
+    assert all(re.fullmatch("[0-9a-f]{40}", r) for r in REVISIONS.values())
 
 
 # --- At which resolution --------------------------------------------------------------------------------------------
