@@ -91,6 +91,8 @@ def write_run_report(folders: Sequence[Path], out: Path) -> None:
         if any("discriminator" in r for r in run.rows):
             page.picture(discriminator_picture(run.rows), "How the discriminator did (docs/training.md says what a healthy one looks like)")
         page.picture(_of_runs([run], "gradient_norm", "norm of G's gradient, before it is cut", log_y=True), "G's gradient")
+        if any("offset" in r for r in run.rows):
+            page.picture(_of_runs([run], "offset", "offset of a batch", log_y=True), "What all of a batch's latents are shifted by alike")
         page.code(dump_recipe(run.recipe))
     page.write(out)
 

@@ -43,7 +43,7 @@ from diffusion2gan.training.adversarial import AdversarialConfig, Adversary, Gua
 from diffusion2gan.training.batches import BatchShare, OdePairBatch, mixed_fakes, pair_batch
 from diffusion2gan.training.descent import Descent, WholeOrSplit
 from diffusion2gan.training.distance import Distance
-from diffusion2gan.training.optimizer import OptimizerName, adamw
+from diffusion2gan.training.optimizer import OptimizerName, adamw, rate_groups
 from diffusion2gan.training.order import SampleOrder, augmentation_uniforms, mix_uniforms
 from diffusion2gan.training.placement import Placement
 from diffusion2gan.training.sharding import own_rows, split_like
@@ -74,6 +74,9 @@ class TrainingConfig(Section):
     decay_steps: int = Field(0, ge=0)
     """The learning rate falls linearly to 0 over the last so many steps."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    output_rate: float = Field(1.0, gt=0, le=1)
+    """Factor on the learning rate, in both phases, of the layers that G's output comes from (the last up block, `conv_norm_out`,
+    `conv_out`): the conversion to x multiplies their steps by 1/sqrt(abar), 14.6 in Stable Diffusion."""
     weight_decay: float = Field(0.01, ge=0)
     ema_decay: float = Field(0.999, ge=0, lt=1)
     gradient_clip: float = Field(2.0, gt=0)
@@ -170,8 +173,8 @@ class Trainer:
         self.placement.place(generator, generator.network, teacher.latent_shape)
         self.ema = Ema(generator, config.ema_decay, torch.device("cpu") if config.ema_on_cpu else None)
         self.bare_generator = generator
-        parameters = [p for p in generator.parameters() if p.requires_grad]
-        optimizer = adamw(config.optimizer, parameters, config.learning_rate, config.betas, config.weight_decay)
+        groups = rate_groups(generator.network, config.output_rate)
+        optimizer = adamw(config.optimizer, groups, config.learning_rate, config.betas, config.weight_decay)
         trained: nn.Module = generator
         self._distance_in_training: nn.Module = distance
         if config.compile:
@@ -240,14 +243,14 @@ class Trainer:
         fakes: list[Tensor | None] = [None] * len(micro_batches)
         if adversary is not None:
             fakes = self._discriminator_step(adversary, micro_batches, conditions)
-        told = torch.zeros(3, device=self.device)
+        told = torch.zeros(3 + self.teacher.latent_shape[0], device=self.device)
         with adversary.frozen() if adversary is not None else nullcontext():
             for number, (micro_batch, condition, fake) in enumerate(zip(micro_batches, conditions, fakes, strict=True)):
                 # Gradients are exchanged once, with the last micro-batch.
                 with self.descent.exchanging(number + 1 == len(micro_batches)):
-                    told[:2] += self.generator_step(micro_batch, condition, fake, adversary)
-        told[2] = float(stop())
-        loss, adversarial_loss, stops = self.accelerator.reduce(told, "mean")
+                    told[1:] += self.generator_step(micro_batch, condition, fake, adversary)
+        told[0] = float(stop())
+        stops, loss, adversarial_loss, *offset = self.accelerator.reduce(told, "mean").unbind()
         norm = self.descent.norm()
         self._check({"regression loss": loss.item(), "adversarial loss": adversarial_loss.item(), "gradient norm": norm})
         self.descent.step(self.rate(self.step), norm)
@@ -257,6 +260,7 @@ class Trainer:
         self.step += 1
         self.stopping = stops.item() > 0
         scalars = {"loss": loss.item(), "gradient_norm": norm, "learning_rate": self.rate(self.step - 1)}
+        scalars["offset"] = torch.stack(offset).square().mean().sqrt().item()
         return scalars | ({"adversarial_loss": adversarial_loss.item(), **adversary.told} if adversary is not None else {})
 
     def _discriminator_step(
@@ -276,7 +280,8 @@ class Trainer:
     def generator_step(
         self, pairs: OdePairBatch, condition: TextCondition, fake: Tensor | None = None, adversary: Adversary | None = None
     ) -> Tensor:
-        """Forward and backward of d(G(z, c), x) + lambda_GAN L_GAN; returns this micro-batch's share of both means, (2,)."""
+        """Forward and backward of d(G(z, c), x) + lambda_GAN L_GAN. Returns this micro-batch's share of means, (2 + C,): of both losses, and of
+        G(z, c) - x by channel, what all pictures are shifted by alike."""
         with self.accelerator.autocast():
             if fake is None:
                 fake = self.descent.trained(pairs.noise, condition)
@@ -287,7 +292,8 @@ class Trainer:
         if adversary is not None:
             adversarial = adversary.config.weight * adversary.generator_term(fake, pairs, condition).mean() / accumulation
         self.descent.backward(regression + adversarial)
-        return torch.stack([regression, adversarial]).detach()
+        offset = (fake.detach() - pairs.latent).float().mean(dim=(0, 2, 3)) / accumulation
+        return torch.cat([torch.stack([regression, adversarial]).detach(), offset])
 
     def _stopped(self, wrong: str) -> TrainingStoppedError:
         """What to say when a step may not be taken."""
