@@ -166,10 +166,11 @@ def export_lora(
     facts: dict[str, Any],
     dtype: torch.dtype | None,
     extras: CardExtras,
+    frozen: torch.dtype = torch.float32,
 ) -> None:
     """Writes a folder with a LoRA of the teacher's `pipeline` (`lora_layers`' result) and its card.
 
-    `dtype` as in `export_student`. Raises UserError as `export_student` does.
+    `dtype` as in `export_student`; `frozen` is what the teacher's weights were rounded to when it was trained. Raises UserError as `export_student` does.
     """
     refuse_other_folder(folder, LORA_FILE, "LoRA")
     _check_timestep(pipeline, timestep)
@@ -178,16 +179,19 @@ def export_lora(
     name = type(pipeline).__name__
     # The teacher's own size may be another one.
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    usage = (
-        f"from diffusers import DDIMScheduler, {name}\n"
-        f'pipeline = {name}.from_pretrained("{extras.teacher or "the teacher"}")\n'
-        'pipeline.load_lora_weights("this folder")\n'
-        "pipeline.scheduler = DDIMScheduler.from_config(\n"
-        '    pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False\n'
-        ")\n"
-        f'image = pipeline("red heart", height={side}, width={side}, num_inference_steps=1, guidance_scale=1).images[0]'
-    )
-    card = student_card(facts, dtype, usage, extras, _family(pipeline).task, output_gain(pipeline.scheduler))
+    usage = [
+        f"from diffusers import DDIMScheduler, {name}",
+        f'pipeline = {name}.from_pretrained("{extras.teacher or "the teacher"}")',
+        'pipeline.load_lora_weights("this folder")',
+        "pipeline.scheduler = DDIMScheduler.from_config(",
+        '    pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False',
+        ")",
+        f'image = pipeline("red heart", height={side}, width={side}, num_inference_steps=1, guidance_scale=1).images[0]',
+    ]
+    if frozen in (torch.float16, torch.bfloat16):
+        usage.insert(0, "import torch")
+        usage.insert(3, f"pipeline.unet.to({frozen}).to(torch.float32)  # rounded as the LoRA knows it")
+    card = student_card(facts, dtype, "\n".join(usage), extras, _family(pipeline).task, output_gain(pipeline.scheduler))
     with atomic_folder(folder) as target:
         pipeline.save_lora_weights(target, unet_lora_layers=weights, unet_lora_adapter_metadata=metadata)
         _write_card(target, card, extras)

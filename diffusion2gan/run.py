@@ -315,7 +315,7 @@ def export_run(
         if recipe.generator.start is not None:
             raise UserError(f"{folder}: its LoRA changes {recipe.generator.start}, not the teacher; export a folder or a single file")
         layers = lora_layers(pipeline.unet.float(), weights, rank, alpha)
-        export_lora(pipeline, layers, recipe.generator.timestep, out, facts, stored_in, extras)
+        export_lora(pipeline, layers, recipe.generator.timestep, out, facts, stored_in, extras, getattr(torch, recipe.teacher.dtype))
         return
     if rank is not None:
         if recipe.generator.start is not None:

@@ -206,6 +206,17 @@ def test_with_a_discriminator_checkpointing_and_half_precision(
             torch.from_numpy(noise), student.teacher.encode_prompts(PROMPTS)
         )
         torch.testing.assert_close(student.latents(PROMPTS, noise), expected, atol=2e-3, rtol=1e-3)
+    # Who follows the card of its LoRA gets the same student, not its changes on weights that they were not made for.
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "changes"), "--format", "lora", "--dtype", "float32"]) == 0
+    card = (tmp_path / "changes" / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("\n```")[0]
+    code = code.replace("this folder", str(tmp_path / "changes")).replace("the teacher", str(tiny_teacher_folder))
+    names: dict[str, Any] = {}
+    exec(code.rpartition("\n")[0], names)  # noqa: S102 -- our own card, but for the picture
+    pipeline = names["pipeline"]
+    pipeline.set_progress_bar_config(disable=True)
+    stock = pipeline(PROMPTS, num_inference_steps=1, guidance_scale=1, latents=torch.from_numpy(noise), output_type="latent").images
+    torch.testing.assert_close(stock, student.latents(PROMPTS, noise), atol=2e-3, rtol=1e-3)
 
 
 def test_refusals(root: Path, tiny_teacher_folder: Path, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
