@@ -170,6 +170,19 @@ def test_samples_of_two_phases() -> None:
         load_recipe("emoji", ["training.batch_size=4", "training.micro_batch_size=4", "adversarial={steps: 5, batch_size: 6}"])
 
 
+@pytest.mark.parametrize("name", ["sd15_cfg3", "sd15_cfg8", "sdxl_cfg7"])
+def test_siblings_have_the_papers_prompts_and_guidance(name: str) -> None:
+    """A smaller store can be extended to the paper's list, and a shard is no more than half an hour of an A100 at the plan's 30 %."""
+    paper = load_recipe(name)
+    siblings = [n for n in builtin_recipes() if n.startswith(f"{name}_")]
+    assert {f"{name}_8_gpu", f"{name}_single_gpu"} <= set(siblings)
+    for recipe in map(load_recipe, [name, *siblings]):
+        assert recipe.pairs.prompts == paper.pairs.prompts and recipe.pairs.ode.guidance == paper.pairs.ode.guidance
+        evaluation = 6.76e12 if recipe.teacher.family == "sdxl" else 0.803e12
+        flops = recipe.pairs.shard_size * recipe.pairs.ode.steps * 2 * evaluation
+        assert flops / (0.3 * 312e12) < 35 * 60
+
+
 @pytest.mark.parametrize(
     ("name", "pairs", "guidance", "aesthetic", "batches"),
     [

@@ -191,12 +191,13 @@ def simulate(
             started = time.time()
             rows = shard_rows(index, config.count, config.shard_size)
             own = index % worker.world == worker.rank
-            data = _make_shard(solver, config, rows, prompts, None if own else partial(_has_shard, folder, index, total))
+            data = _make_shard(solver, config, rows, prompts, bar.update, None if own else partial(_has_shard, folder, index, total))
             if data is not None:
                 if not _has_shard(folder, index, total):
                     write_bytes_atomic(folder / shard_name(index, total, hashlib.sha256(data).hexdigest()), data)
                 _log(folder, {"shard": index, "pairs": len(rows), "seconds": round(time.time() - started, 3), "rank": worker.rank})
             present = existing_shards(folder, total)
+            # What others made meanwhile; and nothing of a shard that was given up.
             bar.update(pairs_present() - bar.n)
     sweep_temporaries(folder)
     return write_final_files(folder, settings)
@@ -218,8 +219,14 @@ def _next_shard(present: set[int], total: int, worker: Worker, first: int = 0) -
 
 
 def _make_shard(
-    solver: OdeSolver, config: PairsConfig, rows: range, prompts: list[str], superfluous: Callable[[], bool] | None
+    solver: OdeSolver,
+    config: PairsConfig,
+    rows: range,
+    prompts: list[str],
+    made: Callable[[int], Any],
+    superfluous: Callable[[], bool] | None,
 ) -> bytes | None:
+    """The bytes of a shard; None when it turned out superfluous on the way. `made` is told the size of every batch."""
     stored = None if config.noise_storage == "none" else np.dtype(config.noise_storage)
     seeds = [pair_seed(config.seed, i) for i in rows]
     latents, noises = [], []
@@ -243,6 +250,7 @@ def _make_shard(
                 f"{config.precision or solver.teacher.dtype}; try pairs.precision: bfloat16 or float32"
             )
         latents.append(x)
+        made(len(part))
     return encode_shard(seeds, [prompts[i] for i in rows], np.concatenate(latents), np.concatenate(noises) if noises else None)
 
 

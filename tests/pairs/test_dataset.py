@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.pairs import dataset, maintain
@@ -59,6 +60,22 @@ def test_pairs_are_what_the_teacher_made(store: Path, tiny_teacher: StableDiffus
     assert pairs[3].prompt == prompts[3]
     with pytest.raises(IndexError):
         pairs[20]
+
+
+def test_the_bar_moves_with_every_batch(
+    tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard may take half an hour; a pair that somebody else had made meanwhile counts once."""
+    moves: list[float] = []
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def update(self, n: float | None = 1) -> bool | None:
+            moves.append(n or 0)
+            return super().update(n)
+
+    monkeypatch.setattr("diffusion2gan.pairs.simulate.tqdm", Bar)
+    simulate(tiny_teacher, _config(prompts_file), tmp_path / "store")
+    assert sum(moves) == 20 and [m for m in moves if m] == [4] * 5
 
 
 def test_stock_datasets_opens_it(store: Path) -> None:
