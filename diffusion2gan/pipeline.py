@@ -209,13 +209,15 @@ def _student_facts(folder: Path, source: str | Path) -> dict[str, Any]:
 
 def _tiny_decoder(source: str, teacher: LoadedTeacher) -> AutoencoderTiny:
     """An `AutoencoderTiny` of the teacher's latent space. Raises UserError when there is none, or it is of another space."""
+    from huggingface_hub.errors import HTTPError
+
     name = teacher.tiny_decoder if source == "tiny" else source
     if not name or teacher.vae is None:
         raise UserError(f"decoder {source!r}: a {teacher.family} student has no tiny decoder; leave it out")
     try:
         with no_progress_bars():
             tiny = AutoencoderTiny.from_pretrained(name, revision=REVISIONS.get(name), torch_dtype=teacher.dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, HTTPError) as error:
         raise UserError(
             f"decoder {source!r}: {name} is no AutoencoderTiny ({' '.join(str(error).split())[:100]}); name a folder or hub id"
         ) from None

