@@ -25,7 +25,7 @@ from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.lora import fused_weights, lora_layers
 from diffusion2gan.pairs.dataset import PairDataset, canonical_json
 from diffusion2gan.pairs.measure_solver import measure_recipe
-from diffusion2gan.pairs.prompts import prompts_digest, read_prompts, source_is_here
+from diffusion2gan.pairs.prompts import check_prompts, prompts_digest, read_prompts, source_is_here
 from diffusion2gan.pairs.simulate import simulate, store_settings
 from diffusion2gan.pipeline import STUDENT_FILE, OneStepPipeline
 from diffusion2gan.plan import check_memory
@@ -43,6 +43,8 @@ from diffusion2gan.worker import Worker
 def simulate_recipe(recipe: Recipe, store: Path, progress: bool = True, smaller: Path | None = None) -> dict[str, Any]:
     """Fills a pair store for `recipe`, with as many workers as torchrun started; `smaller` as `simulate` has it."""
     worker = Worker.from_environment()
+    # A teacher may have to be fetched.
+    check_prompts(recipe.pairs.prompts)
     teacher = load_teacher(recipe.teacher, default_device())
     if not (store / "manifest.json").exists():
         check_memory(recipe, "simulate", teacher.network, worker.world, teacher.device)

@@ -212,7 +212,7 @@ def test_with_a_discriminator_checkpointing_and_half_precision(
     code = card.partition("```python\n")[2].partition("\n```")[0]
     code = code.replace("this folder", str(tmp_path / "changes")).replace("the teacher", str(tiny_teacher_folder))
     names: dict[str, Any] = {}
-    exec(code.rpartition("\n")[0], names)  # noqa: S102 -- our own card, but for the picture
+    exec(code.rpartition("\n")[0], names)
     pipeline = names["pipeline"]
     pipeline.set_progress_bar_config(disable=True)
     stock = pipeline(PROMPTS, num_inference_steps=1, guidance_scale=1, latents=torch.from_numpy(noise), output_type="latent").images

@@ -150,7 +150,13 @@ def _files(config: PromptsConfig) -> list[Path]:
     return [path]
 
 
-def _prompts_of(config: PromptsConfig, count: int) -> list[str]:
+def check_prompts(config: PromptsConfig) -> None:
+    """Raises UserError where not even a first prompt is to be had: before anything that takes long. The rest is not read."""
+    if config.source not in ("embedded", "empty"):
+        _prompts_of(config, 1, tell=False)
+
+
+def _prompts_of(config: PromptsConfig, count: int, tell: bool = True) -> list[str]:
     """At most `count` prompts; what comes after them is not read."""
     prompts: list[str] = []
     seen: set[str] = set()
@@ -180,10 +186,10 @@ def _prompts_of(config: PromptsConfig, count: int) -> list[str]:
             else "no prompts in it"
         )
         raise UserError(f"{config.source}: {left}; write one a line, or loosen pairs.prompts")
-    if unusable or repeated:
+    if tell and (unusable or repeated):
         dropped = f"{unusable:,} unusable, {repeated:,} there before"
         print(f"{config.source}: {len(prompts):,} prompts of {rows:,} rows ({dropped})", file=sys.stderr)
-    if len(prompts) < count and (config.where or config.unique or config.drop_unusable):
+    if tell and len(prompts) < count and (config.where or config.unique or config.drop_unusable):
         print(
             f"{config.source}: {len(prompts):,} prompts for {count:,} pairs: each is used {count / len(prompts):.3g} times", file=sys.stderr
         )
@@ -286,7 +292,9 @@ def _parquet(path: Path, config: PromptsConfig, conditions: list[Condition]) -> 
             key = "column" if missing[0] == config.column else "where"
             raise UserError(f"{path}: no column {missing[0]!r}; set pairs.prompts.{key} to one of {there.names}")
         kind = there.field(config.column).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+        # Categories are dictionaries of strings.
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not any(is_text(kind) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)):
             raise UserError(f"{path}: column {config.column!r} holds {kind}, expected strings; set pairs.prompts.column to one that does")
         for batch in file.iter_batches(columns=wanted):
             for number, text in _chosen(batch, config.column, conditions, path, first):
@@ -320,8 +328,10 @@ def _chosen(batch: Any, column: str, conditions: list[Condition], path: Path, fi
         if floating:  # pandas' way of a missing value
             kept = pc.and_(kept, pc.invert(pc.is_nan(values)))
         batch = batch.filter(kept)
+    texts = batch.column(column)
+    texts = texts.dictionary_decode() if pa.types.is_dictionary(texts.type) else texts
     # Not every writer has seen to it that a text is UTF-8.
-    texts = batch.column(column).cast(pa.large_binary()).to_pylist()
+    texts = texts.cast(pa.large_binary()).to_pylist()
     return zip(batch.column("row number of this file").to_pylist(), texts, strict=True)
 
 

@@ -11,6 +11,7 @@ import pytest
 from diffusion2gan.errors import UserError
 from diffusion2gan.pairs.prompts import PromptsConfig, read_prompts, source_is_here
 from diffusion2gan.recipe import load_recipe
+from diffusion2gan.run import simulate_recipe
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,36 @@ def test_prompts_from_parquet_and_jsonl(tmp_path: Path) -> None:
         read_prompts(PromptsConfig(source=str(tmp_path / "p.parquet")), 3, 0)
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     assert read_prompts(PromptsConfig(source=str(tmp_path / "p.jsonl")), 2, 0) == ["a", "b"]
+
+
+def test_strings_as_other_writers_store_them(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = ["a cat", None, "a dog", "a cat"]
+    for name, kind in (("view", pa.string_view()), ("large", pa.large_string()), ("category", pa.dictionary(pa.int32(), pa.string()))):
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table({"prompt": pa.array(texts, kind)}), path)
+        assert pq.ParquetFile(path).schema_arrow.field("prompt").type == kind
+        assert read_prompts(PromptsConfig(source=str(path), drop_unusable=True), 3, 0) == ["a cat", "a dog", "a cat"]
+
+
+def test_prompts_are_missed_before_the_teacher_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may have to be fetched: no list, no such column, nothing that the conditions leave."""
+
+    def loads(*_arguments: object) -> None:
+        raise AssertionError("the teacher is not to be loaded")
+
+    monkeypatch.setattr("diffusion2gan.run.load_teacher", loads)
+    (tmp_path / "p.jsonl").write_text('{"text": "a cat", "score": 1.0}\n')
+    for source, column, where, told in (
+        ("none.parquet", "text", "", "none.parquet does not exist"),
+        ("p.jsonl", "caption", "", "line 1: expected a JSON object with 'caption'"),
+        ("p.jsonl", "text", "score > 2", "none of its rows is left"),
+    ):
+        prompts = {"source": str(tmp_path / source), "column": column, "where": [where] if where else []}
+        recipe = load_recipe("emoji", [f"pairs.prompts={json.dumps(prompts)}"])
+        with pytest.raises(UserError, match=told):
+            simulate_recipe(recipe, tmp_path / "store", progress=False)
+    assert not (tmp_path / "store").exists()
 
 
 def test_parquet_of_numbers_is_no_prompt_list(tmp_path: Path) -> None:
