@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -278,7 +279,7 @@ class DiffusersTeacher:
         self.scheduler_config = dict(schedule.config)
         self.alphas_cumprod = schedule.alphas_cumprod
         self.prediction_type = schedule.config.prediction_type
-        self._weights: str | None = None
+        self._stored: Callable[[], str] | None = None
         self._device: torch.device | None = None
         self.source = "memory"
 
@@ -290,7 +291,8 @@ class DiffusersTeacher:
         teacher = cls.from_pipeline(pipeline.to(device))
         teacher.resolution = config.resolution if changed else None
         local = _local_folder(config, folder)
-        teacher._weights = _files_digest(local, config.variant)
+        # Gigabytes are read for it, and who only draws does not need it.
+        teacher._stored = cache(partial(_files_digest, local, config.variant))
         # A path says nothing elsewhere; the digest does.
         teacher.source = (
             "embedded" if config.source == "embedded" else "folder" if Path(folder).is_dir() else f"{config.source}@{local.name}"
@@ -340,7 +342,7 @@ class DiffusersTeacher:
         return {
             "family": self.family,
             "source": self.source,
-            "weights": self._weights or weights_digest(self.network, *self._text_encoders()),
+            "weights": self._stored() if self._stored else weights_digest(self.network, *self._text_encoders()),
             "schedule": hashlib.sha256(self.alphas_cumprod.float().numpy().tobytes()).hexdigest()[:16],
             "steps_offset": schedule.get("steps_offset", 0),
             "set_alpha_to_one": schedule.get("set_alpha_to_one", True),

@@ -25,6 +25,7 @@ from diffusion2gan.export import export_student
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.pipeline import OneStepPipeline
 from diffusion2gan.recipe import load_recipe
+from diffusion2gan.teachers import folders
 from diffusion2gan.teachers.folders import PIPELINES, family_of, load_pipeline, stored_weights
 from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.teachers.ode import SolverConfig, solve_ode
@@ -129,6 +130,24 @@ def test_the_hub_is_asked_for_revision_and_variant(tiny_teacher_folder: Path, mo
     assert len(asked) >= 3
     assert [o["revision"] for _, o in asked] == ["a1b2c3"] * (len(asked) - 1) + [None]
     assert all(name == "somebody/model" and o["use_safetensors"] and o["variant"] is None for name, o in asked)
+
+
+def test_weights_are_hashed_when_somebody_asks(tiny_teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, and not in order to draw: a large model's are gigabytes."""
+    asked: list[Path] = []
+    own = folders._files_digest
+
+    def digest(folder: Path, variant: str | None) -> str:
+        asked.append(folder)
+        return own(folder, variant)
+
+    monkeypatch.setattr(folders, "_files_digest", digest)
+    teacher = load_teacher(TeacherConfig(source=str(tiny_teacher_folder)))
+    pipeline = tiny_pipeline()
+    export_student(pipeline, pipeline.unet.state_dict(), 999, tmp_path / "student", {}, torch.float32)
+    OneStepPipeline.from_pretrained(tmp_path / "student", "float32").generate(["red heart"], [7])
+    assert not asked
+    assert teacher.identity() == teacher.identity() and asked == [tiny_teacher_folder]
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "sdxl", "pixel"])
