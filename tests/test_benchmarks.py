@@ -13,9 +13,12 @@ import pytest
 import torch
 from scipy import stats
 
-from diffusion2gan.recipe import parse_recipe
+from diffusion2gan.generator import OneStepGenerator
+from diffusion2gan.recipe import load_recipe, parse_recipe
 from diffusion2gan.run import simulate_recipe
+from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.training.adversarial import Adversary
+from diffusion2gan.training.state import checkpoints, load_state
 from tests.helpers import ROOT, recipe_values, trained_from_scratch, write_recipe
 
 
@@ -198,3 +201,34 @@ def test_what_a_runs_discriminator_sees(
     partners = script["partners"]
     assert partners(["a", "a", "b"], False).tolist() == [1, 2, 0]
     assert partners(["a", "a", "b"], True).tolist() == [2, 2, 0]
+
+
+@pytest.mark.parametrize("phases", [1, 2])
+def test_how_far_a_step_of_g_goes(
+    phases: int, tiny_teacher_folder: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a first step Adam's move is the rate itself wherever there was a gradient, a tenth of it in the last layers."""
+    adversarial = {"steps": 1, "learning_rate": 1e-3, "discriminator_learning_rate": 1e-3} if phases == 2 else None
+    values = recipe_values(tiny_teacher_folder, prompts_file, training__steps=1, training__output_rate=0.1, adversarial=adversarial)
+    trained_from_scratch(values, tmp_path)
+    out = tmp_path / "result.json"
+    arguments = ["step_of_g", str(tmp_path / "run"), str(tmp_path / "store"), "--rate", "0.01", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    script = _script("step_of_g")
+    script["main"]()
+    found = json.loads(out.read_text())
+    assert found["step"] == phases and found["rate"] == 0.01
+    # (x - a constant) and the constant are at right angles.
+    for row in found["moves"]:
+        assert row["change of x"] ** 2 == pytest.approx(row["one constant a channel"] ** 2 + row["the rest"] ** 2, rel=1e-4, abs=1e-12)
+    assert {r["layers"] for r in found["moves"]} >= {"all", "conv_in", "conv_out", "mid_block", "up_blocks.0", "up_blocks.1"}
+    assert [len(v) for v in found["off"].values()] == [4, 4]
+    assert (found["mean_score"] is None) == (phases == 1)
+    recipe = load_recipe(str(tmp_path / "run" / "recipe.yaml"))
+    state = load_state(checkpoints(tmp_path / "run" / "checkpoints")[-1])
+    generator = OneStepGenerator.from_teacher(load_teacher(recipe.teacher), recipe.generator)
+    for name, change in script["adam_step"](state, generator, recipe, 0.01).items():
+        last = name.startswith(("network.conv_out", "network.conv_norm_out", "network.up_blocks.1"))
+        expected = 0.001 if last else 0.01
+        assert change.abs().max() <= expected * 1.001, name
+        assert change.abs().median() > expected * 0.9 or "attentions" in name or "bias" in name, name
