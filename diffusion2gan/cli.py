@@ -612,8 +612,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     # transformers says at import which torchvision classes it replaces; nothing here uses them.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # What cannot be fetched is said once, at the end, not at every attempt.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # On a CPU bitsandbytes misses at import kernels of 4 bits that nothing here uses either.
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument", category=UserWarning)  # diffusers still gives it
     # One line that says what is the matter, not where in the code it was noticed.
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"diffusion2gan: warning: {message}\n"
     try:
