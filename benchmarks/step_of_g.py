@@ -36,7 +36,8 @@ COLUMNS = ["layers", "change of x", "one constant a channel", "the rest"]
 
 
 def adam_step(state: TrainingState, generator: OneStepGenerator, recipe: Recipe, rate: float) -> dict[str, Tensor]:
-    """What a step at `rate` with no new gradient adds to each parameter: -rate m / sqrt(v), both corrected for their start."""
+    """What a step at `rate` with no new gradient adds to each parameter, but for the decay of weights: -rate m / sqrt(v), both corrected
+    for their start."""
     names = {id(p): name for name, p in generator.named_parameters()}
     order = [p for group in rate_groups(generator.network, recipe.training.output_rate) for p in group["params"]]
     changes = {}
@@ -81,6 +82,10 @@ def main() -> None:
     folder = a.run / "checkpoints"
     path = checkpoints(folder)[-1] if a.step is None else checkpoint_path(folder, a.step)
     state = load_state(path)
+    if recipe.generator.lora_rank is not None or recipe.training.optimizer != "adamw":
+        raise SystemExit(f"{a.run}: of a LoRA, or of moments of 8 bits; expected a run that trains all weights by adamw; name another")
+    if not state.optimizer["state"]:
+        raise SystemExit(f"{path}: its optimiser has made no step yet (a phase begins there); name a later step")
     in_phase_2 = recipe.adversarial is not None and state.step > recipe.training.steps
     settings = recipe.adversarial if in_phase_2 and recipe.adversarial else recipe.training
     rate = settings.learning_rate if a.rate is None else a.rate

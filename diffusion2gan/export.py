@@ -8,7 +8,8 @@ conversion from prediction to x.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ class CardExtras:
     licence: str | None = None
     """The teacher's, an identifier of the hub; it binds the student too."""
     teacher: str = ""
+    """Hub id, if it has one."""
+    teacher_options: Mapping[str, str] = field(default_factory=dict)
+    """`revision` and `variant`, where they are not the repository's own."""
 
 
 def with_generator(pipeline: Any, generator_weights: dict[str, Tensor], timestep: int) -> Any:
@@ -179,9 +183,10 @@ def export_lora(
     name = type(pipeline).__name__
     # The teacher's own size may be another one.
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    loaded = ", ".join([f'"{extras.teacher or "the teacher"}"', *(f'{k}="{v}"' for k, v in extras.teacher_options.items())])
     usage = [
         f"from diffusers import DDIMScheduler, {name}",
-        f'pipeline = {name}.from_pretrained("{extras.teacher or "the teacher"}")',
+        f"pipeline = {name}.from_pretrained({loaded})",
         'pipeline.load_lora_weights("this folder")',
         "pipeline.scheduler = DDIMScheduler.from_config(",
         '    pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False',
@@ -238,10 +243,10 @@ def licence_of(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def hub_licence(repository: str) -> str | None:
+def hub_licence(repository: str, revision: str | None = None) -> str | None:
     """The same of a hub repository, from its card; None when it cannot be read."""
     try:
-        return licence_of(hub_file(repository, "README.md").parent)
+        return licence_of(hub_file(repository, "README.md", revision).parent)
     except (OSError, ValueError):
         return None
 

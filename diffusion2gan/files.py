@@ -28,19 +28,19 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DIFFUSION2GAN_CACHE") or Path.home() / ".cache" / "diffusion2gan")
 
 
-def hub_file(repository: str, name: str) -> Path:
-    """A file of a hub repository; from the hub's cache where the hub cannot be asked. FileNotFoundError with the reason where it is not
+def hub_file(repository: str, name: str, revision: str | None = None) -> Path:
+    """A file of a hub repository, at its newest unless `revision` is named; from the hub's cache where the hub cannot be asked. FileNotFoundError with the reason where it is not
     there either."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
-        return Path(hf_hub_download(repository, name))
+        return Path(hf_hub_download(repository, name, revision=revision))
     except (HTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
     try:
         # A proxy that refuses is asked before the cache.
-        return Path(hf_hub_download(repository, name, local_files_only=True))
+        return Path(hf_hub_download(repository, name, revision=revision, local_files_only=True))
     except (HTTPError, HFValidationError, OSError):
         raise FileNotFoundError(reason) from None
 

@@ -397,7 +397,7 @@ def stages(recipe: Recipe, gpus: int, counted: Networks | None = None) -> list[S
     whole = _NUMBER * (n.generator.parameters + n.encoders)
     # `evaluate` draws and decodes in float32.
     drawing = max(DRAWN * n.generator.alive * _BYTES["float32"] / 2, _decoding(n, "float32", DRAWN))
-    plan.append(StagePlan(f"{EVALUATED:,} pictures", gpus, EVALUATED, work, whole + drawing, precision="float32"))
+    plan.append(StagePlan(f"{EVALUATED:,} pictures, {DRAWN} at a time", gpus, EVALUATED, work, whole + drawing, precision="float32"))
     return plan
 
 

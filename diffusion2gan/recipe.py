@@ -266,6 +266,8 @@ _FREE_TO_CHANGE = {
     "training.log_every",
 }
 _FREE_TO_CHANGE |= {
+    # The digest of the weights, which the store and the run have, says whether they are others.
+    "teacher.revision",
     "pairs.precision",
     "pairs.compile",
     "training.micro_batch_size",

@@ -33,6 +33,7 @@ from diffusion2gan.recipe import Recipe, check_pairs, check_same_experiment, dum
 from diffusion2gan.teachers.folders import load_pipeline, stored_weights, weights_digest
 from diffusion2gan.teachers.load import load_teacher, teacher_folder
 from diffusion2gan.teachers.ode import SolverConfig, evaluations_per_pair
+from diffusion2gan.teachers.published import revision_of
 from diffusion2gan.training.distance import Distance, build_distance
 from diffusion2gan.training.sharding import with_whole_tensors
 from diffusion2gan.training.state import checkpoint_path, checkpoint_step, checkpoints, load_state
@@ -349,12 +350,14 @@ def _card_extras(recipe: Recipe, folder: Path, step: int, results: Path | None) 
         measured = None if results is None else results.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--results {results}: cannot be read ({error}), expected a Markdown file") from None
-    source = Path(teacher_folder(recipe.teacher))
+    source, revision = Path(teacher_folder(recipe.teacher)), revision_of(recipe.teacher.source, recipe.teacher.revision)
+    named = {"revision": revision, "variant": recipe.teacher.variant}
     return CardExtras(
         picture=pictures[-1].read_bytes() if pictures else None,
         results=measured,
-        licence=licence_of(source) if source.is_dir() else hub_licence(recipe.teacher.source),
+        licence=licence_of(source) if source.is_dir() else hub_licence(recipe.teacher.source, revision),
         teacher="" if source.is_dir() else recipe.teacher.source,
+        teacher_options={} if source.is_dir() else {k: v for k, v in named.items() if v is not None},
     )
 
 

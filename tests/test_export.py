@@ -208,8 +208,11 @@ def test_the_card_of_a_lora_says_its_size(tmp_path: Path) -> None:
     pipeline.unet.register_to_config(sample_size=16)
     generator = OneStepGenerator.from_teacher(StableDiffusionTeacher.from_pipeline(pipeline), GeneratorConfig(lora_rank=2))
     layers = lora_layers(pipeline.unet, trained_state(generator), 2, None)
-    export_lora(pipeline, layers, 999, tmp_path / "lora", {}, None, CardExtras())
+    extras = CardExtras(teacher="somebody/model", teacher_options={"revision": "a1b2", "variant": "fp16"})
+    export_lora(pipeline, layers, 999, tmp_path / "lora", {}, None, extras)
     card = (tmp_path / "lora" / "README.md").read_text()
+    # Its weights, not what the repository has by then.
+    assert 'from_pretrained("somebody/model", revision="a1b2", variant="fp16")' in card
     assert 'pipeline("red heart", height=32, width=32, num_inference_steps=1' in card
     with safe_open(tmp_path / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118

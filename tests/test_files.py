@@ -122,7 +122,10 @@ def test_a_proxy_that_refuses_does_not_hide_the_cache(tmp_path: Path, monkeypatc
     """The hub's client asks it before it looks into the cache, and raises what is no OSError."""
     cached = {"here.json": tmp_path / "here.json"}
 
-    def download(_repository: str, name: str, local_files_only: bool = False) -> str:
+    revisions: list[str | None] = []
+
+    def download(_repository: str, name: str, revision: str | None, local_files_only: bool = False) -> str:
+        revisions.append(revision)
         if not local_files_only:
             raise HTTPError("403 Forbidden")
         if name not in cached:
@@ -133,3 +136,5 @@ def test_a_proxy_that_refuses_does_not_hide_the_cache(tmp_path: Path, monkeypatc
     assert hub_file("someone/something", "here.json") == cached["here.json"]
     with pytest.raises(FileNotFoundError, match="403 Forbidden"):
         hub_file("someone/something", "gone.json")
+    assert hub_file("someone/something", "here.json", "a1b2") == cached["here.json"]
+    assert revisions == [None] * 4 + ["a1b2"] * 2

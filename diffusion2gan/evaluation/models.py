@@ -30,6 +30,7 @@ from diffusion2gan.teachers.folders import family_of, weights_digest
 from diffusion2gan.teachers.load import LoadedTeacher, load_teacher
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.protocol import TeacherConfig
+from diffusion2gan.teachers.published import revision_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _family(source: str) -> str:
     folder = Path(source)
     if source != "embedded" and not folder.is_dir():
         try:
-            folder = hub_file(source, "model_index.json").parent
+            folder = hub_file(source, "model_index.json", revision_of(source, None)).parent
         except FileNotFoundError as error:
             raise UserError(f"teacher:{source}: cannot be found ({error}); name `embedded`, a diffusers folder or a hub id") from None
     return family_of(folder) or "stable_diffusion"

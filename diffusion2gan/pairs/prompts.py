@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import math
@@ -210,6 +211,8 @@ def _what_is_wrong(prompt: str) -> str:
         return "empty prompt; delete the line (`pairs.prompts.source: empty` is for teachers that read none)"
     if not prompt.isascii() and any("\ud800" <= c <= "\udfff" for c in prompt):
         return "half of a surrogate pair in the prompt; mend the text"
+    if "\0" in prompt:
+        return "a NUL character in the prompt; save the file as UTF-8"
     if len(prompt) > MAX_CHARACTERS:
         return f"a prompt of {len(prompt):,} characters, expected at most {MAX_CHARACTERS:,}; shorten it (the text encoder reads far fewer)"
     return ""
@@ -237,6 +240,9 @@ def _decoded(text: bytes, config: PromptsConfig, where: str, encoding: str = "ut
 def _text(path: Path, config: PromptsConfig, _conditions: list[Condition]) -> _Rows:
     """Lines between newlines alone: `splitlines` would also split at U+2028 and other marks that stand inside real prompts."""
     with path.open("rb") as file:
+        if (start := file.read(2)) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(f"{path}: begins as UTF-16 text ({start.hex()}), expected UTF-8; save it as UTF-8")
+        file.seek(0)
         for number, line in enumerate(file, 1):
             line = line.removesuffix(b"\n").removesuffix(b"\r")
             yield number, _decoded(line, config, f"{path}, line {number}", "utf-8-sig" if number == 1 else "utf-8")
@@ -309,6 +315,10 @@ def _chosen(batch: Any, column: str, conditions: list[Condition], path: Path, fi
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    # Views cannot be chosen from yet.
+    for i, name in enumerate(batch.schema.names):
+        if pa.types.is_string_view(batch.column(i).type):
+            batch = batch.set_column(i, name, batch.column(i).cast(pa.large_string()))
     batch = batch.append_column("row number of this file", pa.array(range(first, first + len(batch)), pa.int64()))
     for condition in conditions:
         values = batch.column(condition.column)

@@ -27,7 +27,7 @@ from transformers import CLIPTokenizer
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.teachers.protocol import Precision, PredictionType, TeacherConfig, TextCondition
-from diffusion2gan.teachers.published import REVISIONS
+from diffusion2gan.teachers.published import REVISIONS, revision_of
 
 # What a family's folders are opened with, by `teacher.family`.
 PIPELINES: dict[str, Any] = {"stable_diffusion": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline, "pixel": DDPMPipeline}
@@ -85,7 +85,7 @@ def _local_folder(config: TeacherConfig, folder: str | Path) -> Path:
     pipeline = PIPELINES[config.family]
     # Not to be fetched, nor to be asked for safetensors.
     unused = {"safety_checker": None, "feature_extractor": None} if config.family == "stable_diffusion" else {}
-    revision = config.revision or REVISIONS.get(str(folder))
+    revision = revision_of(str(folder), config.revision)
     return Path(pipeline.download(str(folder), revision=revision, variant=config.variant, use_safetensors=True, **unused))
 
 
@@ -199,12 +199,13 @@ def load_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dtype)
 
     Raises UserError when it isn't one, or of another family or kind, and for a resolution that it cannot have.
     """
-    pipeline = _stored_pipeline(config, folder, dtype)
+    pipeline, _ = _stored_pipeline(config, folder, dtype)
     _set_resolution(pipeline, config.resolution)
     return pipeline
 
 
-def _stored_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dtype) -> Any:
+def _stored_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dtype) -> tuple[Any, Path]:
+    """The pipeline and the folder that it was read from, of a hub id the one in the hub's cache."""
     from huggingface_hub.errors import HTTPError
 
     unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -218,9 +219,9 @@ def _stored_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dty
             )
         check_family(config, found, folder)
         with no_progress_bars():
-            return PIPELINES[config.family].from_pretrained(
-                local, variant=config.variant, dtype=dtype, use_safetensors=True, **(unused if config.family == "stable_diffusion" else {})
-            )
+            options = unused if config.family == "stable_diffusion" else {}
+            pipeline = PIPELINES[config.family].from_pretrained(local, variant=config.variant, dtype=dtype, use_safetensors=True, **options)
+            return pipeline, local
     except HTTPError as error:
         reason = " ".join(str(error).split())[:100] or type(error).__name__
         raise UserError(
@@ -286,11 +287,10 @@ class DiffusersTeacher:
     @classmethod
     def from_pretrained(cls, config: TeacherConfig, folder: str | Path, device: str | torch.device = "cpu") -> Self:
         """Loads a diffusers folder or hub repository (safetensors only). Raises UserError as `load_pipeline` does."""
-        pipeline = _stored_pipeline(config, folder, getattr(torch, config.dtype))
+        pipeline, local = _stored_pipeline(config, folder, getattr(torch, config.dtype))
         changed = _set_resolution(pipeline, config.resolution)
         teacher = cls.from_pipeline(pipeline.to(device))
         teacher.resolution = config.resolution if changed else None
-        local = _local_folder(config, folder)
         # Gigabytes are read for it, and who only draws does not need it.
         teacher._stored = cache(partial(_files_digest, local, config.variant))
         # A path says nothing elsewhere; the digest does.

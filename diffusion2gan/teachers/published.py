@@ -98,3 +98,8 @@ REVISIONS: Mapping[str, str] = {
     "madebyollin/taesd": "614f76814bbe30edbe2e627ace1c2234c81a2c0e",
     "madebyollin/taesdxl": "b20258aaef75ef61e659c1e0f14f251cf0ad153e",
 }
+
+
+def revision_of(source: str, revision: str | None) -> str | None:
+    """The revision of a hub id that is read where a recipe has `revision`: None is the newest."""
+    return revision or REVISIONS.get(source)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -16,9 +17,10 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation import models
 from diffusion2gan.evaluation.commands import _teacher_of
 from diffusion2gan.evaluation.evaluate import noise_seed
-from diffusion2gan.evaluation.models import PRESETS, ModelOptions, RectifiedFlowScheduler, _step_noise, load_model, pipeline_model
+from diffusion2gan.evaluation.models import PRESETS, ModelOptions, RectifiedFlowScheduler, _family, _step_noise, load_model, pipeline_model
 from diffusion2gan.images import to_uint8
 from diffusion2gan.pairs.seeds import draw_noise
+from diffusion2gan.teachers.published import REVISIONS
 from tests.conftest import tiny_pipeline, tiny_sdxl_pipeline
 
 PROMPTS, SEEDS = ["cat", "sun", "cat"], [5, 6, 7]
@@ -164,8 +166,9 @@ def test_lightning_takes_its_own_network_and_predicts_the_sample(
     save_file(other.state_dict(), tmp_path / "unet.safetensors")
     asked: list[tuple] = []
 
-    def download(*arguments: str) -> str:
+    def download(*arguments: str, revision: str | None) -> str:
         asked.append(arguments)
+        assert revision is None
         return str(tmp_path / "unet.safetensors")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
@@ -238,3 +241,18 @@ def test_what_is_no_model_is_said(folders: dict[str, Path], tmp_path: Path, monk
     assert folder.folder is not None and len(folder.folder) == 1
     with pytest.raises(UserError, match="cannot draw new ones"):
         folder.draw(["x"], [1])
+
+
+def test_a_published_teachers_family_is_read_at_its_commit(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that was filled at the commit on record knows no newest one."""
+    source = "stabilityai/stable-diffusion-xl-base-1.0"
+
+    def download(repository: str, name: str, revision: str | None, local_files_only: bool = False) -> str:
+        if (repository, revision) != (source, REVISIONS[source]):
+            raise LocalEntryNotFoundError("no such entry")
+        return str(folders["sdxl"] / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert _family(source) == "sdxl"
+    with pytest.raises(UserError, match="cannot be found"):
+        _family("somebody/else")

@@ -62,20 +62,35 @@ def test_pairs_are_what_the_teacher_made(store: Path, tiny_teacher: StableDiffus
         pairs[20]
 
 
+@pytest.mark.parametrize("given_up", [False, True])
 def test_the_bar_moves_with_every_batch(
-    tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path, monkeypatch: pytest.MonkeyPatch
+    given_up: bool, store: Path, tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shard may take half an hour; a pair that somebody else had made meanwhile counts once."""
+    """A shard may take half an hour; the batches of one that somebody else finished meanwhile count once."""
     moves: list[float] = []
+    bars: list[Any] = []
 
     class Bar(tqdm):  # type: ignore[type-arg]
         def update(self, n: float | None = 1) -> bool | None:
             moves.append(n or 0)
+            bars[:] = [self]
             return super().update(n)
 
     monkeypatch.setattr("diffusion2gan.pairs.simulate.tqdm", Bar)
-    simulate(tiny_teacher, _config(prompts_file), tmp_path / "store")
-    assert sum(moves) == 20 and [m for m in moves if m] == [4] * 5
+    folder, worker = tmp_path / "again", None
+    if given_up:
+        # The shard that is missing is another worker's, who finishes it after our first batch.
+        shutil.copytree(store, folder)
+        for name in ("manifest.json", "state.json", "dataset_info.json"):
+            (folder / name).unlink()
+        gone = next(folder.glob("shard-00001-*"))
+        content = gone.read_bytes()
+        gone.unlink()
+        worker = Worker(0, 2)
+        monkeypatch.setattr("diffusion2gan.pairs.simulate._has_shard", lambda *_: moves.count(4) > 0 and bool(gone.write_bytes(content)))
+    simulate(tiny_teacher, _config(prompts_file), folder, worker)
+    assert [m for m in moves if m] == ([4, 4] if given_up else [4] * 5)
+    assert bars[0].n == 20
 
 
 def test_stock_datasets_opens_it(store: Path) -> None:

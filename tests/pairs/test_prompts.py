@@ -20,7 +20,9 @@ from diffusion2gan.run import simulate_recipe
         ("p.txt", "a cat\n\na dog\n", "line 2: empty prompt"),
         ("p.txt", "a cat\n" + "x" * 10_000 + "\n", "line 2: a prompt of 10,000 characters"),
         ("p.txt", "", "no prompts"),
-        ("p.txt", b"\xff\xfe", "not UTF-8"),
+        ("p.txt", b"\xff", "not UTF-8"),
+        ("p.txt", "a cat\na dog\n".encode("utf-16"), "begins as UTF-16 text"),
+        ("p.txt", "a cat\na dog\n".encode("utf-16-le"), "line 1: a NUL character in the prompt; save the file as UTF-8"),
         ("p.csv", "a", r"ends in '.csv', expected .txt, .jsonl, .parquet, .tar"),
         ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2: expected a JSON object with 'prompt'"),
         ("p.jsonl", '{"prompt": 3}\n', "is a int, expected a string"),
@@ -47,10 +49,14 @@ def test_prompts_from_parquet_and_jsonl(tmp_path: Path) -> None:
 def test_strings_as_other_writers_store_them(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     texts = ["a cat", None, "a dog", "a cat"]
+    table = {"score": [1.0, 2.0, 3.0, 0.0]}
     for name, kind in (("view", pa.string_view()), ("large", pa.large_string()), ("category", pa.dictionary(pa.int32(), pa.string()))):
         path = tmp_path / f"{name}.parquet"
-        pq.write_table(pa.table({"prompt": pa.array(texts, kind)}), path)
+        language = pa.array(["en", "en", "en", "de"], kind)
+        pq.write_table(pa.table({"prompt": pa.array(texts, kind), "language": language, **table}), path)
         assert pq.ParquetFile(path).schema_arrow.field("prompt").type == kind
+        where = ("score > 0.5", 'language == "en"')
+        assert read_prompts(PromptsConfig(source=str(path), where=where, drop_unusable=True), 2, 0) == ["a cat", "a dog"]
         assert read_prompts(PromptsConfig(source=str(path), drop_unusable=True), 3, 0) == ["a cat", "a dog", "a cat"]
 
 
@@ -239,6 +245,14 @@ def test_text_that_is_not_utf_8_is_refused_or_passed_over(kind: str, tmp_path: P
     with pytest.raises(UserError, match=rf"p.{kind}, line 2: not UTF-8 text \(byte .*or set pairs.prompts.drop_unusable"):
         read_prompts(PromptsConfig(source=str(path)), 3, 0)
     assert read_prompts(PromptsConfig(source=str(path), drop_unusable=True), 3, 0) == ["a cat", "a dog", "a cat"]
+
+
+def test_utf_16_is_never_passed_over_line_by_line(tmp_path: Path) -> None:
+    """All but its first line would be UTF-8, with NULs between the letters."""
+    path = tmp_path / "p.txt"
+    path.write_bytes("a cat\r\na dog\r\na bird\r\n".encode("utf-16"))
+    with pytest.raises(UserError, match="begins as UTF-16 text"):
+        read_prompts(PromptsConfig(source=str(path), drop_unusable=True), 3, 0)
 
 
 def test_a_name_with_brackets_and_what_is_here(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_a_hub_repository_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_changed_file_in_the_hub_cache_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blob = tmp_path / ("0" * 64)
     blob.write_bytes(b"something else")
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name: str(blob))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name, revision: str(blob))
     with pytest.raises(UserError, match="its sha256 is .* expected 0000"):
         LatentLPIPS.from_pretrained("sd15")
 
