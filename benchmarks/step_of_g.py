@@ -25,21 +25,19 @@ from diffusion2gan.files import write_json
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.pairs.dataset import PairDataset
 from diffusion2gan.precision import no_tf32
-from diffusion2gan.recipe import Recipe, load_recipe
+from diffusion2gan.recipe import load_recipe
 from diffusion2gan.report import markdown_table
 from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.training.batches import pair_batch
-from diffusion2gan.training.optimizer import rate_groups
 from diffusion2gan.training.state import TrainingState, checkpoint_path, checkpoints, load_state
 
 COLUMNS = ["layers", "change of x", "one constant a channel", "the rest"]
 
 
-def adam_step(state: TrainingState, generator: OneStepGenerator, recipe: Recipe, rate: float) -> dict[str, Tensor]:
+def adam_step(state: TrainingState, generator: OneStepGenerator, rate: float) -> dict[str, Tensor]:
     """What a step at `rate` with no new gradient adds to each parameter, but for the decay of weights: -rate m / sqrt(v), both corrected
     for their start."""
-    names = {id(p): name for name, p in generator.named_parameters()}
-    order = [p for group in rate_groups(generator.network, recipe.training.output_rate) for p in group["params"]]
+    names = [name for name, p in generator.named_parameters() if p.requires_grad]
     changes = {}
     for group in state.optimizer["param_groups"]:
         for i in group["params"]:
@@ -47,7 +45,7 @@ def adam_step(state: TrainingState, generator: OneStepGenerator, recipe: Recipe,
                 continue  # a layer that G does not use
             first, second = (1 - beta ** float(moments["step"]) for beta in group["betas"])
             move = moments["exp_avg"] / first / ((moments["exp_avg_sq"] / second).sqrt() + group["eps"])
-            changes[names[id(order[i])]] = -rate * group.get("rate_factor", 1.0) * move
+            changes[names[i]] = -rate * move
     return changes
 
 
@@ -100,7 +98,7 @@ def main() -> None:
         return torch.cat([of(held_out.noise[at], c) for at, c in zip(batches(count), conditions, strict=True)])
 
     before = latents(generator)
-    changes = adam_step(state, generator, recipe, rate)
+    changes = adam_step(state, generator, rate)
     rows: list[list[Any]] = []
     for part in ["all", *sorted({part_of(n) for n in changes})]:
         moved = {n: state.model[n] + c for n, c in changes.items() if part in ("all", part_of(n))}

@@ -99,7 +99,7 @@ class Recipe(Section):
             raise ValueError(
                 f"training.zero is {training.zero} with an adversarial section, expected 0: it is for phase 1 alone (training.shard does both)"
             )
-        for key, unlike in (("shard", False), ("compile", False), ("optimizer", "adamw"), ("output_rate", 1.0)):
+        for key, unlike in (("shard", False), ("compile", False), ("optimizer", "adamw")):
             if getattr(training, key) != unlike:
                 raise ValueError(f"training.{key} is {getattr(training, key)} with training.zero, expected {unlike}: choose one")
         if self.generator.lora_rank is not None:

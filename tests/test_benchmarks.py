@@ -207,9 +207,9 @@ def test_what_a_runs_discriminator_sees(
 def test_how_far_a_step_of_g_goes(
     phases: int, tiny_teacher_folder: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a first step Adam's move is the rate itself wherever there was a gradient, a tenth of it in the last layers."""
+    """After a first step Adam's move is the rate itself wherever there was a gradient."""
     adversarial = {"steps": 1, "learning_rate": 1e-3, "discriminator_learning_rate": 1e-3} if phases == 2 else None
-    values = recipe_values(tiny_teacher_folder, prompts_file, training__steps=1, training__output_rate=0.1, adversarial=adversarial)
+    values = recipe_values(tiny_teacher_folder, prompts_file, training__steps=1, adversarial=adversarial)
     trained_from_scratch(values, tmp_path)
     out = tmp_path / "result.json"
     arguments = ["step_of_g", str(tmp_path / "run"), str(tmp_path / "store"), "--rate", "0.01", "--out", str(out)]
@@ -227,8 +227,6 @@ def test_how_far_a_step_of_g_goes(
     recipe = load_recipe(str(tmp_path / "run" / "recipe.yaml"))
     state = load_state(checkpoints(tmp_path / "run" / "checkpoints")[-1])
     generator = OneStepGenerator.from_teacher(load_teacher(recipe.teacher), recipe.generator)
-    for name, change in script["adam_step"](state, generator, recipe, 0.01).items():
-        last = name.startswith(("network.conv_out", "network.conv_norm_out", "network.up_blocks.1"))
-        expected = 0.001 if last else 0.01
-        assert change.abs().max() <= expected * 1.001, name
-        assert change.abs().median() > expected * 0.9 or "attentions" in name or "bias" in name, name
+    for name, change in script["adam_step"](state, generator, 0.01).items():
+        assert change.abs().max() <= 0.01 * 1.001, name
+        assert change.abs().median() > 0.009 or "attentions" in name or "bias" in name, name

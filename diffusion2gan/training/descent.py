@@ -82,7 +82,7 @@ class WholeOrSplit(Descent):
     def step(self, rate: float, norm: float) -> None:
         self.clip.apply(norm)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate * group.get("rate_factor", 1.0)
+            group["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 

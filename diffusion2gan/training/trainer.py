@@ -43,7 +43,7 @@ from diffusion2gan.training.adversarial import AdversarialConfig, Adversary, Gua
 from diffusion2gan.training.batches import BatchShare, OdePairBatch, mixed_fakes, pair_batch
 from diffusion2gan.training.descent import Descent, WholeOrSplit
 from diffusion2gan.training.distance import Distance
-from diffusion2gan.training.optimizer import OptimizerName, adamw, rate_groups
+from diffusion2gan.training.optimizer import OptimizerName, adamw
 from diffusion2gan.training.order import SampleOrder, augmentation_uniforms, mix_uniforms
 from diffusion2gan.training.placement import Placement
 from diffusion2gan.training.sharding import own_rows, split_like
@@ -74,9 +74,6 @@ class TrainingConfig(Section):
     decay_steps: int = Field(0, ge=0)
     """The learning rate falls linearly to 0 over the last so many steps."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    output_rate: float = Field(1.0, gt=0, le=1)
-    """Factor on the learning rate, in both phases, of the layers that G's output comes from (the last up block, `conv_norm_out`,
-    `conv_out`): the conversion to x multiplies their steps by 1/sqrt(abar), 14.6 in Stable Diffusion."""
     weight_decay: float = Field(0.01, ge=0)
     ema_decay: float = Field(0.999, ge=0, lt=1)
     gradient_clip: float = Field(2.0, gt=0)
@@ -173,8 +170,8 @@ class Trainer:
         self.placement.place(generator, generator.network, teacher.latent_shape)
         self.ema = Ema(generator, config.ema_decay, torch.device("cpu") if config.ema_on_cpu else None)
         self.bare_generator = generator
-        groups = rate_groups(generator.network, config.output_rate)
-        optimizer = adamw(config.optimizer, groups, config.learning_rate, config.betas, config.weight_decay)
+        parameters = [p for p in generator.parameters() if p.requires_grad]
+        optimizer = adamw(config.optimizer, parameters, config.learning_rate, config.betas, config.weight_decay)
         trained: nn.Module = generator
         self._distance_in_training: nn.Module = distance
         if config.compile:

@@ -355,38 +355,6 @@ def test_the_optimizers_settings_are_the_recipes(store: Path, tmp_path: Path) ->
     assert (tuple(group["betas"]), group["weight_decay"], trainer.descent.clip.factor) == ((0.8, 0.95), 0.3, 3.0)
 
 
-def test_the_last_layers_have_a_rate_of_their_own(store: Path, tmp_path: Path) -> None:
-    """A first step of Adam is the rate itself, whatever the gradient: with a tenth of it the last layers move a tenth as far."""
-    whole, slow = (
-        _trainer(store, tmp_path / str(factor), output_rate=factor, warmup_steps=0, weight_decay=0, gradient_clip=1e9)
-        for factor in (1.0, 0.1)
-    )
-    before = {k: v.clone() for k, v in whole.bare_generator.network.state_dict().items()}
-    for trainer in (whole, slow):
-        trainer.train_step(trainer._load(0))
-    moved = [{k: v - before[k] for k, v in t.bare_generator.network.state_dict().items()} for t in (whole, slow)]
-    last = [k for k in before if k.startswith(("conv_out.", "conv_norm_out.", "up_blocks.1."))]
-    assert {k.split(".")[0] for k in before} >= {
-        "conv_in",
-        "down_blocks",
-        "mid_block",
-        "up_blocks",
-    } and "up_blocks.0.resnets.0.conv1.weight" in before
-    assert last and not any(k.startswith("up_blocks.2") for k in before)
-    for name, by in moved[0].items():
-        factor = 0.1 if name in last else 1.0
-        assert torch.allclose(moved[1][name], factor * by, rtol=1e-3, atol=1e-7), name
-    # A run goes on with both rates.
-    resumed = _trainer(store, tmp_path / "resumed", output_rate=0.1, steps=3)
-    resumed.run(progress=False)
-    assert [g["rate_factor"] for g in resumed.descent.raw_optimizer.param_groups] == [1.0, 0.1]
-    unbroken = _trainer(store, tmp_path / "unbroken", output_rate=0.1)
-    unbroken.run(progress=False)
-    longer = _trainer(store, tmp_path / "resumed", output_rate=0.1)
-    longer.run(progress=False)
-    assert torch.equal(_weights(longer), _weights(unbroken))
-
-
 def test_the_offset_of_a_batch_is_told(store: Path, tmp_path: Path) -> None:
     """Of what G is off by, the part that all pictures have alike; two micro-batches tell what one tells."""
     found = []
