@@ -174,7 +174,8 @@ def export_lora(
 ) -> None:
     """Writes a folder with a LoRA of the teacher's `pipeline` (`lora_layers`' result) and its card.
 
-    `dtype` as in `export_student`; `frozen` is what the teacher's weights were rounded to when it was trained. Raises UserError as `export_student` does.
+    `dtype` as in `export_student`; `frozen` is what the teacher's weights were rounded to when it was trained. Raises UserError as
+    `export_student` does.
     """
     refuse_other_folder(folder, LORA_FILE, "LoRA")
     _check_timestep(pipeline, timestep)

@@ -29,8 +29,8 @@ def cache_dir() -> Path:
 
 
 def hub_file(repository: str, name: str, revision: str | None = None) -> Path:
-    """A file of a hub repository, at its newest unless `revision` is named; from the hub's cache where the hub cannot be asked. FileNotFoundError with the reason where it is not
-    there either."""
+    """A file of a hub repository, of its newest revision unless one is named; from the hub's cache where the hub cannot be asked.
+    FileNotFoundError with the reason where it is not there either."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError, HTTPError
 
