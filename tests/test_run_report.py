@@ -31,8 +31,8 @@ def test_a_run_on_one_page(run: Path, tmp_path: Path) -> None:
     assert last is not None
     for expected in ("a tiny run", "<td>14 of 14</td>", "<td>52</td>", "<td>24</td>", f"<td>{last:.4g}</td>", "seed: 0"):
         assert expected in text, expected
-    # Losses, squared error, gradient and D, beside the grids.
-    assert links.tags.count("img") == 4 + len(list((run / "samples").glob("held-out-*.png")))
+    # Losses, squared error, gradient, offset and D, beside the grids.
+    assert links.tags.count("img") == 5 + len(list((run / "samples").glob("held-out-*.png")))
     assert all(s.startswith("data:image/png;base64,") for s in links.sources)
 
 
