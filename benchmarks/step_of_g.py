@@ -14,22 +14,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from what_d_sees import batches, frozen_networks
+from what_d_sees import batches, discriminator_of, generator_of, open_run
 
-from diffusion2gan.device import default_device
 from diffusion2gan.discriminator.multi_scale import score
 from diffusion2gan.files import write_json
 from diffusion2gan.generator import OneStepGenerator
-from diffusion2gan.pairs.dataset import PairDataset
 from diffusion2gan.precision import no_tf32
-from diffusion2gan.recipe import load_recipe
 from diffusion2gan.report import markdown_table
-from diffusion2gan.teachers.load import load_teacher
-from diffusion2gan.training.batches import pair_batch
-from diffusion2gan.training.state import TrainingState, checkpoint_path, checkpoints, load_state
+from diffusion2gan.training.state import TrainingState
 
 COLUMNS = ["layers", "change of x", "one constant a channel", "the rest"]
 
@@ -37,7 +31,7 @@ COLUMNS = ["layers", "change of x", "one constant a channel", "the rest"]
 def adam_step(state: TrainingState, generator: OneStepGenerator, rate: float) -> dict[str, Tensor]:
     """What a step at `rate` with no new gradient adds to each parameter, but for the decay of weights: -rate m / sqrt(v), both corrected
     for their start."""
-    names = [name for name, p in generator.named_parameters() if p.requires_grad]
+    names = [name for name, _ in generator.named_parameters()]
     changes = {}
     for group in state.optimizer["param_groups"]:
         for i in group["params"]:
@@ -75,23 +69,16 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=128, help="held-out pairs")
     parser.add_argument("--out", type=Path, default=None)
     a = parser.parse_args()
-    recipe, pairs = load_recipe(str(a.run / "recipe.yaml")), PairDataset(a.store)
-    teacher = load_teacher(recipe.teacher, default_device())
-    folder = a.run / "checkpoints"
-    path = checkpoints(folder)[-1] if a.step is None else checkpoint_path(folder, a.step)
-    state = load_state(path)
-    if recipe.generator.lora_rank is not None or recipe.training.optimizer != "adamw":
-        raise SystemExit(f"{a.run}: of a LoRA, or of moments of 8 bits; expected a run that trains all weights by adamw; name another")
+    of_run = open_run(a.run, a.store, a.step, a.count)
+    recipe, teacher, state, held_out = of_run.recipe, of_run.teacher, of_run.state, of_run.held_out
+    if recipe.training.optimizer != "adamw":
+        raise SystemExit(f"{a.run}: of moments of 8 bits, expected a run that trains by adamw; name another")
     if not state.optimizer["state"]:
-        raise SystemExit(f"{path}: its optimiser has made no step yet (a phase begins there); name a later step")
+        raise SystemExit(f"{of_run.path}: its optimiser has made no step yet (a phase begins there); name a later step")
     in_phase_2 = recipe.adversarial is not None and state.step > recipe.training.steps
     settings = recipe.adversarial if in_phase_2 and recipe.adversarial else recipe.training
     rate = settings.learning_rate if a.rate is None else a.rate
-    generator = OneStepGenerator.from_teacher(teacher, recipe.generator)
-    generator.load_state_dict(state.model)
-    generator.eval()
-    count = min(a.count, recipe.training.holdout)
-    held_out = pair_batch(pairs, np.arange(len(pairs) - recipe.training.holdout, len(pairs))[:count], None, teacher.device)
+    generator, count = generator_of(of_run, state.model), len(held_out.latent)
     conditions = [teacher.encode_prompts(held_out.prompts[at]) for at in batches(count)]
 
     def latents(of: OneStepGenerator) -> Tensor:
@@ -112,7 +99,7 @@ def main() -> None:
     off = {"own": constant(before - held_out.latent).flatten().tolist(), "average": constant(average - held_out.latent).flatten().tolist()}
     scores = None
     if state.adversary is not None:
-        _, d, _ = frozen_networks(recipe, teacher, path)
+        d = discriminator_of(of_run)
         of = {
             "real": held_out.latent,
             "own": before,

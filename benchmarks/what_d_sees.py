@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from diffusion2gan.report import markdown_table
 from diffusion2gan.teachers.attention import twice_differentiable_attention
 from diffusion2gan.teachers.load import LoadedTeacher, load_teacher
 from diffusion2gan.training.adversarial import above
-from diffusion2gan.training.batches import pair_batch
-from diffusion2gan.training.state import checkpoint_path, checkpoints, load_state
+from diffusion2gan.training.batches import OdePairBatch, pair_batch
+from diffusion2gan.training.state import TrainingState, checkpoint_path, checkpoints, load_state
 
 BATCH = 32
 SIGMAS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
@@ -55,18 +56,43 @@ def share_above(a: Tensor, b: Tensor) -> float:
     return above(a, b).mean().item()
 
 
-def frozen_networks(recipe: Recipe, teacher: LoadedTeacher, path: Path) -> tuple[int, nn.Module, OneStepGenerator]:
-    """The step of a checkpoint, its D, and G by its average."""
-    state = load_state(path)
-    if state.adversary is None:
-        raise SystemExit(f"{path}: has no discriminator; name a step of phase 2")
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint of a run, and held-out pairs of its store."""
+
+    recipe: Recipe
+    teacher: LoadedTeacher
+    path: Path
+    state: TrainingState
+    held_out: OdePairBatch
+
+
+def open_run(run: Path, store: Path, step: int | None, count: int) -> Opened:
+    """The checkpoint of `step` (None: the last) with at most `count` pairs. Ends the program for a LoRA."""
+    recipe, pairs = load_recipe(str(run / "recipe.yaml")), PairDataset(store)
+    folder = run / "checkpoints"
+    path = checkpoints(folder)[-1] if step is None else checkpoint_path(folder, step)
     if recipe.generator.lora_rank is not None:
         raise SystemExit(f"{path}: of a LoRA, expected a run that trains all weights; name another")
-    d = build_discriminator(recipe.discriminator, teacher).to(teacher.device)
-    d.load_state_dict(state.adversary["model"])
-    generator = OneStepGenerator.from_teacher(teacher, recipe.generator)
-    generator.load_state_dict(state.ema)
-    return state.step, d.requires_grad_(False).eval(), generator.requires_grad_(False).eval()
+    teacher = load_teacher(recipe.teacher, default_device())
+    rows = np.arange(len(pairs) - recipe.training.holdout, len(pairs))[:count]
+    return Opened(recipe, teacher, path, load_state(path), pair_batch(pairs, rows, None, teacher.device))
+
+
+def discriminator_of(of: Opened) -> nn.Module:
+    """D of the checkpoint, frozen. Ends the program where there is none."""
+    if of.state.adversary is None:
+        raise SystemExit(f"{of.path}: has no discriminator; name a step of phase 2")
+    d = build_discriminator(of.recipe.discriminator, of.teacher).to(of.teacher.device)
+    d.load_state_dict(of.state.adversary["model"])
+    return d.requires_grad_(False).eval()
+
+
+def generator_of(of: Opened, weights: dict[str, Tensor]) -> OneStepGenerator:
+    """G with the checkpoint's `model` or `ema`, frozen."""
+    generator = OneStepGenerator.from_teacher(of.teacher, of.recipe.generator)
+    generator.load_state_dict(weights)
+    return generator.requires_grad_(False).eval()
 
 
 def batches(count: int) -> list[slice]:
@@ -103,15 +129,10 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=16, help="directions a sample of the finite differences")
     parser.add_argument("--out", type=Path, default=None)
     a = parser.parse_args()
-    recipe, pairs = load_recipe(str(a.run / "recipe.yaml")), PairDataset(a.store)
-    teacher = load_teacher(recipe.teacher, default_device())
-    folder = a.run / "checkpoints"
-    path = checkpoints(folder)[-1] if a.step is None else checkpoint_path(folder, a.step)
-    step, d, generator = frozen_networks(recipe, teacher, path)
-    count = min(a.count, recipe.training.holdout)
-    held_out = pair_batch(pairs, np.arange(len(pairs) - recipe.training.holdout, len(pairs))[:count], None, teacher.device)
-
-    x, z, c = held_out.latent, held_out.noise, held_out.prompts
+    of_run = open_run(a.run, a.store, a.step, a.count)
+    d, generator, teacher, step = discriminator_of(of_run), generator_of(of_run, of_run.state.ema), of_run.teacher, of_run.state.step
+    x, z, c = of_run.held_out.latent, of_run.held_out.noise, of_run.held_out.prompts
+    count = len(x)
 
     @torch.no_grad()
     def scores(latent: Tensor, noise: Tensor, prompts: list[str]) -> Tensor:

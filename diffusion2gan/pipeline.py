@@ -25,7 +25,7 @@ from diffusion2gan.teachers.folders import family_of, no_progress_bars, output_g
 from diffusion2gan.teachers.load import LoadedTeacher, load_teacher
 from diffusion2gan.teachers.ode import OdeSolver
 from diffusion2gan.teachers.protocol import Precision, TeacherConfig
-from diffusion2gan.teachers.published import REVISIONS
+from diffusion2gan.teachers.published import revision_of
 
 STUDENT_FILE = "diffusion2gan.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -216,7 +216,7 @@ def _tiny_decoder(source: str, teacher: LoadedTeacher) -> AutoencoderTiny:
         raise UserError(f"decoder {source!r}: a {teacher.family} student has no tiny decoder; leave it out")
     try:
         with no_progress_bars():
-            tiny = AutoencoderTiny.from_pretrained(name, revision=REVISIONS.get(name), torch_dtype=teacher.dtype, use_safetensors=True)
+            tiny = AutoencoderTiny.from_pretrained(name, revision=revision_of(name, None), torch_dtype=teacher.dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError, TypeError, HTTPError) as error:
         raise UserError(
             f"decoder {source!r}: {name} is no AutoencoderTiny ({' '.join(str(error).split())[:100]}); name a folder or hub id"

@@ -247,7 +247,8 @@ class Trainer:
                 with self.descent.exchanging(number + 1 == len(micro_batches)):
                     told[1:] += self.generator_step(micro_batch, condition, fake, adversary)
         told[0] = float(stop())
-        stops, loss, adversarial_loss, *offset = self.accelerator.reduce(told, "mean").unbind()
+        told = self.accelerator.reduce(told, "mean")
+        (stops, loss, adversarial_loss), offset = told[:3], told[3:]
         norm = self.descent.norm()
         self._check({"regression loss": loss.item(), "adversarial loss": adversarial_loss.item(), "gradient norm": norm})
         self.descent.step(self.rate(self.step), norm)
@@ -257,7 +258,7 @@ class Trainer:
         self.step += 1
         self.stopping = stops.item() > 0
         scalars = {"loss": loss.item(), "gradient_norm": norm, "learning_rate": self.rate(self.step - 1)}
-        scalars["offset"] = torch.stack(offset).square().mean().sqrt().item()
+        scalars["offset"] = offset.square().mean().sqrt().item()
         return scalars | ({"adversarial_loss": adversarial_loss.item(), **adversary.told} if adversary is not None else {})
 
     def _discriminator_step(
