@@ -17,7 +17,7 @@ from typing import TypeAlias
 from pydantic import ValidationError
 
 from diffusion2gan import __version__
-from diffusion2gan.errors import UserError
+from diffusion2gan.errors import UserError, in_one_line
 
 
 def _simulate(a: argparse.Namespace) -> None:
@@ -67,7 +67,7 @@ def _train(a: argparse.Namespace) -> None:
     try:
         write_run_report([a.out], page)
     except Exception as error:  # the training is done and saved, whatever becomes of its page
-        warnings.warn(f"{page} could not be written ({' '.join(str(error).split())[:100]})", stacklevel=1)
+        warnings.warn(f"{page} could not be written ({in_one_line(error)})", stacklevel=1)
     else:
         print(f"look at {page}")
 

@@ -25,6 +25,11 @@ def settings_difference(ours: dict[str, Any], theirs: dict[str, Any], prefix: st
     return rows
 
 
+HOW_KEPT = frozenset({"batch_size", "shard_size", "noise_storage", "precision", "text_precision", "compile"})
+"""Settings of a pair store that say how its pairs were made and are kept, not which pairs they are. A student is trained in float32 whatever
+the precision of the pairs."""
+
+
 def store_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """The same of two pair stores' settings, but for where the teacher's weights were found (a folder, or a commit of the hub): that they
     are the same weights is for their digest to say."""

@@ -1,5 +1,7 @@
 """The one exception that is the user's to mend: the command line prints it as one line and exits with 2."""
 
+REASON_LENGTH = 160
+
 
 class UserError(Exception):
     """Says what came, what was expected and what to do, in one line."""
@@ -11,3 +13,9 @@ class TrainingStoppedError(UserError):
     def __init__(self, message: str, good_step: int | None):
         super().__init__(message)
         self.good_step = good_step
+
+
+def in_one_line(error: BaseException) -> str:
+    """What another library's exception says, to be quoted in a message: one line of at most `REASON_LENGTH` characters; its class where it
+    says nothing."""
+    return " ".join(str(error).split())[:REASON_LENGTH] or type(error).__name__

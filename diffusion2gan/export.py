@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffusion2gan.errors import UserError
+from diffusion2gan.errors import UserError, in_one_line
 from diffusion2gan.files import (
     atomic_folder,
     atomic_path,
@@ -223,7 +223,7 @@ def push_to_hub(folder: Path, repository: str, private: bool) -> str:
         message = "A one-step student of diffusion2gan"
         api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=message, delete_patterns=stale)
     except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        reason = " ".join(str(error).split())[:150]
+        reason = in_one_line(error)
         raise UserError(
             f"--push-to-hub {repository}: {reason}; the student is whole in {folder}: log in (`hf auth login`) and export again"
         ) from None

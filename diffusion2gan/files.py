@@ -20,7 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from diffusion2gan.errors import UserError
+from diffusion2gan.errors import UserError, in_one_line
 
 
 def cache_dir() -> Path:
@@ -37,12 +37,31 @@ def hub_file(repository: str, name: str, revision: str | None = None) -> Path:
     try:
         return Path(hf_hub_download(repository, name, revision=revision))
     except (HTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = in_one_line(error)
     try:
         # A proxy that refuses is asked before the cache.
         return Path(hf_hub_download(repository, name, revision=revision, local_files_only=True))
     except (HTTPError, HFValidationError, OSError):
         raise FileNotFoundError(reason) from None
+
+
+def sha256_of(path: Path) -> str:
+    """The hexadecimal sha256 of a file, of any size."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file that must hold an object holds. Raises UserError for a missing file or anything else."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path, or restore the file") from None
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON; restore it from a copy") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, expected an object; restore it from a copy")
+    return content
 
 
 ANOTHER_CACHE = "set DIFFUSION2GAN_CACHE to a folder you may write to"

@@ -112,7 +112,7 @@ class OneStepGenerator(nn.Module):
         self.timestep = timestep
         # In float32, as diffusers' schedulers compute them: the exported pipeline then gives the very same x.
         alpha = alpha_cumprod.float()
-        self.sqrt_alpha, self.sqrt_sigma = float(alpha**0.5), float((1 - alpha) ** 0.5)
+        self.sqrt_alpha_cumprod, self.sigma = float(alpha**0.5), float((1 - alpha) ** 0.5)
         _last_layers_in_float32(network)
 
     @classmethod
@@ -152,5 +152,5 @@ class OneStepGenerator(nn.Module):
         dtype = torch.promote_types(prediction.dtype, torch.float32)
         z, prediction = noise.to(dtype), prediction.to(dtype)
         if self.prediction_type == "v_prediction":
-            return self.sqrt_alpha * z - self.sqrt_sigma * prediction
-        return (z - self.sqrt_sigma * prediction) / self.sqrt_alpha
+            return self.sqrt_alpha_cumprod * z - self.sigma * prediction
+        return (z - self.sigma * prediction) / self.sqrt_alpha_cumprod

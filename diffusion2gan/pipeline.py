@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion2gan.device import compile_in_place, default_device
-from diffusion2gan.errors import UserError
+from diffusion2gan.errors import UserError, in_one_line
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import Quantiser, to_uint8
 from diffusion2gan.pairs.seeds import draw_noise
@@ -186,7 +186,7 @@ def _student_folder(source: str | Path, revision: str | None) -> Path:
         hf_hub_download(str(source), STUDENT_FILE, revision=revision)
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
     except (LocalEntryNotFoundError, HTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = in_one_line(error)
         raise UserError(f"{source}: no such folder, and not found on the hub ({reason}); name a student's folder or hub id") from None
 
 
@@ -218,9 +218,7 @@ def _tiny_decoder(source: str, teacher: LoadedTeacher) -> AutoencoderTiny:
         with no_progress_bars():
             tiny = AutoencoderTiny.from_pretrained(name, revision=revision_of(name, None), torch_dtype=teacher.dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError, TypeError, HTTPError) as error:
-        raise UserError(
-            f"decoder {source!r}: {name} is no AutoencoderTiny ({' '.join(str(error).split())[:100]}); name a folder or hub id"
-        ) from None
+        raise UserError(f"decoder {source!r}: {name} is no AutoencoderTiny ({in_one_line(error)}); name a folder or hub id") from None
     for what, ours, theirs in (
         ("latent channels", teacher.vae.config.latent_channels, tiny.config.latent_channels),
         ("pixels a latent", 2 ** (len(teacher.vae.config.block_out_channels) - 1), 2 ** (len(tiny.config.decoder_block_out_channels) - 1)),

@@ -35,20 +35,20 @@ from diffusion2gan.device import available_memory
 from diffusion2gan.discriminator.convolutional import WIDTH, ConvolutionalDiscriminator
 from diffusion2gan.discriminator.multi_scale import MultiScaleDiscriminator, score
 from diffusion2gan.discriminator.regularization import r1_penalty
-from diffusion2gan.errors import UserError
+from diffusion2gan.errors import UserError, in_one_line
 from diffusion2gan.lora import add_lora
 from diffusion2gan.perceptual import LatentVGG
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.report import markdown_table
 from diffusion2gan.teachers.attention import checkpoint_as_computed, twice_differentiable_attention
-from diffusion2gan.teachers.folders import PIPELINES, check_family, family_of, latent_size
+from diffusion2gan.teachers.folders import PIPELINES, check_family, decoded_at_once, family_of, latent_size
 from diffusion2gan.teachers.load import FAMILIES, teacher_folder
 from diffusion2gan.teachers.ode import evaluations_per_pair
 from diffusion2gan.teachers.protocol import TeacherConfig, TextCondition
 from diffusion2gan.teachers.published import PUBLISHED
-from diffusion2gan.teachers.stable_diffusion import decoded_at_once
 from diffusion2gan.training.batches import BatchShare
+from diffusion2gan.training.distance import perceptual_network
 from diffusion2gan.training.trainer import TrainingConfig
 
 TOKENS = 77
@@ -197,7 +197,7 @@ def _configuration(teacher: TeacherConfig, part: str) -> dict[str, Any]:
             return dict(kind.load_config(str(folder), subfolder=None if flat else part))
         return dict(kind.load_config(teacher.source, subfolder=part, revision=teacher.revision))
     except (OSError, ValueError, HTTPError) as error:
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        reason = in_one_line(error)
         raise UserError(
             f"{teacher.source}: its sizes are not known here ({reason}); name a folder, or one of {', '.join(PUBLISHED)}"
         ) from None
@@ -295,12 +295,10 @@ def networks(recipe: Recipe) -> Networks:
             discriminator = measure(_new_discriminator(recipe, unet_config, latent, condition), lambda n: n(x, x, condition))
             # Of finite differences, two forwards in float32.
             penalty = 2 * 2 * discriminator.kept if recipe.adversarial.r1 == "finite_difference" else 0
-        perceptual, width = None, 0.25 if loss.perceptual == "embedded" else 1.0
-        if loss.distance in ("latent_lpips", "e_latent_lpips"):
-            perceptual = _perceptual(latent, width=width)
-        elif loss.distance == "lpips":
-            pixels = (3, factor * latent[1], factor * latent[2])
-            perceptual = _perceptual(pixels, width=width, kept_poolings=(1, 2, 3, 4, 5))
+        perceptual, shape = None, perceptual_network(loss, latent[0])
+        if shape is not None:
+            scale = factor if loss.distance == "lpips" else 1
+            perceptual = _perceptual(shape, scale * latent[1], scale * latent[2])
         decoder = None
         if vae_config is not None:
             vae = AutoencoderKL.from_config(vae_config)
@@ -341,9 +339,9 @@ def _exact_penalty(recipe: Recipe, unet_config: Mapping[str, Any], latent: tuple
         return _kept(network, lambda n: r1_penalty(lambda of: score(n(of, x, condition)), x))
 
 
-def _perceptual(latent: tuple[int, int, int], **shape: Any) -> Cost:
-    network = LatentVGG(LatentVGGConfig(in_channels=latent[0], **shape)).requires_grad_(False)
-    x = torch.empty(1, *latent, requires_grad=True)
+def _perceptual(config: LatentVGGConfig, height: int, width: int) -> Cost:
+    network = LatentVGG(config).requires_grad_(False)
+    x = torch.empty(1, config.in_channels, height, width, requires_grad=True)
     return measure(network, lambda n: n(x))
 
 
@@ -542,7 +540,7 @@ def check_memory(
     except UserError:
         return  # the stage itself says what is wrong
     except Exception as error:  # an estimate that fails must not stop a run that may work
-        warnings.warn(f"how much memory this takes is not known ({' '.join(str(error).split())[:100]})", stacklevel=2)
+        warnings.warn(f"how much memory this takes is not known ({in_one_line(error)})", stacklevel=2)
         return
     most = max(planned, key=lambda s: s.memory, default=None)
     if most is None or most.memory <= _FITS * available:
@@ -616,7 +614,7 @@ def plan_table(recipe: Recipe, gpu_name: str, count: int, utilisation: float) ->
     rows = []
     for s in found:
         days, exchanging = s.gpu_days(gpu, utilisation), s.exchange_days(gpu)
-        fits = "" if s.memory <= 0.9 * gpu.memory * 2**30 else " (does not fit)"
+        fits = "" if s.memory <= _FITS * gpu.memory * 2**30 else " (does not fit)"
         rows.append(
             [
                 s.name,

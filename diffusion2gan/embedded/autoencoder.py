@@ -18,7 +18,7 @@ from diffusion2gan.embedded.emoji import EmojiDataset
 from diffusion2gan.fit import FitConfig, fit
 from diffusion2gan.images import to_tensor
 
-# name -> (block_out_channels, latent channels). "f8" is kept for the comparison in the model card.
+# name -> (block_out_channels, latent channels). "f8" lost the comparison in docs/reproduction.md, "The embedded teacher".
 FORMS = {"f4": ((16, 32, 64), 4), "f8": ((16, 32, 64, 128), 16)}
 CONFIG = FitConfig(steps=8000, batch_size=32, learning_rate=1e-3, decay_steps=2000, compile=True)
 KL_WEIGHT = 1e-3
@@ -57,12 +57,9 @@ def psnr(model: AutoencoderKL, images: np.ndarray, batch: int = 64) -> float:
     return 10 * math.log10(255**2 / (error / len(images)))
 
 
-def train(dataset: EmojiDataset, folder: Path, form: str = "f4", config: FitConfig = CONFIG, decoder_only: bool = False) -> AutoencoderKL:
-    """Trains in `folder`, resumably; returns the EMA model. `decoder_only` freezes the latent space and polishes the decoder."""
+def train(dataset: EmojiDataset, folder: Path, form: str = "f4", config: FitConfig = CONFIG) -> AutoencoderKL:
+    """Trains in `folder`, resumably; returns the EMA model."""
     model = new_autoencoder(form)
-    if decoder_only:
-        for part in (model.encoder, model.quant_conv):
-            part.requires_grad_(False)
     train_rows = dataset.indices("train")
     held_out = np.concatenate([dataset.indices("cell"), dataset.indices("concept")])[::4]
     validation = dataset.images[np.sort(held_out)]

@@ -32,14 +32,10 @@ from diffusion2gan.report import markdown_table
 from diffusion2gan.run_log import read_scalars
 
 
-def build_autoencoder(work: Path, steps: int | None = None, decay_steps: int | None = None) -> Path:
+def build_autoencoder(work: Path, steps: int | None = None) -> Path:
     """Trains the autoencoder, folds the latent statistics in, writes `work/vae`. Returns that folder."""
     dataset = emoji.load()
-    config = replace(
-        autoencoder.CONFIG,
-        steps=steps or autoencoder.CONFIG.steps,
-        decay_steps=autoencoder.CONFIG.decay_steps if decay_steps is None else decay_steps,
-    )
+    config = replace(autoencoder.CONFIG, steps=steps or autoencoder.CONFIG.steps)
     vae = autoencoder.train(dataset, work / "ae_f4", "f4", config)
     autoencoder.fold_latent_statistics(vae, dataset.images[emoji.reference_indices(dataset.records)])
     vae.save_pretrained(work / "vae")

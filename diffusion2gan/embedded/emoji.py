@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import ANOTHER_CACHE, cache_dir, disk_errors, write_bytes_atomic
+from diffusion2gan.files import ANOTHER_CACHE, cache_dir, disk_errors, sha256_of, write_bytes_atomic
 
 RESOLUTION = 64
 STYLES = ("noto", "twemoji", "fluent")
@@ -167,7 +167,7 @@ def _fetch(package: str, sha256: str, folder: Path) -> Path:
             except subprocess.TimeoutExpired:
                 raise UserError(f"`{' '.join(command[:3])}` did not end within 10 minutes; check the network and try again") from None
             os.replace(Path(scratch) / path.name, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256_of(path)
     if digest != sha256:
         raise UserError(f"{path}: sha256 is {digest}, expected {sha256}; delete the file and run the command again")
     return path

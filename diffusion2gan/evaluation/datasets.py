@@ -20,6 +20,7 @@ import numpy as np
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.shards import Pictures
+from diffusion2gan.files import sha256_of
 from diffusion2gan.images import open_rgb
 from diffusion2gan.pairs.prompts import prompts_digest
 
@@ -102,7 +103,7 @@ class Cifar10:
         if wrong := [p for p, size in zip(self._paths, sizes, strict=True) if size % self._ROW or not size]:
             raise UserError(f"{wrong[0]}: {wrong[0].stat().st_size} bytes, expected a multiple of {self._ROW}; unpack the archive again")
         self._starts = np.cumsum([0] + [size // self._ROW for size in sizes])
-        self.identity = prompts_digest([hashlib.sha256(p.read_bytes()).hexdigest() for p in self._paths])
+        self.identity = prompts_digest([sha256_of(p) for p in self._paths])
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -5,7 +5,6 @@ All networks run in float32 with TF32 off, in batches of one fixed size, so that
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,18 +15,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion2gan.errors import in_one_line
 from diffusion2gan.evaluation.preprocess import bicubic_squash, centre_patch, centre_square, lanczos_square, prepared
-from diffusion2gan.evaluation.weights import FoundWeights, UnavailableError, find_weights, safe_state
+from diffusion2gan.evaluation.shards import Pictures
+from diffusion2gan.evaluation.weights import FoundWeights, UnavailableError, find_weights, optional_module, safe_state
 from diffusion2gan.precision import no_tf32
 
-_INSTALL = 'pip install "diffusion2gan[metrics]"'
 BATCH = 32
 CLIP_PREFIX = "A photo depicts "
 CLIP_VARIANTS = ("gigagan", "gigagan-noprefix", "plain", "plain-prefix")
 """Columns of the CLIP extractor: GigaGAN's path (centre square, Lanczos 256) or CLIP's own transform of the picture as it is
 (`plain`); the caption with "A photo depicts " before it or without."""
-
-Pictures = Sequence[np.ndarray] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -38,15 +36,6 @@ class Network:
     features: Callable[[Pictures, Sequence[str]], np.ndarray]
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Weights and preprocessing, for identities and results."""
-
-
-def _import(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UnavailableError(
-            f"{module.partition('.')[0]} cannot be imported ({error}), expected for this metric; run `{_INSTALL}`"
-        ) from None
 
 
 @torch.inference_mode()
@@ -70,9 +59,14 @@ def _inception_clean(
     """clean-fid's Inception: picture -> `first` -> bicubic 299 in float, not rounded again -> pool3, 2048."""
 
     def build(found: FoundWeights, device: torch.device) -> Network:
-        resize = _import("cleanfid.resize").build_resizer("clean")
+        resize = optional_module("cleanfid.resize", "metrics").build_resizer("clean")
         # Its loader takes the folder and insists on the name.
-        network = _import("cleanfid.inception_torchscript").InceptionV3W(str(found.path.parent), download=False).to(device).eval()
+        network = (
+            optional_module("cleanfid.inception_torchscript", "metrics")
+            .InceptionV3W(str(found.path.parent), download=False)
+            .to(device)
+            .eval()
+        )
 
         def features(pictures: Pictures, captions: Sequence[str] = ()) -> np.ndarray:
             inputs = prepared(pictures, lambda image: resize(np.asarray(first(image))))
@@ -87,7 +81,7 @@ def _fidelity(kind: str, layer: str, class_name: str, side: int | None) -> Calla
     """A torch-fidelity network: TensorFlow 1's bilinear resize inside, of the picture as it is or after `lanczos_square(side)`."""
 
     def build(found: FoundWeights, device: torch.device) -> Network:
-        extractor = getattr(_import("torch_fidelity"), class_name)
+        extractor = getattr(optional_module("torch_fidelity", "metrics"), class_name)
         safe_state(found.path)  # torch-fidelity unpickles; what holds code is refused here first
         network = extractor(kind, [layer], feature_extractor_weights_path=str(found.path)).to(device).eval()
 
@@ -104,7 +98,7 @@ def _fidelity(kind: str, layer: str, class_name: str, side: int | None) -> Calla
 # --- CLIP -----------------------------------------------------------------------------------------------------------
 def _clip(found: FoundWeights, device: torch.device) -> Network:
     """Cosines of picture and caption, one column for each of CLIP_VARIANTS."""
-    open_clip = _import("open_clip")
+    open_clip = optional_module("open_clip", "metrics")
     # Its own search prefers another file of the folder than the one whose digest the result names.
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{found.path.parent}", load_weights=False)
     open_clip.load_checkpoint(model, str(found.path))
@@ -143,7 +137,7 @@ def dreamsim_network(model: Any, device: torch.device, facts: Mapping[str, Any])
 
 
 def _dreamsim(found: FoundWeights, device: torch.device) -> Network:
-    package = _import("dreamsim")
+    package = optional_module("dreamsim", "metrics")
     hub = torch.hub.get_dir()
     try:
         # It points torch.hub at its own folder for good, which others would then look into.
@@ -201,6 +195,6 @@ def build_network(kind: str, weights: Path | None = None, device: torch.device |
     except UnavailableError:
         raise
     except Exception as error:  # half a dozen libraries read these files, each with errors of its own
-        reason = " ".join(str(error).split())[:160]
+        reason = in_one_line(error)
         raise UnavailableError(f"{kind}: {found.path} cannot be loaded ({type(error).__name__}: {reason}); copy it again") from error
     return Network(network.kind, network.features, {**network.facts, "weights": found.facts, "batch": BATCH})

@@ -9,15 +9,11 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import atomic_path
 
 _ROWS = 2048
 
@@ -78,36 +74,6 @@ class Moments:
         """The symmetric square root of the covariance, (d, d)."""
         values, vectors = np.linalg.eigh(self.covariance)
         return (vectors * np.sqrt(values.clip(0))) @ vectors.T
-
-    def save(self, path: Path) -> None:
-        """Writes safetensors: the covariance is symmetric, so its upper triangle alone (6.6 MB for d = 1280)."""
-        upper = self.covariance[np.triu_indices(len(self.mean))]
-        with atomic_path(path) as temporary:
-            save_file({"mean": self.mean, "upper": upper, "n": np.array([self.n])}, temporary)
-
-    @classmethod
-    def load(cls, path: Path) -> Moments:
-        """Reads what `save` wrote. Raises UserError when the file is missing or holds something else."""
-        tensors = _load_tensors(path, ("mean", "upper", "n"))
-        d = len(tensors["mean"])
-        if len(tensors["upper"]) != d * (d + 1) // 2:
-            raise UserError(
-                f"{path}: {len(tensors['upper'])} covariances for {d} means, expected {d * (d + 1) // 2}; compute the file again"
-            )
-        covariance = np.zeros((d, d))
-        covariance[np.triu_indices(d)] = tensors["upper"]
-        covariance += np.triu(covariance, 1).T
-        return cls(int(tensors["n"][0]), tensors["mean"], covariance)
-
-
-def _load_tensors(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    try:
-        tensors = load_file(path)
-    except Exception as error:  # safetensors raises its own class, and OSError
-        raise UserError(f"{path}: cannot be read as safetensors ({type(error).__name__}); compute the file again") from None
-    if missing := sorted(set(names) - set(tensors)):
-        raise UserError(f"{path}: has no {missing[0]!r}, expected {', '.join(names)}; compute the file again")
-    return tensors
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
@@ -424,11 +390,6 @@ class Probe:
         x = _standardise(_as_matrix(features, "features"), self.mean, self.scale).numpy()
         return {head: [self.labels[head][c] for c in (x @ w).argmax(1)] for head, w in self.weight.items()}
 
-    def accuracy(self, features: np.ndarray, labels: Mapping[str, Sequence[str]]) -> dict[str, float]:
-        """Share of pictures whose predicted label is the right one, by head."""
-        predicted = self.predict(features)
-        return {head: float(np.mean([p == v for p, v in zip(predicted[head], values, strict=True)])) for head, values in labels.items()}
-
     def agreement(self, features: np.ndarray, targets: Sequence[Targets]) -> np.ndarray:
         """Whether each picture shows what its prompt asks for: (N, d) features, N targets -> (N,) bool.
         True when the prediction of every head that the target names is among its allowed labels."""
@@ -436,24 +397,6 @@ class Probe:
             raise UserError(f"{len(targets)} prompts for {len(features)} pictures, expected one each")
         predicted = self.predict(features)
         return np.array([all(predicted[head][i] in allowed for head, allowed in target.items()) for i, target in enumerate(targets)], bool)
-
-    def save(self, path: Path) -> None:
-        """Writes safetensors; the labels are in its metadata."""
-        tensors = {"mean": self.mean, "scale": self.scale} | {f"weight.{head}": w for head, w in self.weight.items()}
-        metadata = {head: "\n".join(values) for head, values in self.labels.items()}
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
-
-    @classmethod
-    def load(cls, path: Path) -> Probe:
-        """Reads what `save` wrote. Raises UserError when the file is missing or holds something else."""
-        tensors = _load_tensors(path, ("mean", "scale"))
-        with safe_open(path, "np") as file:
-            labels = {head: text.split("\n") for head, text in (file.metadata() or {}).items()}
-        weight = {name.removeprefix("weight."): w for name, w in tensors.items() if name.startswith("weight.")}
-        if {head: len(values) for head, values in labels.items()} != {head: w.shape[1] for head, w in weight.items()}:
-            raise UserError(f"{path}: labels and weights do not belong together; fit the probe again")
-        return cls(tensors["mean"], tensors["scale"], labels, weight)
 
 
 def _standardise(features: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> torch.Tensor:

@@ -19,14 +19,14 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
-from diffusion2gan.errors import UserError
+from diffusion2gan.errors import UserError, in_one_line
 from diffusion2gan.evaluation.datasets import PictureFolder
 from diffusion2gan.files import hub_file
 from diffusion2gan.images import Quantiser, to_uint8
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.pipeline import STUDENT_FILE, OneStepPipeline, teacher_pictures
 from diffusion2gan.precision import no_tf32
-from diffusion2gan.teachers.folders import family_of, weights_digest
+from diffusion2gan.teachers.folders import decoded_at_once, family_of, weights_digest
 from diffusion2gan.teachers.load import LoadedTeacher, load_teacher
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.protocol import TeacherConfig
@@ -223,9 +223,7 @@ def _decode(pipeline: Any, latents: Tensor) -> Tensor:
         latents = latents * spread / config.scaling_factor + mean
     else:
         latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-    # A decoder's activations are far larger than its input: as many at once as make four of 512 x 512.
-    at_once = max(1, 4 * 64 * 64 // (latents.shape[2] * latents.shape[3]))
-    return torch.cat([vae.decode(part).sample for part in latents.split(at_once)])
+    return torch.cat([vae.decode(part).sample for part in latents.split(decoded_at_once(*latents.shape[2:]))])
 
 
 def _step_noise(seed: int) -> torch.Generator:
@@ -274,7 +272,7 @@ def pipeline_model(
         if prepare:
             prepare(pipeline)
     except (OSError, ValueError, ImportError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = in_one_line(error)
         raise UserError(
             f"{source}: cannot be loaded as a diffusers pipeline ({reason}); name a folder, a hub id or one of {', '.join(PRESETS)}"
         ) from None

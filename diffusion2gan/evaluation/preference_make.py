@@ -32,7 +32,7 @@ from diffusion2gan.evaluation.preference import (
     Trial,
     random_stream,
 )
-from diffusion2gan.files import atomic_folder
+from diffusion2gan.files import atomic_folder, sha256_of
 
 # With fewer, one who only clicks would pass the 80 % by chance too often (4 of 5: 19 %; 8 of 9: 2 %).
 LEAST_CHECKS = 5
@@ -125,7 +125,7 @@ def _sources(folders: Mapping[str, PictureFolder], count: int) -> dict[str, tupl
                 raise UserError(
                     f"{path}: {width} x {height}, but {first[0]} is {first[1]} x {first[2]}, expected one shape for all; crop the pictures"
                 )
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest = sha256_of(path)
             rows.append(Source(file=path.relative_to(folder.folder).as_posix(), sha256=digest, size=(width, height)))
         sources[name] = tuple(rows)
     for a, b in itertools.combinations(sources, 2):
@@ -173,7 +173,7 @@ class _Stimuli:
             picture.save(scratch, "PNG")
         else:
             picture.save(scratch, "JPEG", quality=self._config.jpeg_quality, subsampling=0)
-        digest = hashlib.sha256(scratch.read_bytes()).hexdigest()
+        digest = sha256_of(scratch)
         scratch.rename(picture_file(self._folder, digest, self._config))
         return digest
 

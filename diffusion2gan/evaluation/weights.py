@@ -6,20 +6,33 @@ They are other people's, under their own licences, and none ships with this pack
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusion2gan.errors import UserError
-from diffusion2gan.files import cache_dir, hub_file
+from diffusion2gan.errors import UserError, in_one_line
+from diffusion2gan.files import cache_dir, hub_file, sha256_of
 
 
 class UnavailableError(UserError):
     """A metric that cannot run here, for want of weights or of a library; the others can."""
+
+
+def optional_module(name: str, extra: str) -> Any:
+    """A module of a package that comes with one of our extras. Raises UnavailableError, which names the extra."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise UnavailableError(
+            f'{package} cannot be imported ({error}), expected for this metric; run `pip install "diffusion2gan[{extra}]"`'
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -136,8 +149,7 @@ def _sha256(path: Path) -> str:
     state = path.stat()
     key = (str(path.resolve()), state.st_size, state.st_mtime_ns)
     if key not in _digests:
-        with open(path, "rb") as file:
-            _digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        _digests[key] = sha256_of(path)
     return _digests[key]
 
 
@@ -146,6 +158,6 @@ def safe_state(path: Path) -> dict[str, Tensor]:
     try:
         state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen classes here
-        reason = " ".join(str(error).split())[:80]
+        reason = in_one_line(error)
         raise UserError(f"{path}: cannot be read as weights ({reason}), expected a state dict; copy the file again") from None
     return state

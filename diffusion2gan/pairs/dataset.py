@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.files import sha256_of, write_bytes_atomic
 from diffusion2gan.pairs.seeds import NOISE_RECIPE, draw_noise, noise_fingerprint
 
 FORMAT = "diffusion2gan-pairs-1"
@@ -125,7 +125,7 @@ def existing_shards(folder: Path, total: int) -> dict[int, Path]:
 
 def verify_shard(path: Path) -> str:
     """The sha256 of a shard. Raises UserError when it is not the one its name carries."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256_of(path)
     expected = path.stem.rsplit("-", 1)[1]
     if digest != expected:
         raise UserError(

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import field_validator, model_validator
 
 from diffusion2gan.config import Section
-from diffusion2gan.errors import UserError
+from diffusion2gan.errors import UserError, in_one_line
 
 MAX_CHARACTERS = 2000
 # Of one caption or JSON member of a WebDataset shard, in bytes.
@@ -307,7 +307,7 @@ def _parquet(path: Path, config: PromptsConfig, conditions: list[Condition]) -> 
                 yield number, _decoded(text or b"", config, f"{path}, line {number}")
             first += len(batch)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({' '.join(str(error).split())[:120]}); is it whole?") from None
+        raise UserError(f"{path}: cannot be read as Parquet ({in_one_line(error)}); is it whole?") from None
 
 
 def _chosen(batch: Any, column: str, conditions: list[Condition], path: Path, first: int) -> Iterator[tuple[int, bytes | None]]:
@@ -399,7 +399,7 @@ def _web_dataset(path: Path, config: PromptsConfig, conditions: list[Condition])
             if len(end) < tarfile.BLOCKSIZE or any(end):
                 raise tarfile.ReadError("its end is missing")
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{path}: not a whole .tar ({' '.join(str(error).split())[:120]}); fetch the shard again") from None
+        raise UserError(f"{path}: not a whole .tar ({in_one_line(error)}); fetch the shard again") from None
     if key is not None:
         yield from finished()
 

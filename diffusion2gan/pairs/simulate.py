@@ -13,7 +13,7 @@ import platform
 import random
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from diffusion2gan.config import Section, store_difference
 from diffusion2gan.device import warn_of_slow_bf16
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import disk_errors, sweep_temporaries, write_bytes_atomic
+from diffusion2gan.files import disk_errors, json_object, sweep_temporaries, write_bytes_atomic
 from diffusion2gan.pairs.dataset import (
     FORMAT,
     LATENT_DTYPE,
@@ -95,7 +95,8 @@ def store_settings(teacher: Teacher, config: PairsConfig, prompts_sha256: str) -
 
 
 def agree_on_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes a store's folder and `settings.json`, or raises UserError naming the first setting in which they differ."""
+    """Makes a store's folder and `settings.json`, or raises UserError naming the first setting in which they differ. A store that has no
+    shard yet takes the new settings: what stopped it may have been the old ones."""
     path = folder / "settings.json"
     if not path.exists():
         with disk_errors(folder):
@@ -104,11 +105,14 @@ def agree_on_settings(folder: Path, settings: dict[str, Any]) -> None:
         if others and not path.exists():
             raise UserError(f"{folder}: not empty and no pair store (it holds {others[0]}); choose a new folder")
         write_bytes_atomic(path, canonical_json(settings))
-    try:
-        theirs = json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path}: not valid JSON; restore it, or choose a new folder") from None
-    for key, ours, other in store_difference(settings, theirs):
+    if settings != json_object(path) and not any(folder.glob("shard-*")):
+        write_bytes_atomic(path, canonical_json(settings))
+    check_settings(folder, settings)
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Raises UserError naming the first setting in which a store's `settings.json` differs."""
+    for key, ours, other in store_difference(settings, json_object(folder / "settings.json")):
         raise UserError(
             f"{folder}: a store of other settings: {key} is {other!r} there and {ours!r} in the recipe; choose a new folder, or mend the recipe"
         )
@@ -117,10 +121,9 @@ def agree_on_settings(folder: Path, settings: dict[str, Any]) -> None:
 def _count_of_smaller(smaller: Path, settings: dict[str, Any], prompts: list[str]) -> int:
     """How many pairs the store `smaller` has or will have. Raises UserError unless one of `settings` begins with them."""
     path = smaller / "settings.json"
-    try:
-        theirs = json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{path}: cannot be read, expected a pair store; name the folder of one") from None
+    if not path.exists():
+        raise UserError(f"{path}: no such file, expected a pair store; name the folder of one")
+    theirs = json_object(path)
     grown = {"count": settings["count"], "prompts_sha256": settings["prompts_sha256"]}
     for key, ours, other in store_difference(settings, theirs | grown):
         raise UserError(
@@ -185,16 +188,17 @@ def simulate(
     with tqdm(
         total=config.count, initial=pairs_present(), unit="pair", desc="simulate", disable=not progress or worker.rank != 0, mininterval=1
     ) as bar:
-        # Jobs that know nothing of each other have the same rank: each begins its share elsewhere.
-        first = random.SystemRandom().randrange(total)
-        while (index := _next_shard(set(present), total, worker, first)) is not None:
+        order = _Order(total, worker, random.SystemRandom())
+        while (index := order.next(present)) is not None:
             started = time.time()
             rows = shard_rows(index, config.count, config.shard_size)
-            own = index % worker.world == worker.rank
-            data = _make_shard(solver, config, rows, prompts, bar.update, None if own else partial(_has_shard, folder, index, total))
+            data = _make_shard(solver, config, rows, prompts, bar.update, partial(_has_shard, folder, index, total))
             if data is not None:
+                # A job of other settings may have found the store empty.
+                check_settings(folder, settings)
                 if not _has_shard(folder, index, total):
                     write_bytes_atomic(folder / shard_name(index, total, hashlib.sha256(data).hexdigest()), data)
+                    order.made(index)
                 _log(folder, {"shard": index, "pairs": len(rows), "seconds": round(time.time() - started, 3), "rank": worker.rank})
             present = existing_shards(folder, total)
             # What others made meanwhile; and nothing of a shard that was given up.
@@ -207,15 +211,42 @@ def _has_shard(folder: Path, index: int, total: int) -> bool:
     return index in existing_shards(folder, total)
 
 
-def _next_shard(present: set[int], total: int, worker: Worker, first: int = 0) -> int | None:
-    """The next missing shard of the worker's own share from `first` on, round about, else one of the others' from the far end, else
-    None."""
-    missing = [i for i in range(total) if i not in present]
-    own = [i for i in missing if i % worker.world == worker.rank]
-    if own:
-        return next((i for i in own if i >= first), own[0])
-    # From the far end: an idle worker then meets a slow one only at its very last shard.
-    return missing[-1 - worker.rank % len(missing)] if missing else None
+class _Order:
+    """Which missing shard a process makes next: those of its own share, round about from one drawn at random, then the others', from the
+    far end, where an idle worker meets a slow one only at its very last shard.
+
+    Jobs that know nothing of each other have the same rank, so the same share. As soon as shards of it appear that this process did not
+    make, it draws each next one at random: in step with another it would make every one of them twice.
+    """
+
+    def __init__(self, total: int, worker: Worker, generator: random.Random):
+        self._total, self._worker, self._random = total, worker, generator
+        self._first = generator.randrange(total)
+        self._made: set[int] = set()
+        self._alone = True
+        self._found: set[int] | None = None
+
+    def next(self, present: Collection[int]) -> int | None:
+        """The shard to make, given those that are there; None when all are."""
+        missing = [i for i in range(self._total) if i not in present]
+        own = [i for i in missing if i % self._worker.world == self._worker.rank]
+        done = set(range(self._worker.rank, self._total, self._worker.world)) - set(own)
+        if self._found is None:
+            self._found = done
+        if done - self._found - self._made:
+            self._alone = False
+        return self._choose(own, missing) if missing else None
+
+    def made(self, index: int) -> None:
+        """Notes a shard as this process' own work."""
+        self._made.add(index)
+
+    def _choose(self, own: list[int], missing: list[int]) -> int:
+        if not self._alone:
+            return self._random.choice(own or missing)
+        if own:
+            return next((i for i in own if i >= self._first), own[0])
+        return missing[-1 - self._worker.rank % len(missing)]
 
 
 def _make_shard(
@@ -224,14 +255,14 @@ def _make_shard(
     rows: range,
     prompts: list[str],
     made: Callable[[int], Any],
-    superfluous: Callable[[], bool] | None,
+    superfluous: Callable[[], bool],
 ) -> bytes | None:
-    """The bytes of a shard; None when it turned out superfluous on the way. `made` is told the size of every batch."""
+    """The bytes of a shard; None when it turned out superfluous on the way: another process has made it. `made` is told the size of every batch."""
     stored = None if config.noise_storage == "none" else np.dtype(config.noise_storage)
     seeds = [pair_seed(config.seed, i) for i in rows]
     latents, noises = [], []
     for start in range(0, len(rows), config.batch_size):
-        if superfluous is not None and superfluous():
+        if superfluous():
             return None
         part = rows[start : start + config.batch_size]
         noise = draw_noise(seeds[start : start + config.batch_size], solver.teacher.latent_shape)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from diffusion2gan.embedded.weights import embedded_folder
-from diffusion2gan.errors import UserError
+from diffusion2gan.errors import UserError, in_one_line
 from diffusion2gan.files import write_json
 from diffusion2gan.fit import FitConfig
 from diffusion2gan.images import open_rgb, to_tensor
@@ -68,7 +68,7 @@ def open_autoencoder(source: str, device: torch.device, dtype: torch.dtype = tor
             vae = AutoencoderKL.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **options)
             break
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            reasons.append(" ".join(str(error).split())[:120])
+            reasons.append(in_one_line(error))
     else:
         # Of a folder that is one itself, that there is none below it says nothing.
         reason = reasons[0 if (Path(source) / "config.json").is_file() else -1]

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion2gan.errors import UserError
+from diffusion2gan.errors import UserError, in_one_line
 from diffusion2gan.files import atomic_path, disk_errors, sweep_temporaries, write_json
 from diffusion2gan.images import open_rgb, to_tensor
 
@@ -95,7 +95,7 @@ class HubImages:
             self.classes = list(self.rows.features["label"].names)
             self._labels = np.asarray(self.rows.with_format("numpy")["label"][:], np.int64)
         except (OSError, ValueError, KeyError, AttributeError, ConnectionError) as error:
-            reason = " ".join(str(error).split())[:120]
+            reason = in_one_line(error)
             raise UserError(
                 f"{name}: split {splits[0]} cannot be loaded as images with labels ({reason}); name a folder or another data set"
             ) from None

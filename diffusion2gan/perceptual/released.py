@@ -5,7 +5,6 @@ Those checkpoints are pickles of tensors (read with `weights_only=True`) under C
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 from dataclasses import dataclass, field
@@ -14,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusion2gan.errors import UserError
-from diffusion2gan.files import hub_file
+from diffusion2gan.errors import UserError, in_one_line
+from diffusion2gan.files import hub_file, sha256_of
 from diffusion2gan.perceptual.checkpoint import CONFIG, WEIGHTS
 from diffusion2gan.perceptual.latent_lpips import LatentSpace, Origin
 
@@ -53,7 +52,7 @@ def resolve(source: str | Path) -> Resolved:
     if str(source) in SPACES:
         name = f"elatentlpips_ckpt/{_FILE.format(source)}"
         downloaded = _from_hub(REPOSITORY, name)
-        origin = Origin(f"{REPOSITORY}/{name}", _sha256(downloaded))
+        origin = Origin(f"{REPOSITORY}/{name}", sha256_of(downloaded))
         return Resolved(state=read_released(downloaded), space=SPACES[str(source)], origin=origin)
     if path.is_dir():
         return Resolved(folder=path)
@@ -62,7 +61,7 @@ def resolve(source: str | Path) -> Resolved:
             raise UserError(f"{path}: is one file of a folder, expected the folder that also holds {CONFIG}; name {path.parent}")
         encoder = next((n for n in SPACES if path.name == _FILE.format(n)), None)
         state = read_released(path)
-        return Resolved(state=state, space=SPACES[encoder] if encoder else None, origin=Origin(path.name, _sha256(path)))
+        return Resolved(state=state, space=SPACES[encoder] if encoder else None, origin=Origin(path.name, sha256_of(path)))
     if isinstance(source, str) and _HUB_ID.fullmatch(source) and not path.parent.is_dir():
         return Resolved(folder=[_from_hub(source, name) for name in (WEIGHTS, CONFIG)][-1].parent)
     names = ", ".join(SPACES)
@@ -77,15 +76,10 @@ def _from_hub(repository: str, name: str) -> Path:
     # The hub's cache names a large file by its sha256; a file that was changed there since is not what was downloaded.
     blob = path.resolve()
     if re.fullmatch("[0-9a-f]{64}", blob.name):
-        found = _sha256(blob)
+        found = sha256_of(blob)
         if found != blob.name:
             raise UserError(f"{blob}: its sha256 is {found[:16]}..., expected {blob.name[:16]}...; delete that file and load again")
     return path
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_released(path: Path) -> dict[str, Tensor]:
@@ -101,7 +95,7 @@ def read_released(path: Path) -> dict[str, Tensor]:
             f"{path}: holds objects other than tensors, expected a state dict; do not load it: such a file can run code"
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = in_one_line(error)
         raise UserError(f"{path}: cannot be read ({reason}), expected a released checkpoint; download it again") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path}: expected a state dict of tensors; give the file named {_FILE.format('ENCODER')}")

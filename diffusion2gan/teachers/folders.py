@@ -25,7 +25,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from diffusion2gan.errors import UserError
+from diffusion2gan.errors import UserError, in_one_line
+from diffusion2gan.files import sha256_of
 from diffusion2gan.teachers.protocol import Precision, PredictionType, TeacherConfig, TextCondition
 from diffusion2gan.teachers.published import REVISIONS, revision_of
 
@@ -73,8 +74,7 @@ def _files_digest(folder: Path, variant: str | None) -> str:
         files = sorted((folder / part).glob("*.safetensors"))
         of_variant = [p for p in files if (f".{variant}" in p.name if variant else p.name.count(".") == 1)]
         for path in of_variant or files:
-            with open(path, "rb") as file:
-                digest.update(f"{part}/{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            digest.update(f"{part}/{path.name} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -133,7 +133,7 @@ def stored_scheduler(folder: Path) -> Any:
         config = DDIMScheduler.load_config(str(folder), subfolder="scheduler")
         return getattr(diffusers, config["_class_name"]).from_config(config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = in_one_line(error)
         raise UserError(f"{folder}: has no scheduler of diffusers ({reason}); restore the folder") from None
 
 
@@ -155,6 +155,11 @@ def no_progress_bars() -> Iterator[None]:
         for logger, was_active in zip(loggers, active, strict=True):
             if was_active:
                 logger.enable_progress_bar()
+
+
+def decoded_at_once(height: int, width: int) -> int:
+    """At most as many latents of that size as make four pictures of 512 x 512: a decoder's activations are far larger than its input."""
+    return max(1, 4 * 64 * 64 // (height * width))
 
 
 def latent_size(resolution: int, unet: Mapping[str, Any], vae: Mapping[str, Any] | None) -> int:
@@ -223,12 +228,12 @@ def _stored_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dty
             pipeline = PIPELINES[config.family].from_pretrained(local, variant=config.variant, dtype=dtype, use_safetensors=True, **options)
             return pipeline, local
     except HTTPError as error:
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        reason = in_one_line(error)
         raise UserError(
             f"teacher.source: {folder} could not be asked for on the hub ({reason}); set HF_HUB_OFFLINE=1 if it is in the cache, or name a folder"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:150]
+        reason = in_one_line(error)
         pinned = config.revision is None and not Path(folder).is_dir() and str(folder) in REVISIONS
         other = f", or teacher.revision=main for another commit than {REVISIONS[str(folder)][:12]}" if pinned else ""
         raise UserError(

@@ -11,13 +11,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.teachers.folders import DiffusersTeacher, check_parts, token_ids, tokenizer_digest
+from diffusion2gan.teachers.folders import DiffusersTeacher, check_parts, decoded_at_once, token_ids, tokenizer_digest
 from diffusion2gan.teachers.protocol import TextCondition
-
-
-def decoded_at_once(height: int, width: int) -> int:
-    """At most as many latents of that size as make four pictures of 512 x 512: a decoder's activations are far larger than its input."""
-    return max(1, 4 * 64 * 64 // (height * width))
 
 
 class StableDiffusionTeacher(DiffusersTeacher):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,8 @@ from diffusion2gan.config import Section
 from diffusion2gan.embedded.weights import embedded_folder
 from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual import Augmentation, DecodedLPIPS, ELatentLPIPS, LatentLPIPS
+from diffusion2gan.perceptual.checkpoint import read_config
+from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.teachers.protocol import Teacher
 
 DistanceName = Literal["mse", "l1", "pseudo_huber", "lpips", "latent_lpips", "e_latent_lpips"]
@@ -51,14 +54,38 @@ class Distance(nn.Module):
         return self._function(x0, x1, uniform)
 
 
-def _perceptual(config: LossConfig, embedded_name: str, channels: int) -> LatentLPIPS:
-    source = config.perceptual
-    metric = LatentLPIPS.from_pretrained(embedded_folder(embedded_name) if source == "embedded" else source, l1_weight=config.l1_weight)
-    expected = metric.net.config.in_channels
-    if expected != channels:
-        raise UserError(f"loss.perceptual: {source} reads {expected} channels, expected {channels}; name a network of this latent space")
+def _source(config: LossConfig) -> str | Path:
+    if config.perceptual != "embedded":
+        return config.perceptual
+    return embedded_folder("pixel_vgg" if config.distance == "lpips" else "latent_vgg")
+
+
+def _check_channels(config: LossConfig, found: int, latent_channels: int) -> None:
+    expected = 3 if config.distance == "lpips" else latent_channels
+    if found != expected:
+        raise UserError(
+            f"loss.perceptual: {config.perceptual} reads {found} channels, expected {expected}; name a network of this latent space"
+        )
+
+
+def _perceptual(config: LossConfig, latent_channels: int) -> LatentLPIPS:
+    metric = LatentLPIPS.from_pretrained(_source(config), l1_weight=config.l1_weight)
+    _check_channels(config, metric.net.config.in_channels, latent_channels)
     metric.check_values = False
     return metric
+
+
+def perceptual_network(config: LossConfig, latent_channels: int) -> LatentVGGConfig | None:
+    """The network of `config`'s distance, its weights not read; of one that is not in a folder here, as the released ones are. None: the
+    distance has none. Raises UserError for a folder that holds none, or one of another latent space."""
+    if config.distance in ("mse", "l1", "pseudo_huber"):
+        return None
+    folder = Path(_source(config))
+    if not folder.is_dir():
+        return LatentVGGConfig.pixels() if config.distance == "lpips" else LatentVGGConfig(in_channels=latent_channels)
+    found = LatentVGGConfig.from_dict(read_config(folder, "LatentLPIPS").get("net"), folder)
+    _check_channels(config, found.in_channels, latent_channels)
+    return found
 
 
 def build_distance(config: LossConfig, teacher: Teacher, device: torch.device | str = "cpu") -> Distance:
@@ -73,9 +100,9 @@ def build_distance(config: LossConfig, teacher: Teacher, device: torch.device | 
     if name == "lpips":
         # A pixel's part of the gradient is below float16's smallest number.
         teacher.decoder_in_float32()
-        pixel = DecodedLPIPS(teacher.decode, _perceptual(config, "pixel_vgg", 3).to(device))
+        pixel = DecodedLPIPS(teacher.decode, _perceptual(config, teacher.latent_shape[0]).to(device))
         return Distance(lambda a, b, _: pixel(a, b), network=pixel)
-    metric = _perceptual(config, "latent_vgg", teacher.latent_shape[0]).to(device)
+    metric = _perceptual(config, teacher.latent_shape[0]).to(device)
     if name == "latent_lpips":
         return Distance(lambda a, b, _: metric(a, b), network=metric)
     ensembled = ELatentLPIPS(metric, config.augment)

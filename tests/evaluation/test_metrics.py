@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,18 +50,13 @@ def test_frechet_distance_equals_the_matrix_square_root() -> None:
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
 
-def test_moments_are_numpys_and_merge_as_one_pass(tmp_path: Path) -> None:
+def test_moments_are_numpys_and_merge_as_one_pass() -> None:
     x = normal(5000, 7) * 3 + 2
     whole, merged = Moments.of(x), Moments.of(x[:17]).merge(Moments.of(x[17:2200])).merge(Moments.of(x[2200:]))
     np.testing.assert_allclose(whole.covariance, np.cov(x.T), rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(merged.covariance, whole.covariance, rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-13)
     assert merged.n == whole.n == 5000
-    whole.save(tmp_path / "m.safetensors")
-    loaded = Moments.load(tmp_path / "m.safetensors")
-    assert loaded.n == 5000
-    assert np.array_equal(loaded.covariance, whole.covariance)
-    assert np.array_equal(loaded.mean, whole.mean)
 
 
 def test_frechet_distance_of_few_is_the_same_distance() -> None:
@@ -81,15 +75,13 @@ def test_frechet_distance_of_few_is_the_same_distance() -> None:
         frechet_distance_of_few(a[:1], b)
 
 
-def test_frechet_distance_refuses_one_sample_and_warns_when_rank_deficient(tmp_path: Path) -> None:
+def test_frechet_distance_refuses_one_sample_and_warns_when_rank_deficient() -> None:
     with pytest.raises(UserError, match="at least 2"):
         Moments.of(normal(1, 4))
     with pytest.raises(UserError, match="NaN"):
         Moments.of(np.full((3, 2), np.nan))
     with pytest.raises(UserError, match="one scoring network"):
         frechet_distance(Moments.of(normal(9, 4)), Moments.of(normal(9, 5)))
-    with pytest.raises(UserError, match="safetensors"):
-        Moments.load(tmp_path / "none")
     a = Moments.of(normal(4, 8))
     with pytest.warns(UserWarning, match="biased"):
         frechet_distance(a, a)
@@ -215,15 +207,14 @@ def separable(seed: int = 0) -> tuple[np.ndarray, dict[str, list[str]]]:
     return x.astype(np.float32), {"kind": [f"k{v}" for v in kind], "style": [f"s{v}" for v in style]}
 
 
-def test_probe_learns_separable_labels_and_comes_back_from_disk(tmp_path: Path) -> None:
+def test_probe_learns_separable_labels() -> None:
     x, labels = separable()
     probe = Probe.fit(x, labels)
     fresh, fresh_labels = separable(10)
-    assert min(probe.accuracy(fresh, fresh_labels).values()) > 0.99
+    predicted = probe.predict(fresh)
+    assert min(np.mean(np.array(predicted[head]) == np.array(fresh_labels[head])) for head in labels) > 0.99
     again = Probe.fit(x, labels)
     assert all(np.array_equal(probe.weight[h], again.weight[h]) for h in labels)
-    probe.save(tmp_path / "probe.safetensors")
-    assert Probe.load(tmp_path / "probe.safetensors").predict(fresh) == probe.predict(fresh)
     with pytest.raises(UserError, match="one each"):
         Probe.fit(x, {"kind": labels["kind"][:-1]})
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +16,11 @@ from tqdm import tqdm
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.pairs import dataset, maintain
+from diffusion2gan.pairs import simulate as simulate_module
 from diffusion2gan.pairs.dataset import PairDataset, encode_shard, shard_name
 from diffusion2gan.pairs.prompts import PromptsConfig, read_prompts
 from diffusion2gan.pairs.seeds import draw_noise, pair_seed
-from diffusion2gan.pairs.simulate import PairsConfig, _next_shard, simulate
+from diffusion2gan.pairs.simulate import PairsConfig, _Order, agree_on_settings, simulate, store_settings
 from diffusion2gan.recipe import Recipe, check_pairs
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
@@ -162,18 +164,64 @@ def test_a_store_grows_into_the_larger_one_byte_for_byte(tiny_teacher: StableDif
 
 def test_shards_go_round_and_idle_workers_help() -> None:
     """Each worker makes its own share first, then the others' from the far end; nothing is left when some are gone."""
-    assert [_next_shard(set(), 7, Worker(r, 3)) for r in range(3)] == [0, 1, 2]
-    assert _next_shard({1, 4}, 7, Worker(1, 3)) in (5, 6)
-    assert _next_shard(set(range(7)), 7, Worker(0, 3)) is None
-    # Of two jobs that know nothing of each other, each begins elsewhere in the same share.
-    assert [_next_shard({3}, 9, Worker(0, 3), first) for first in (0, 1, 4, 7)] == [0, 6, 6, 0]
+    assert [_Order(7, Worker(r, 3), Random(0)).next(()) % 3 for r in range(3)] == [0, 1, 2]
+    assert _Order(7, Worker(1, 3), Random(0)).next({1, 4}) in (5, 6)
+    assert _Order(7, Worker(0, 3), Random(0)).next(set(range(7))) is None
     for world in (1, 2, 5):
-        present: set[int] = set()
-        for _ in range(7):
-            index = _next_shard(present, 7, Worker(world - 1, world))
-            assert index is not None
+        worker = Worker(world - 1, world)
+        order, made = _Order(7, worker, Random(1)), list[int]()
+        while (index := order.next(made)) is not None:
+            made.append(index)
+            order.made(index)
+        assert sorted(made) == list(range(7))
+        own = len(range(worker.rank, 7, world))
+        assert {i % world for i in made[:own]} == {worker.rank}
+
+
+@pytest.mark.parametrize("jobs", [2, 8, 16])
+def test_jobs_that_know_nothing_of_each_other_share_the_work(jobs: int) -> None:
+    """The same command started several times, each as if it were the only one, at much the same speed."""
+    random, total = Random(jobs), 1000
+    orders = [_Order(total, Worker(), random) for _ in range(jobs)]
+    present, begun, busy = set[int](), 0, [(random.random(), job, order.next(())) for job, order in enumerate(orders)]
+    while busy:
+        time, job, index = min(busy)
+        busy.remove((time, job, index))
+        begun += 1
+        if index not in present:
             present.add(index)
-        assert present == set(range(7))
+            orders[job].made(index)
+        following = orders[job].next(present)
+        if following is not None:
+            busy.append((time + random.uniform(0.95, 1.05), job, following))
+    assert len(present) == total
+    # Few of them twice, most near the end; one process alone makes each once.
+    assert begun < 1.1 * total
+
+
+def test_a_store_without_a_shard_takes_the_mended_settings(
+    tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path
+) -> None:
+    """As after a first batch for which the memory was too small."""
+    agree_on_settings(tmp_path / "pairs", store_settings(tiny_teacher, _config(prompts_file), "0" * 64))
+    simulate(tiny_teacher, _config(prompts_file, batch_size=8), tmp_path / "pairs", progress=False)
+    assert PairDataset(tmp_path / "pairs").manifest["batch_size"] == 8
+
+
+def test_settings_that_change_under_a_running_worker(
+    tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another command of other settings found the store still empty."""
+    made = simulate_module._make_shard
+
+    def slow(*args: Any) -> bytes | None:
+        agree_on_settings(tmp_path / "pairs", store_settings(tiny_teacher, _config(prompts_file, batch_size=8), "0" * 64))
+        return made(*args)
+
+    monkeypatch.setattr(simulate_module, "_make_shard", slow)
+    with pytest.raises(UserError, match="a store of other settings: batch_size is 8 there"):
+        simulate(tiny_teacher, _config(prompts_file), tmp_path / "pairs", progress=False)
+    assert not list((tmp_path / "pairs").glob("shard-*"))
 
 
 def test_another_worker_finishes_what_one_left(

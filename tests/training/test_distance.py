@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusion2gan.embedded.weights import embedded_folder
 from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual import LatentLPIPS, LatentVGG, released
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
-from diffusion2gan.training.distance import LossConfig, build_distance
+from diffusion2gan.training.distance import LossConfig, build_distance, perceptual_network
 
 
 @pytest.mark.parametrize("named_by", ["folder", "hub"])
@@ -32,3 +33,15 @@ def test_a_metric_of_another_latent_space(tiny_teacher: StableDiffusionTeacher, 
     LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=16, width=0.125)), calibrated=True).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="reads 16 channels, expected 4"):
         build_distance(LossConfig(perceptual=str(tmp_path)), tiny_teacher)
+    with pytest.raises(UserError, match="reads 16 channels, expected 4"):
+        perceptual_network(LossConfig(perceptual=str(tmp_path)), 4)
+
+
+def test_the_network_before_its_weights_are_read(tmp_path: Path) -> None:
+    own = LatentVGGConfig(width=0.125, kept_poolings=(3, 4), norm="group")
+    LatentLPIPS(LatentVGG(own), calibrated=True).save_pretrained(tmp_path)
+    assert perceptual_network(LossConfig(perceptual=str(tmp_path)), 4) == own
+    assert perceptual_network(LossConfig(perceptual="sdxl"), 4) == LatentVGGConfig()
+    assert perceptual_network(LossConfig(distance="lpips", perceptual="someone/lpips"), 4) == LatentVGGConfig.pixels()
+    assert perceptual_network(LossConfig(distance="l1"), 4) is None
+    assert perceptual_network(LossConfig(), 4) == LatentLPIPS.from_pretrained(embedded_folder("latent_vgg")).net.config
