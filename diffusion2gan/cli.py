@@ -39,11 +39,12 @@ def _pairs_check(a: argparse.Namespace) -> None:
 
 
 def _pairs_show(a: argparse.Namespace) -> None:
+    from diffusion2gan.device import default_device
     from diffusion2gan.pairs.maintain import show
     from diffusion2gan.recipe import load_recipe
     from diffusion2gan.teachers.load import load_teacher
 
-    show(a.store, load_teacher(load_recipe(a.recipe, a.set).teacher), a.output, a.count)
+    show(a.store, load_teacher(load_recipe(a.recipe, a.set).teacher, default_device()), a.output, a.count)
     print(f"wrote {a.output}")
 
 
@@ -107,9 +108,13 @@ def _student(path: str, dtype: str):  # type: ignore[no-untyped-def]
 
 
 def _generate(a: argparse.Namespace) -> None:
+    from PIL import Image
+
     from diffusion2gan.files import write_bytes_atomic
     from diffusion2gan.images import grid, png_bytes
 
+    if a.output.suffix.lower() != ".png":
+        raise UserError(f"-o {a.output}: pictures are written as PNG, expected a name that ends in .png")
     student = _student(a.student, a.dtype)
     prompts = [p for p in a.prompt for _ in range(a.count)]
     seeds = [a.seed + i for _ in a.prompt for i in range(a.count)]
@@ -117,7 +122,9 @@ def _generate(a: argparse.Namespace) -> None:
     images = student.generate(prompts, seeds)
     seconds = time.perf_counter() - started
     columns = a.count if len(a.prompt) > 1 else min(a.count, 8)
-    write_bytes_atomic(a.output, png_bytes(grid(images, columns, scale=max(1, 128 // images.shape[1]))))
+    # One picture is written as it is drawn; several as a sheet on which small ones can be seen.
+    picture = Image.fromarray(images[0]) if len(images) == 1 else grid(images, columns, scale=max(1, 128 // images.shape[1]))
+    write_bytes_atomic(a.output, png_bytes(picture))
     print(f"wrote {a.output}: {len(images)} pictures, {seconds / len(images):.4f} s each, seeds {seeds[0]} to {seeds[-1]}")
 
 
@@ -383,7 +390,7 @@ def _add_student(commands: Commands) -> None:
     text = "of each prompt's first picture, the next ones have the next numbers: the same seeds for every prompt (default 0)"
     sub.add_argument("--seed", type=_seed, default=0, help=text)
     sub.add_argument("-n", "--count", type=_positive, default=1, help="pictures a prompt")
-    sub.add_argument("-o", "--output", type=Path, default=Path("out.png"))
+    sub.add_argument("-o", "--output", type=Path, default=Path("out.png"), help="a .png: one picture as it is, several as a sheet")
     sub.add_argument("--dtype", choices=_PRECISIONS, default="float32")
 
 

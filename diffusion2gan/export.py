@@ -29,12 +29,14 @@ from diffusion2gan.files import (
     write_bytes_atomic,
 )
 from diffusion2gan.pairs.dataset import canonical_json
-from diffusion2gan.pipeline import FORMAT, LORA_FILE, STUDENT_FILE
+from diffusion2gan.pipeline import FORMAT, STUDENT_FILE
 from diffusion2gan.single_file import original_layout
 from diffusion2gan.teachers.folders import FAMILY_OF_CLASS, no_progress_bars, output_gain, student_precision
 from diffusion2gan.teachers.load import FAMILIES
 
 PICTURE = "samples.png"
+LORA_FACTS = "diffusion2gan_lora.json"
+"""Tells our LoRA folders from those of other tools, whose weights have the same file name."""
 _OTHER_PROGRAMS = """Other programs, by their source code and not tried: 1 step, guidance (CFG) 1, and in ComfyUI sampler `euler` or `ddim` with
 scheduler `sgm_uniform`, in AUTOMATIC1111 `Euler` with schedule type `SGM Uniform` (its DDIM would begin at the wrong end of the schedule).
 In diffusers another scheduler than the folder's own must have trailing spacing; Euler's begins from slightly weaker noise."""
@@ -112,7 +114,7 @@ def export_student(
     kind = _family(pipeline)
     card = student_card(facts, dtype, kind.one_step_usage(pipeline), extras, kind.task, output_gain(pipeline.scheduler))
     _cast(pipeline, dtype)
-    with atomic_folder(folder) as target:
+    with atomic_folder(folder, ours=(PICTURE,)) as target:
         with no_progress_bars():
             pipeline.save_pretrained(target, safe_serialization=True)
         _forget_local_paths(target)
@@ -172,12 +174,12 @@ def export_lora(
     extras: CardExtras,
     frozen: torch.dtype = torch.float32,
 ) -> None:
-    """Writes a folder with a LoRA of the teacher's `pipeline` (`lora_layers`' result) and its card.
+    """Writes a folder with a LoRA of the teacher's `pipeline` (`lora_layers`' result), its card and `diffusion2gan_lora.json`.
 
     `dtype` as in `export_student`; `frozen` is what the teacher's weights were rounded to when it was trained. Raises UserError as
     `export_student` does.
     """
-    refuse_other_folder(folder, LORA_FILE, "LoRA")
+    refuse_other_folder(folder, LORA_FACTS, "LoRA of ours")
     _check_timestep(pipeline, timestep)
     dtype = _storage(pipeline, dtype)
     weights, metadata = {k: v.to(dtype) for k, v in layers[0].items()}, layers[1]
@@ -198,8 +200,9 @@ def export_lora(
         usage.insert(0, "import torch")
         usage.insert(3, f"pipeline.unet.to({frozen}).to(torch.float32)  # rounded as the LoRA knows it")
     card = student_card(facts, dtype, "\n".join(usage), extras, _family(pipeline).task, output_gain(pipeline.scheduler))
-    with atomic_folder(folder) as target:
+    with atomic_folder(folder, ours=(PICTURE,)) as target:
         pipeline.save_lora_weights(target, unet_lora_layers=weights, unet_lora_adapter_metadata=metadata)
+        write_bytes_atomic(target / LORA_FACTS, canonical_json({"format": FORMAT, "timestep": timestep} | facts))
         _write_card(target, card, extras)
 
 

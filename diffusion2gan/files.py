@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -228,8 +228,11 @@ def refuse_other_folder(folder: Path, marker: str, what: str) -> None:
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path, ours: Collection[str] | None = None) -> Iterator[Path]:
     """Yields a path beside `folder` to fill; on success what was made there takes the place of `folder`.
+
+    ours: raises UserError, and leaves the old folder as it is, if that holds names that are neither in the new one nor in `ours`: the
+    work of somebody else.
 
     An interrupted replacement leaves the old folder or the new one whole; a process killed in the one moment between two
     renames leaves the old one as `.NAME.old`, and the next call puts it back before anything else.
@@ -248,6 +251,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(**_scratch(folder)) as scratch:
             draft = Path(scratch) / folder.name
             yield draft
+            if ours is not None and folder.exists():
+                strangers = sorted({p.name for p in folder.iterdir()} - {p.name for p in draft.iterdir()} - set(ours))
+                if strangers:
+                    raise UserError(f"{folder}: holds {strangers[0]}, which was not written here and would be lost; choose a new folder")
             try:
                 if folder.exists():
                     folder.rename(aside)

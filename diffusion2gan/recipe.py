@@ -125,6 +125,13 @@ class Recipe(Section):
 class _Yaml(yaml.SafeLoader):
     """A safe loader whose numbers may be written 3e-4 too: PyYAML, which keeps to YAML 1.1, reads that as text."""
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raises YAMLError for a key that is there twice, of which the last would count."""
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1 and key != "<<"]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
 
 class _Dumper(yaml.SafeDumper):
     """Its counterpart: quotes text that looks like such a number."""
@@ -187,7 +194,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     *sections, last = key.split(".")
     target = values
     for section in sections:
-        target = target.setdefault(section, {})
+        if target.get(section) is None:  # not there, or left out as `adversarial: null` is
+            target[section] = {}
+        target = target[section]
         if not isinstance(target, dict):
             raise UserError(f"--set {override}: {section} is not a section; name a key inside a section")
     try:

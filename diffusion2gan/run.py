@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from diffusion2gan.embedded.weights import embedded_student
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.accounting import Evaluations
 from diffusion2gan.export import CardExtras, export_lora, export_single_file, export_student, hub_licence, licence_of
-from diffusion2gan.files import disk_errors, sweep_temporaries, write_bytes_atomic
+from diffusion2gan.files import disk_errors, json_object, sweep_temporaries, write_bytes_atomic
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.lora import fused_weights, lora_layers
 from diffusion2gan.pairs.dataset import PairDataset, canonical_json
@@ -33,6 +34,7 @@ from diffusion2gan.recipe import Recipe, check_pairs, check_same_experiment, dum
 from diffusion2gan.teachers.folders import load_pipeline, stored_weights, weights_digest
 from diffusion2gan.teachers.load import load_teacher, teacher_folder
 from diffusion2gan.teachers.ode import SolverConfig, evaluations_per_pair
+from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.teachers.published import revision_of
 from diffusion2gan.training.distance import Distance, build_distance
 from diffusion2gan.training.sharding import with_whole_tensors
@@ -46,6 +48,11 @@ def simulate_recipe(recipe: Recipe, store: Path, progress: bool = True, smaller:
     worker = Worker.from_environment()
     # A teacher may have to be fetched.
     check_prompts(recipe.pairs.prompts)
+    if recipe.teacher.source != "embedded" and recipe.pairs.prompts.source == "embedded":
+        warnings.warn(
+            f"pairs of {recipe.teacher.source} for the captions of the emoji: pairs.prompts.source is `embedded`; name a list of your own",
+            stacklevel=2,
+        )
     teacher = load_teacher(recipe.teacher, default_device())
     if not (store / "manifest.json").exists():
         check_memory(recipe, "simulate", teacher.network, worker.world, teacher.device)
@@ -121,6 +128,12 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     done = max(map(checkpoint_step, checkpoints(folder / "checkpoints")), default=0)
     check_memory(recipe, "train", teacher.network, accelerator.num_processes, accelerator.device, done)
     distance = build_distance(recipe.loss, teacher, accelerator.device)
+    if distance.network is not None and recipe.loss.perceptual == "embedded" and recipe.teacher.source != "embedded":
+        warnings.warn(
+            f"loss.perceptual is `embedded`, which was trained on the emoji, and the teacher is {recipe.teacher.source}; name a network of its "
+            "latents (sd15, sdxl, or one you trained)",
+            stacklevel=2,
+        )
     generator = OneStepGenerator.from_teacher(teacher, recipe.generator)
     # A run that goes on has its own weights, and those that it started from may be gone; a LoRA has changes of them alone.
     goes_on = bool(checkpoints(folder / "checkpoints")) and recipe.generator.lora_rank is None
@@ -167,7 +180,7 @@ def generator_weights(start: Path, recipe: Recipe) -> dict[str, Tensor]:
             raise UserError(f"generator.start: {start} has no inputs.json, which says for what it was trained; copy the whole run")
         begun_with = load_recipe(str(start / "recipe.yaml"))
         timestep = begun_with.generator.timestep
-        teacher_weights = json.loads((start / "inputs.json").read_text())["pairs"]["teacher"]["weights"]
+        teacher_weights = json_object(start / "inputs.json")["pairs"]["teacher"]["weights"]
         at = found[-1]
         if begun_with.adversarial is not None and checkpoint_step(at) > begun_with.training.steps:
             at = checkpoint_path(start / "checkpoints", begun_with.training.steps)
@@ -204,11 +217,11 @@ def load_start(generator: OneStepGenerator, weights: dict[str, Tensor], config: 
 def _start_facts(start: Path) -> dict[str, Any]:
     """What the run or student that a generator starts from had behind it: recipe, steps, batch size."""
     if not (start / "recipe.yaml").exists():
-        facts = json.loads((start / STUDENT_FILE).read_text())
+        facts = json_object(start / STUDENT_FILE)
         return {k: facts[k] for k in ("recipe", "steps", "batch_size", *_PHASE_2_FACTS, "start") if k in facts}
     recipe = load_recipe(str(start / "recipe.yaml"))
     steps = min(checkpoint_step(checkpoints(start / "checkpoints")[-1]), recipe.training.steps)
-    before = json.loads((start / "inputs.json").read_text()).get("start")
+    before = json_object(start / "inputs.json").get("start")
     return {"recipe": recipe.name, "steps": steps, "batch_size": recipe.training.batch_size} | ({"start": before} if before else {})
 
 
@@ -271,7 +284,7 @@ def export_run(
     # By page: of all that a checkpoint holds, one set of weights is wanted.
     state = load_state(found[-1] if step is None else checkpoint_path(folder / "checkpoints", step), in_pieces=True)
     pipeline = load_pipeline(recipe.teacher, teacher_folder(recipe.teacher), torch.float32)
-    inputs = json.loads((folder / "inputs.json").read_text())
+    inputs = json_object(folder / "inputs.json")
     pairs = inputs["pairs"]
     stored = stored_weights(recipe.teacher, teacher_folder(recipe.teacher))
     if stored != pairs["teacher"]["weights"]:
@@ -283,6 +296,7 @@ def export_run(
         "recipe": recipe.name,
         "teacher": "local folder" if Path(recipe.teacher.source).exists() else recipe.teacher.source,
         "teacher_weights": pairs["teacher"]["weights"],
+        **_hub_options(recipe.teacher),
         **({"resolution": pairs["teacher"]["resolution"]} if "resolution" in pairs["teacher"] else {}),
         "pairs": pairs["count"],
         "pairs_fingerprint": pairs["fingerprint"],
@@ -323,12 +337,20 @@ def export_run(
         export_student(*student, extras)
 
 
+def _hub_options(teacher: TeacherConfig) -> dict[str, str]:
+    """`revision` and `variant`: what it takes beside a hub id to find these weights again. Of a folder, nothing."""
+    if Path(teacher_folder(teacher)).is_dir():
+        return {}
+    named = {"revision": revision_of(teacher.source, teacher.revision), "variant": teacher.variant}
+    return {key: value for key, value in named.items() if value is not None}
+
+
 def _frozen_weights(recipe: Recipe, folder: Path) -> dict[str, Tensor]:
     """The weights that a LoRA run with `generator.start` froze, under the network's names. Raises UserError when they are others now."""
     weights = generator_weights(start_folder(recipe.generator.start or ""), recipe)
     generator = OneStepGenerator.from_teacher(load_teacher(recipe.teacher), recipe.generator)
     load_start(generator, weights, recipe.generator)
-    if weights_digest(generator) != json.loads((folder / "inputs.json").read_text())["start_weights"]:
+    if weights_digest(generator) != json_object(folder / "inputs.json")["start_weights"]:
         raise UserError(f"{folder}: started from other weights than {recipe.generator.start} holds now; restore that student")
     return {k.removeprefix("network."): v for k, v in weights.items()}
 
@@ -340,14 +362,13 @@ def _card_extras(recipe: Recipe, folder: Path, step: int, results: Path | None) 
         measured = None if results is None else results.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--results {results}: cannot be read ({error}), expected a Markdown file") from None
-    source, revision = Path(teacher_folder(recipe.teacher)), revision_of(recipe.teacher.source, recipe.teacher.revision)
-    named = {"revision": revision, "variant": recipe.teacher.variant}
+    source, options = Path(teacher_folder(recipe.teacher)), _hub_options(recipe.teacher)
     return CardExtras(
         picture=pictures[-1].read_bytes() if pictures else None,
         results=measured,
-        licence=licence_of(source) if source.is_dir() else hub_licence(recipe.teacher.source, revision),
+        licence=licence_of(source) if source.is_dir() else hub_licence(recipe.teacher.source, options.get("revision")),
         teacher="" if source.is_dir() else recipe.teacher.source,
-        teacher_options={} if source.is_dir() else {k: v for k, v in named.items() if v is not None},
+        teacher_options=options,
     )
 
 

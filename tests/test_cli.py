@@ -69,6 +69,9 @@ def test_generate_and_compare(world: Path, tiny_teacher_folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "seeds 7 to 10" in done.stdout
     assert Image.open(world / "out.png").size[0] > 4 * 16
+    # A single picture is written as it is.
+    assert run_command("generate", world / "student", "red heart", "-o", world / "one.png").returncode == 0
+    assert Image.open(world / "one.png").size == (16, 16)
     teacher = f"teacher:{tiny_teacher_folder}"
     done = run_command(
         "compare", teacher, f"ours={world / 'student'}", "--prompt", "cat", "sun", "--steps", 2, "-n", 2, "-o", world / "c.png"
@@ -193,6 +196,7 @@ def test_bad_input_is_one_line_and_exit_code_2(world: Path, tmp_path: Path) -> N
     )
     _assert_one_line(run_command("export", tmp_path, tmp_path / "x"), "no run here")
     _assert_one_line(run_command("generate", tmp_path, "cat"), "no student here")
+    _assert_one_line(run_command("generate", tmp_path, "cat", "-o", "cat.jpg"), "expected a name that ends in .png")
     _assert_one_line(
         run_command("simulate", recipe, "--out", tmp_path / "s", "--set", f"teacher.source={tmp_path}"),
         "is not a diffusers folder or hub id of family stable_diffusion",

@@ -25,7 +25,7 @@ from diffusion2gan.teachers.pixel import PixelTeacher
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from diffusion2gan.training.state import checkpoints, load_state
 from tests.conftest import tiny_pixel_pipeline
-from tests.helpers import compiled_whole, metrics, recipe_values
+from tests.helpers import compiled_whole, metrics, recipe_values, tree_digest
 
 PROMPTS = ["red heart", "blue cat"]
 
@@ -238,6 +238,18 @@ def test_refusals(root: Path, tiny_teacher_folder: Path, prompts_file: Path, tmp
     assert "is a file, expected a folder" in capsys.readouterr().err
     assert main(["export", str(root / "run"), str(tmp_path / "mine"), "--format", "lora"]) == 2
     assert "not empty and no LoRA" in capsys.readouterr().err
+    # Another tool's folder: its weights have the same file name.
+    (tmp_path / "mine" / "pytorch_lora_weights.safetensors").write_bytes(b"another's")
+    assert main(["export", str(root / "run"), str(tmp_path / "mine"), "--format", "lora"]) == 2
+    assert "not empty and no LoRA of ours" in capsys.readouterr().err
+    # And one of ours to which something was added.
+    for _ in range(2):
+        assert main(["export", str(root / "run"), str(tmp_path / "ours"), "--format", "lora"]) == 0
+    (tmp_path / "ours" / "notes").mkdir()
+    before = tree_digest(tmp_path / "ours")
+    assert main(["export", str(root / "run"), str(tmp_path / "ours"), "--format", "lora"]) == 2
+    assert "holds notes, which was not written here and would be lost" in capsys.readouterr().err
+    assert tree_digest(tmp_path / "ours") == before
     half = recipe_values(tiny_teacher_folder, prompts_file, generator={"lora_rank": 4}, teacher__dtype="float16")
     with pytest.raises(UserError, match="teacher.dtype is float16 with generator.lora_rank, expected bfloat16 or float32"):
         parse_recipe(half, "half")

@@ -213,3 +213,16 @@ def test_the_papers_numbers(name: str, pairs: int, guidance: float, aesthetic: f
     assert recipe.pairs.prompts.where == (f"AESTHETIC_SCORE >= {aesthetic}",)
     assert recipe.training.steps == 20_000
     assert (recipe.training.batch_size, recipe.phase_2_batch_size) == batches
+
+
+def test_a_key_that_is_there_twice(tiny: Path) -> None:
+    path = tiny.parent / "twice.yaml"
+    path.write_text(f"base: {tiny.name}\ntraining:\n  steps: 1\n  steps: 2000\n")
+    with pytest.raises(UserError, match=r"twice.yaml: not valid YAML \(steps is there twice .*line 3"):
+        load_recipe(str(path))
+
+
+def test_a_section_that_was_left_out_comes_back_by_its_keys(tiny: Path) -> None:
+    (tiny.parent / "one.yaml").write_text(f"base: {tiny.name}\nadversarial: null\n")
+    recipe = load_recipe(str(tiny.parent / "one.yaml"), ["adversarial.steps=5"])
+    assert recipe.adversarial is not None and recipe.adversarial.steps == 5

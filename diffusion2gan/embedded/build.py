@@ -22,7 +22,7 @@ from transformers import CLIPTokenizer
 from diffusion2gan.device import default_device
 from diffusion2gan.embedded import autoencoder, emoji, perceptual, text_to_image
 from diffusion2gan.embedded.triplets import DISTORTIONS, synthetic_triplets
-from diffusion2gan.embedded.weights import package_root
+from diffusion2gan.embedded.weights import check_teacher, package_root
 from diffusion2gan.errors import UserError
 from diffusion2gan.files import atomic_folder, write_bytes_atomic, write_json
 from diffusion2gan.fit import save_start
@@ -123,6 +123,12 @@ def pack(work: Path, root: Path) -> list[str]:
             if card.exists() and not (draft / name / card.name).exists():
                 shutil.copyfile(card, draft / name / card.name)
             lines.append(f"packed {name}: {sum(p.stat().st_size for p in (draft / name).rglob('*') if p.is_file()):,} bytes")
+        if (draft / "student").is_dir():
+            try:
+                check_teacher(draft / "teacher", draft / "student")
+            except UserError:
+                shutil.rmtree(draft / "student")
+                lines.append("left out student: distilled from another teacher than is packed; pack again with one of this teacher")
         sizes = [p.stat().st_size for p in draft.rglob("*") if p.is_file()]
         if sum(sizes) > MAX_TOTAL or max(sizes, default=0) > MAX_FILE:
             raise UserError(

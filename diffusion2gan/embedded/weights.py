@@ -28,6 +28,21 @@ def embedded_folder(name: str) -> Path:
     return folder
 
 
+def check_teacher(teacher: Path, student: Path) -> None:
+    """Raises UserError when the student was distilled from another teacher: a network and a text encoder that do not fit draw nonsense."""
+    from diffusion2gan.files import json_object
+    from diffusion2gan.pipeline import STUDENT_FILE
+    from diffusion2gan.teachers.folders import stored_weights
+    from diffusion2gan.teachers.protocol import TeacherConfig
+
+    expected = json_object(student / STUDENT_FILE).get("teacher_weights")
+    found = stored_weights(TeacherConfig(), teacher)
+    if expected != found:
+        raise UserError(
+            f"{student}: a student of teacher {str(expected)[:16]}..., but {teacher} is {found[:16]}...; distil one of this teacher and pack it"
+        )
+
+
 def embedded_student() -> Path:
     """Folder of the shipped student: its own U-Net beside the teacher's other parts, put together in the cache at first use."""
     import hashlib
@@ -41,6 +56,7 @@ def embedded_student() -> Path:
     digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in files)).hexdigest()[:16]
     target = cache_dir() / f"student-{digest}"
     if not target.exists():
+        check_teacher(teacher, own)
         with disk_errors(target, ANOTHER_CACHE):
             target.parent.mkdir(parents=True, exist_ok=True)
         with disk_errors(target, ANOTHER_CACHE), tempfile.TemporaryDirectory(dir=target.parent) as scratch:

@@ -168,9 +168,10 @@ def _teacher_of(model: Model, named: str | None, options: ModelOptions) -> tuple
     try:
         ode = _with_options(SolverConfig.model_validate(facts.get("ode", {})), options)
         size = options.resolution or facts.get("resolution")
+        revision, variant = (facts.get(key) if source == facts.get("teacher") else None for key in ("revision", "variant"))
         teacher = teacher_model(
             source, f"teacher:{source}", ode, options.dtype, options.device, options.batch_size, options.quantiser, size,
-            facts.get("negative_prompt", ""),
+            facts.get("negative_prompt", ""), revision, variant,
         )  # fmt: skip
     except UserError as error:
         return None, str(error)
@@ -182,9 +183,14 @@ def _teacher_of(model: Model, named: str | None, options: ModelOptions) -> tuple
     return teacher, ""
 
 
+_FILE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".html", ".md", ".json"}
+
+
 # --- compare --------------------------------------------------------------------------------------------------------
 def _named(subject: str) -> tuple[str | None, str]:
-    """NAME=SUBJECT or SUBJECT."""
+    """NAME=SUBJECT or SUBJECT, which may be a path with an equals sign in it."""
+    if Path(subject).exists():
+        return None, subject
     name, equals, rest = subject.partition("=")
     return (name, rest) if equals and name and rest and "/" not in name else (None, subject)
 
@@ -196,6 +202,8 @@ def compare_command(
     ends in .png, else `out/prompts.png`). Raises UserError when there is nothing to do."""
     evaluated = [read_evaluation(Path(path), name) for name, path in map(_named, subjects) if (Path(path) / "model.json").is_file()]
     others = [s for s in subjects if not (Path(_named(s)[1]) / "model.json").is_file()]
+    if out.suffix.lower() in _FILE_SUFFIXES - ({".png"} if not evaluated else set()):
+        raise UserError(f"{out}: a report is a folder, expected a name without {out.suffix}" + ("" if evaluated else ", or a .png"))
     if others and not prompts:
         raise UserError(
             f"{others[0]}: holds no evaluation; run `diffusion2gan evaluate` on it first, or give --prompt to compare pictures alone"
@@ -211,8 +219,6 @@ def compare_command(
         rows = [[m.name, s, seconds[0] / s] for m, s in zip(models, seconds, strict=True)]
         said.append(markdown_table(["model", "seconds a picture", "times as fast as the first"], rows) + f"\nwrote {path}")
     if evaluated:
-        if out.suffix:
-            raise UserError(f"{out}: a report is a folder, expected a name without a suffix")
         said.append(write_comparison(evaluated, out) + f"\nwrote {out / 'report.html'} and {out / 'report.md'}")
     return "\n".join(said)
 

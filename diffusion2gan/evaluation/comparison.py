@@ -46,6 +46,8 @@ def read_evaluation(folder: Path, name: str | None = None) -> Evaluated:
     results = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            continue
         if content.get("format") == FORMAT:
             results[content["protocol"]] = content
         elif content.get("protocol") == EMOJI:

@@ -79,20 +79,25 @@ def _short(digest: str | None) -> str | None:
     return None if digest is None else digest[:16]
 
 
-def _family(source: str) -> str:
+def _family(source: str, revision: str | None = None) -> str:
     """The family of a teacher by its pipeline's class: of a folder, or of a hub repository's model_index.json."""
     folder = Path(source)
     if source != "embedded" and not folder.is_dir():
         try:
-            folder = hub_file(source, "model_index.json", revision_of(source, None)).parent
+            folder = hub_file(source, "model_index.json", revision_of(source, revision)).parent
         except FileNotFoundError as error:
             raise UserError(f"teacher:{source}: cannot be found ({error}); name `embedded`, a diffusers folder or a hub id") from None
     return family_of(folder) or "stable_diffusion"
 
 
-def teacher_of_source(source: str, dtype: str, device: str, resolution: int | None = None) -> LoadedTeacher:
-    """A teacher named by folder or hub id alone, at its own resolution or another."""
-    settings = {"family": _family(source), "source": source, "dtype": dtype, "resolution": resolution}
+def teacher_of_source(
+    source: str, dtype: str, device: str, resolution: int | None = None, revision: str | None = None, variant: str | None = None
+) -> LoadedTeacher:
+    """A teacher named by folder or hub id, at its own resolution or another."""
+    settings = {
+        "family": _family(source, revision), "source": source, "revision": revision, "variant": variant, "dtype": dtype,
+        "resolution": resolution,
+    }  # fmt: skip
     return load_teacher(TeacherConfig.model_validate(settings), device)
 
 
@@ -106,9 +111,11 @@ def teacher_model(
     quantiser: Quantiser = "round",
     resolution: int | None = None,
     negative_prompt: str = "",
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> Model:
     """A teacher with its ODE solver, as its pairs are made."""
-    teacher = teacher_of_source(source, dtype, device, resolution)
+    teacher = teacher_of_source(source, dtype, device, resolution, revision, variant)
     teacher.decoder_in_float32()
     solver = OdeSolver(teacher, ode, batch_size, negative_prompt=negative_prompt)
     known = teacher.identity()

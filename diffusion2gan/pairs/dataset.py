@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import sha256_of, write_bytes_atomic
+from diffusion2gan.files import json_object, sha256_of, write_bytes_atomic
 from diffusion2gan.pairs.seeds import NOISE_RECIPE, draw_noise, noise_fingerprint
 
 FORMAT = "diffusion2gan-pairs-1"
@@ -108,9 +109,10 @@ def existing_shards(folder: Path, total: int) -> dict[int, Path]:
     with os.scandir(folder) as entries:
         names = sorted(e.name for e in entries if e.name.startswith("shard-") and e.name.endswith(".arrow"))
     for name in names:
-        _, index, of, count, *_rest = name.split("-")
-        if of != "of" or int(count) != total or int(index) >= total:
+        match = re.fullmatch(r"shard-(\d+)-of-(\d+)-[0-9a-f]{64}\.arrow", name)
+        if match is None or int(match[2]) != total or int(match[1]) >= total:
             raise UserError(f"{folder / name}: not a shard of this store of {total}; move it away and run again")
+        index = match[1]
         if int(index) in found:
             try:
                 verify_shard(found[int(index)])
@@ -180,21 +182,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         settings = folder / "settings.json"
         if not settings.exists():
             raise UserError(f"{folder}: no pair store here (no manifest.json); run `diffusion2gan simulate` first")
-        plan = json.loads(settings.read_text())
+        plan = json_object(settings)
+        _check_keys(settings, plan, ("count", "shard_size"))
         total = shard_count(plan["count"], plan["shard_size"])
         done = len(existing_shards(folder, total))
         raise UserError(f"{folder}: unfinished pair store, {done} of {total} shards; run the same `simulate` command again to finish it")
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path}: not valid JSON; delete it and run the same `simulate` command again") from None
+    manifest = json_object(path)
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path}: format {manifest.get('format')!r}, expected {FORMAT!r}; simulate the pairs again with this version")
+    _check_keys(path, manifest, ("count", "teacher", "latent_shape", "noise_storage", "noise_recipe", "shards", "fingerprint"))
     if manifest["noise_storage"] == "none" and manifest["noise_recipe"] != {"name": NOISE_RECIPE, "fingerprint": noise_fingerprint()}:
         raise UserError(
             f"{path}: noise {manifest['noise_recipe']}, but this installation draws {NOISE_RECIPE} {noise_fingerprint()}; use the NumPy version that made the store, or store the noise"
         )
     return manifest
+
+
+def _check_keys(path: Path, values: dict[str, Any], keys: Sequence[str]) -> None:
+    if missing := [key for key in keys if key not in values]:
+        raise UserError(
+            f"{path}: has no {missing[0]!r}: the file is damaged; run the same `simulate` command again, or restore it from a copy"
+        )
 
 
 class PairDataset:

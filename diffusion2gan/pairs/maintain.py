@@ -55,7 +55,7 @@ def show(folder: Path, teacher: Teacher, out: Path, count: int = 32) -> Image.Im
     """Decodes the first `count` pairs into one picture at `out`."""
     import torch
 
-    store = PairDataset(folder, verify=False)
+    store = PairDataset(folder)
     if teacher.latent_shape != store.latent_shape:
         raise UserError(
             f"{folder}: latents of {store.latent_shape}, the recipe's teacher has {teacher.latent_shape}; name the store's own recipe"
@@ -63,6 +63,7 @@ def show(folder: Path, teacher: Teacher, out: Path, count: int = 32) -> Image.Im
     theirs, ours = store.manifest["teacher"]["weights"], teacher.identity()["weights"]
     if theirs != ours:
         raise UserError(f"{folder}: pairs of teacher {theirs[:16]}..., the recipe's is {ours[:16]}...; name the store's own recipe")
+    teacher.decoder_in_float32()
     rows = range(min(count, len(store)))
     with torch.inference_mode():
         pixels = teacher.decode(torch.from_numpy(store.latents(rows).astype(np.float32)).to(teacher.device))

@@ -116,7 +116,7 @@ def measure_recipe(teacher: Teacher, config: PairsConfig, out: Path, count: int 
         teacher, settings, noise, prompts, config.batch_size, config.precision, negative_prompt=config.negative_prompt
     )
     table = solver_table(rows, whole)
-    with atomic_folder(out) as target:
+    with atomic_folder(out, ours=()) as target:
         target.mkdir()
         write_json(target / RESULT, solver_result(rows, whole, count, config.ode.guidance, teacher))
         (target / "solver_distance.md").write_text(table)

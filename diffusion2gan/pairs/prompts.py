@@ -190,7 +190,7 @@ def _prompts_of(config: PromptsConfig, count: int, tell: bool = True) -> list[st
     if tell and (unusable or repeated):
         dropped = f"{unusable:,} unusable, {repeated:,} there before"
         print(f"{config.source}: {len(prompts):,} prompts of {rows:,} rows ({dropped})", file=sys.stderr)
-    if tell and len(prompts) < count and (config.where or config.unique or config.drop_unusable):
+    if tell and len(prompts) < count:
         print(
             f"{config.source}: {len(prompts):,} prompts for {count:,} pairs: each is used {count / len(prompts):.3g} times", file=sys.stderr
         )

@@ -167,6 +167,8 @@ def simulate(
     """
     folder, worker = Path(folder).resolve(), worker or Worker()
     prompts = read_prompts(config.prompts, config.count, config.seed)
+    # Now, and not at the one that is wrong, when the store is nearly done and a mended list would be another store.
+    teacher.check_prompts(prompts)
     settings = store_settings(teacher, config, prompts_digest(prompts))
     if config.precision == "bfloat16":
         warn_of_slow_bf16(teacher.device, "pairs.precision=float32")

@@ -274,6 +274,9 @@ class DiffusersTeacher:
     resolution: int | None = None
     """Side of the pictures in pixels where it is not the network's own."""
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Of text, any prompt can be read."""
+
     def _take_schedule(self, scheduler_config: dict[str, Any]) -> None:
         # x is the ODE's solution. Clipping at every step has none that solvers agree on, and a latent has no range to be clipped to.
         # Given by name: what a configuration lists as its default would be the default again.

@@ -146,6 +146,14 @@ class PixelTeacher(DiffusersTeacher):
         """Their classes; None, whatever the prompt, where there are no classes. Raises UserError as `encode_prompts` does."""
         return [self._class(prompt) if self._classes else None for prompt in prompts]
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        if self._classes:
+            for number, prompt in enumerate(prompts, 1):
+                try:
+                    self._class(prompt)
+                except UserError as error:
+                    raise UserError(f"pair {number} of {len(prompts)}: {error}") from None
+
     def encode_negative(self, prompt: str = "") -> TextCondition:
         """Raises UserError: there is no unconditional branch."""
         raise UserError("pairs.ode.guidance is above 1, expected 1: a network of pixels has no unconditional branch here")

@@ -94,6 +94,9 @@ class Teacher(Protocol):
         """What the teacher sees of each prompt: equal for two prompts that it cannot tell apart."""
         ...
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises UserError for the first prompt that cannot be read; of a teacher of text any can."""
+
     def encode_negative(self, prompt: str = "") -> TextCondition:
         """The condition of the unconditional branch of guidance, one row."""
         ...

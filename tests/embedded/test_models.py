@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,14 @@ from transformers import CLIPTokenizer
 
 from diffusion2gan.embedded import autoencoder, build, emoji, perceptual, text_to_image
 from diffusion2gan.embedded.emoji import EmojiDataset
+from diffusion2gan.embedded.weights import embedded_student
 from diffusion2gan.errors import UserError
 from diffusion2gan.fit import FitConfig, fit
 from diffusion2gan.images import to_tensor
 from diffusion2gan.perceptual import LatentLPIPS
 from diffusion2gan.run_log import read_scalars
-from diffusion2gan.teachers.folders import token_ids
+from diffusion2gan.teachers.folders import stored_weights, token_ids
+from diffusion2gan.teachers.protocol import TeacherConfig
 from tests.conftest import tiny_pipeline
 from tests.helpers import tree_digest
 
@@ -230,7 +234,13 @@ def test_packed_weights_are_what_the_package_loads(
     (tiny_embedded / "teacher" / "README.md").write_text("the card")
     work = tmp_path / "work"
     tiny_pipeline(seed=7).save_pretrained(work / "teacher")
+    # The student there is of the teacher before.
+    lines = build.pack(work, tiny_embedded)
+    assert [line.split(":")[0] for line in lines[:-1]] == ["packed teacher", "left out student"]
+    assert not (tiny_embedded / "student").exists()
     tiny_pipeline(seed=8).save_pretrained(work / "student")
+    facts = {"teacher_weights": stored_weights(TeacherConfig(), work / "teacher")}
+    (work / "student" / "diffusion2gan.json").write_text(json.dumps(facts))
     lines = build.pack(work, tiny_embedded)
     assert [line.split(":")[0] for line in lines[:-1]] == ["packed teacher", "packed student"]
     packed = StableDiffusionPipeline.from_pretrained(tiny_embedded / "teacher", safety_checker=None)
@@ -268,3 +278,13 @@ def test_fit_refuses_other_steps_while_the_rate_falls(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at step 8 the learning rate is already falling towards step 10"):
         run(20)
     run(10)
+
+
+def test_a_shipped_student_is_not_put_together_with_another_teacher(tiny_embedded: Path) -> None:
+    assert (embedded_student() / "model_index.json").is_file()
+    shutil.rmtree(tiny_embedded / "teacher")
+    tiny_pipeline(seed=7).save_pretrained(tiny_embedded / "teacher")
+    with pytest.raises(
+        UserError, match=r"a student of teacher [0-9a-f]{16}\.\.\., but .* is [0-9a-f]{16}\.\.\.; distil one of this teacher"
+    ):
+        embedded_student()

@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.evaluation.commands import compare_command
 from diffusion2gan.evaluation.comparison import COPIED, duels, lines, read_evaluation, sample_grid, write_comparison
 from diffusion2gan.evaluation.evaluate import FORMAT, describe, keep_samples
+from diffusion2gan.evaluation.models import ModelOptions
 
 
 def evaluated(folder: Path, fid: float, clip: list[float], block: int = 0, n: int = 5000, side: int = 16) -> Path:
@@ -116,3 +118,19 @@ def test_grids_are_at_the_smaller_size(tmp_path: Path) -> None:
     assert picture is not None
     assert picture.height < 300
     assert Image.open(tmp_path / "b" / "samples" / "coco17" / "00000.png").size == (200, 200)
+
+
+def test_names_of_folders_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ModelOptions()
+    evaluated(Path("gamma=5"), 20.0, [0.3, 0.2])
+    evaluated(Path("b"), 19.0, [0.3, 0.2])
+    (Path("b") / "notes.json").write_text("[1]")
+    compare_command(["gamma=5", "second=b"], [], Path("cmp-v0.5"), options)
+    report = (Path("cmp-v0.5") / "report.md").read_text()
+    assert "gamma=5" in report and "second" in report
+    for name in ("report.html", "a.png"):
+        with pytest.raises(UserError, match=r"a report is a folder, expected a name without \.(html|png)$"):
+            compare_command(["gamma=5", "b"], [], Path(name), options)
+    with pytest.raises(UserError, match=r"grid.jpg: a report is a folder, expected a name without .jpg, or a .png"):
+        compare_command(["elsewhere"], ["a cat"], Path("grid.jpg"), options)

@@ -17,9 +17,19 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation import models
 from diffusion2gan.evaluation.commands import _teacher_of
 from diffusion2gan.evaluation.evaluate import noise_seed
-from diffusion2gan.evaluation.models import PRESETS, ModelOptions, RectifiedFlowScheduler, _family, _step_noise, load_model, pipeline_model
+from diffusion2gan.evaluation.models import (
+    PRESETS,
+    Model,
+    ModelOptions,
+    RectifiedFlowScheduler,
+    _family,
+    _step_noise,
+    load_model,
+    pipeline_model,
+)
 from diffusion2gan.images import to_uint8
 from diffusion2gan.pairs.seeds import draw_noise
+from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.teachers.published import REVISIONS
 from tests.conftest import tiny_pipeline, tiny_sdxl_pipeline
 
@@ -256,3 +266,21 @@ def test_a_published_teachers_family_is_read_at_its_commit(folders: dict[str, Pa
     assert _family(source) == "sdxl"
     with pytest.raises(UserError, match="cannot be found"):
         _family("somebody/else")
+
+
+def test_the_teacher_of_a_student_is_found_by_revision_and_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its repository's own files may be other ones by now, and other precisions have other digests."""
+    asked: list[TeacherConfig] = []
+
+    def load(config: TeacherConfig, device: str) -> None:
+        asked.append(config)
+        raise UserError("not here")
+
+    monkeypatch.setattr("diffusion2gan.evaluation.models.load_teacher", load)
+    monkeypatch.setattr("diffusion2gan.evaluation.models.hub_file", lambda *_: Path("nowhere/model_index.json"))
+    facts = {"teacher": "somebody/model", "revision": "a1b2", "variant": "fp16"}
+    model = Model("student", {}, lambda p, s: np.empty(0), facts=facts)
+    for named in (None, "teacher:somebody/model", "another/model"):
+        assert _teacher_of(model, named, ModelOptions()) == (None, "not here")
+    found = [(c.source, c.revision, c.variant) for c in asked]
+    assert found == [("somebody/model", "a1b2", "fp16")] * 2 + [("another/model", None, None)]

@@ -481,3 +481,23 @@ def test_where_the_teacher_was_found_is_no_other_store(
     assert len(again["shards"]) == 3
     grown = simulate(tiny_teacher, _config(prompts_file, count=24), tmp_path / "grown", progress=False, smaller=store)
     assert len(grown["shards"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("manifest.json", "{", "not valid JSON"),
+        ("manifest.json", "[]", "holds a list, expected an object"),
+        ("manifest.json", json.dumps({"format": dataset.FORMAT}), "has no 'count': the file is damaged"),
+        ("settings.json", "{", "not valid JSON"),
+        ("settings.json", "[]", "holds a list, expected an object"),
+        ("settings.json", "{}", "has no 'count': the file is damaged"),
+        ("shard-old.arrow", "", "not a shard of this store"),
+    ],
+)
+def test_damaged_metadata_is_one_line(name: str, content: str, told: str, store: Path) -> None:
+    if name != "manifest.json":
+        (store / "manifest.json").unlink()
+    (store / name).write_text(content)
+    with pytest.raises(UserError, match=told):
+        PairDataset(store)

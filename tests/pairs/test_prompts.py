@@ -270,3 +270,11 @@ def test_a_name_with_brackets_and_what_is_here(tmp_path: Path) -> None:
 def test_of_the_embedded_prompts_nothing_is_chosen(setting: str) -> None:
     with pytest.raises(UserError, match="source is embedded, of which where, unique and drop_unusable choose nothing"):
         load_recipe("emoji", [f"pairs.prompts.{setting}"])
+
+
+def test_a_list_that_is_too_short_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
+    assert read_prompts(PromptsConfig(source=str(tmp_path / "p.txt")), 2, 0) == ["a cat", "a dog"]
+    assert not capsys.readouterr().err
+    assert read_prompts(PromptsConfig(source=str(tmp_path / "p.txt")), 5, 0)[4] == "a cat"
+    assert "2 prompts for 5 pairs: each is used 2.5 times" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.accounting import heun_evaluations
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.pairs.seeds import draw_noise
+from diffusion2gan.pairs.simulate import PairsConfig, simulate
 from diffusion2gan.pipeline import OneStepPipeline
 from diffusion2gan.recipe import load_recipe
 from diffusion2gan.run import export_run
@@ -261,3 +262,21 @@ def test_its_latency_is_that_of_its_network(tmp_path: Path, capsys: pytest.Captu
 def test_the_papers_accounting_is_this_solver() -> None:
     """Table 6's evaluations of a pair are those of the CIFAR-10 recipe."""
     assert evaluations_per_pair(load_recipe("cifar10_ddpm").pairs.ode) == heun_evaluations(18) == 35
+
+
+def test_a_list_with_what_is_no_class_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    """Later, the store would be nearly done, and with a mended list another one."""
+    teacher = PixelTeacher(tiny_pixel_unet(classes=10), dict(DDPMScheduler().config))
+    (tmp_path / "classes.txt").write_text("3\n7\ncat\n")
+    config = PairsConfig.model_validate(
+        {
+            "count": 3,
+            "prompts": {"source": str(tmp_path / "classes.txt")},
+            "ode": {"steps": 2, "guidance": 1.0},
+            "batch_size": 1,
+            "shard_size": 1,
+        }
+    )
+    with pytest.raises(UserError, match=r"pair 3 of 3: prompt 'cat': expected the number of a class"):
+        simulate(teacher, config, tmp_path / "pairs", progress=False)
+    assert not (tmp_path / "pairs").exists()
