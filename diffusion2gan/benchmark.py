@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from diffusion2gan.device import can_compile, default_device, has_bf16
+from diffusion2gan.embedded import emoji
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.emoji10k import PROTOCOL, Subject, drawn_prompt_list, evaluate_emoji10k, noise_seeds
 from diffusion2gan.evaluation.evaluate import SHOWN, describe, keep_samples, refuse_fewer
@@ -116,6 +117,7 @@ def _evaluate(
     count: int | None,
     preservation_count: int | None,
 ) -> dict[str, Any]:
+    dataset = emoji.load()  # that it is missing is told before anything is drawn
     weights = subject.identity if subject is not sampler else f"teacher {teacher.identity()['weights'][:16]}"
     describe(out, name, {"subject": weights, "sampler": sampler.identity}, part=PROTOCOL)
     refuse_fewer(out / f"{PROTOCOL}.json", len(drawn_prompt_list(list_name, count)), list_name)
@@ -128,6 +130,7 @@ def _evaluate(
     return evaluate_emoji10k(
         subject, sampler, student_subject(untrained), autoencode_with(teacher), out,
         autoencoder=autoencoder_name(teacher), shared=shared, list_name=list_name, count=count, preservation_count=preservation_count,
+        dataset=dataset,
     )  # fmt: skip
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -173,13 +174,12 @@ def run_demo(out: Path, minutes: float) -> Path:
     scorer = ScoringNetwork()
     started = time.perf_counter()
     finish = started + 60 * minutes
-    emoji = load_recipe("emoji")
-    teacher = load_teacher(emoji.teacher, default_device())
-    assert isinstance(teacher, StableDiffusionTeacher)
+    clock, emoji = _Clock(out), load_recipe("emoji")
     judged = emoji.pairs.ode
-    recipe = demo_recipe(out, teacher, minutes, judged)
-    clock = out / "seconds.json"
-    seconds: dict[str, float] = json.loads(clock.read_text()) if clock.exists() else {}
+    with clock.counting("plan"):
+        teacher = load_teacher(emoji.teacher, default_device())
+        assert isinstance(teacher, StableDiffusionTeacher)
+        recipe = demo_recipe(out, teacher, minutes, judged)
     # What comes after training: export, measuring, the page.
     reserve = _OVERHEAD_SECONDS / 2 + judging_seconds(speed_of(out), judged)
     for name, stage in (
@@ -188,20 +188,34 @@ def run_demo(out: Path, minutes: float) -> Path:
         ("export", lambda: export_run(out / "run", out / "student")),
     ):
         print(f"demo: {name}", flush=True)
-        begun = time.perf_counter()
-        stage()
-        # A stage that was interrupted is counted with all its parts.
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begun
-        write_bytes_atomic(clock, canonical_json(seconds))
+        with clock.counting(name):
+            stage()
     print("demo: measure", flush=True)
-    results = measure(out, teacher, judged, scorer)
+    with clock.counting("measure"):
+        results = measure(out, teacher, judged, scorer)
     write_bytes_atomic(out / "results.json", canonical_json(results["numbers"]))
-    # With the parts of an interrupted demo, as its stages are.
-    seconds["all"] = seconds.get("all", 0.0) + time.perf_counter() - started
-    write_bytes_atomic(clock, canonical_json(seconds))
-    report = write_report(out, recipe, judged, results, seconds)
+    report = write_report(out, recipe, judged, results, clock.seconds)
     print(f"demo: {time.perf_counter() - started:.0f} s; open {report}")
     return report
+
+
+class _Clock:
+    """Seconds by stage, kept in the demo's folder: of one that is interrupted and goes on, all its parts. A demo that has its report has had
+    its time: repeating it adds nothing."""
+
+    def __init__(self, out: Path):
+        self._path, self._done = out / "seconds.json", (out / "report.html").exists()
+        self.seconds: dict[str, float] = json.loads(self._path.read_text()) if self._path.exists() else {}
+
+    @contextmanager
+    def counting(self, stage: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            if not self._done:
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begun
+                write_bytes_atomic(self._path, canonical_json(self.seconds))
 
 
 def measure(out: Path, teacher: StableDiffusionTeacher, judged: SolverConfig, scorer: ScoringNetwork) -> dict[str, Any]:
@@ -245,7 +259,7 @@ def _scores(pictures: dict[str, np.ndarray], scorer: ScoringNetwork) -> dict[str
 
 
 def write_report(out: Path, recipe: Recipe, judged: SolverConfig, results: dict[str, Any], seconds: dict[str, float]) -> Path:
-    """The page: pictures first, then numbers, then how they were made."""
+    """The page: pictures first, then numbers, then how they were made. seconds: by stage."""
     page = Page("diffusion2gan demo", "A multi-step text-to-image diffusion model, distilled into one network evaluation, on this machine.")
     pictures, numbers = results["pictures"], results["numbers"]
     page.heading("The same noise, the same prompt")
@@ -293,7 +307,7 @@ def write_report(out: Path, recipe: Recipe, judged: SolverConfig, results: dict[
         [
             ["simulate", f"{len(pairs)} pairs, {recipe.pairs.ode.steps} steps of {recipe.pairs.ode.solver}", round(seconds["simulate"], 1)],
             ["train", f"{trained} steps of {recipe.training.batch_size}, {recipe.loss.distance}", round(seconds["train"], 1)],
-            ["everything", "with measuring and this page", round(seconds["all"], 1)],
+            ["everything", "with measuring", round(sum(seconds.values()), 1)],
         ],
     )
     page.heading("Which recipe made what")

@@ -44,12 +44,25 @@ def test_demo_from_nothing_to_report(tiny_embedded: Path, tmp_path: Path, monkey
     assert numbers["teacher"]["retrieval"] == 1.0
     # The same command again does no work again.
     pairs, weights = tree_digest(out / "pairs"), tree_digest(out / "run" / "checkpoints")
+    seconds = (out / "seconds.json").read_text()
+    assert json.loads(seconds).keys() == {"plan", "simulate", "train", "export", "measure"}
     demo.run_demo(out, 10)
+    assert (out / "seconds.json").read_text() == seconds
     assert tree_digest(out / "pairs") == pairs
     assert tree_digest(out / "run" / "checkpoints") == weights
     (out / "thesis.txt").write_text("keep me")
     with pytest.raises(UserError, match="not of a demo"):
         demo.run_demo(out, 10)
+
+
+def test_an_interrupted_stage_keeps_its_time(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), demo._Clock(tmp_path).counting("train"):
+        raise KeyboardInterrupt
+    first = demo._Clock(tmp_path).seconds["train"]
+    assert first > 0
+    with demo._Clock(tmp_path).counting("train"):
+        pass
+    assert demo._Clock(tmp_path).seconds["train"] > first
 
 
 def test_what_is_not_installed_is_found_before_the_work(tiny_embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
