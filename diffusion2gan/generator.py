@@ -37,6 +37,7 @@ class GeneratorConfig(Section):
     timestep: int = Field(999, ge=0)
     """The timestep at which the network is evaluated, recorded in the student. DDIM-50 with `leading` spacing starts at 981."""
     gradient_checkpointing: bool = False
+    """Computes activations twice instead of keeping them: less memory, slower."""
     lora_rank: int | None = Field(None, ge=1)
     """Trains low-rank changes of the teacher's weights instead of all of them: a tenth of the optimiser's memory or less. The frozen
     weights keep the precision of `teacher.dtype`."""

@@ -31,7 +31,9 @@ class Recipe(Section):
     """The resolved recipe: what `RUN/recipe.yaml` holds."""
 
     name: str
+    """What the run, its student and its tables are called."""
     description: str = ""
+    """One line, shown by `diffusion2gan recipes`."""
     teacher: TeacherConfig = TeacherConfig()
     pairs: PairsConfig
     generator: GeneratorConfig = GeneratorConfig()

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from diffusion2gan.config import settings_difference
+from diffusion2gan.config import Section, settings_difference
 from diffusion2gan.discriminator.multi_scale import DiscriminatorConfig
 from diffusion2gan.errors import UserError
-from diffusion2gan.recipe import builtin_recipes, check_same_experiment, dump_recipe, load_recipe
+from diffusion2gan.recipe import Recipe, builtin_recipes, check_same_experiment, dump_recipe, load_recipe
 from tests.helpers import recipe_values, write_recipe
 
 
@@ -226,3 +227,17 @@ def test_a_section_that_was_left_out_comes_back_by_its_keys(tiny: Path) -> None:
     (tiny.parent / "one.yaml").write_text(f"base: {tiny.name}\nadversarial: null\n")
     recipe = load_recipe(str(tiny.parent / "one.yaml"), ["adversarial.steps=5"])
     assert recipe.adversarial is not None and recipe.adversarial.steps == 5
+
+
+def test_every_key_of_a_recipe_is_explained() -> None:
+    def unexplained(section: type[Section], prefix: str) -> list[str]:
+        found: list[str] = []
+        for name, field in section.model_fields.items():
+            kinds = (field.annotation, *get_args(field.annotation))
+            inner = [k for k in kinds if isinstance(k, type) and issubclass(k, Section)]
+            found += [key for kind in inner for key in unexplained(kind, f"{prefix}{name}.")]
+            if not inner and not field.description:
+                found.append(prefix + name)
+        return found
+
+    assert unexplained(Recipe, "") == []

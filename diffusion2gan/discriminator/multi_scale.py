@@ -40,7 +40,9 @@ class DiscriminatorConfig(Section):
     timestep: int = Field(0, ge=0)
     """The timestep at which the teacher's network reads latents: 0, they carry no noise."""
     head_channels: int = Field(128, ge=1)
+    """Channels between the two convolutions of a read-out, at most; never more than its feature has."""
     gradient_checkpointing: bool = False
+    """Computes activations twice instead of keeping them: less memory, slower."""
 
     @model_validator(mode="after")
     def _checkpointing(self) -> DiscriminatorConfig:

@@ -49,10 +49,13 @@ class PairsConfig(Section):
     """Which pairs a store holds."""
 
     count: int = Field(ge=1)
+    """Pairs. A list of fewer prompts is read round and round, each time with other noises."""
     prompts: PromptsConfig = PromptsConfig()
     negative_prompt: str = ""
+    """What guidance leads away from; the paper's is empty."""
     ode: SolverConfig = SolverConfig()
     seed: int = Field(0, ge=0, le=MAX_STORE_SEED)
+    """Decides the noises, and of `embedded` the prompts."""
     batch_size: int = Field(32, ge=1)
     """Pairs solved at once. It may change the last bits of x, so it belongs to the store's settings."""
     shard_size: int = Field(256, ge=1)

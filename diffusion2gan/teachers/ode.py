@@ -41,8 +41,11 @@ class SolverConfig(Section):
     """How x is computed from z. The paper: DDIM, 50 steps, guidance 3 or 8; EDM teachers: Heun, 18 steps, linspace spacing, guidance 1."""
 
     solver: Literal["ddim", "dpmpp", "unipc", "heun"] = "ddim"
+    """DDIM without added noise, DPM-Solver++ and UniPC of second order, Heun's method (two evaluations a step)."""
     steps: int = Field(50, ge=1, le=1000)
+    """Steps of the solver."""
     spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    """Which timesteps, as diffusers' `timestep_spacing`: `trailing` begins at the last, `leading` a step before it."""
     guidance: float = Field(3.0, ge=1.0)
     """Classifier-free guidance scale; 1 evaluates the conditional branch alone."""
 

@@ -23,6 +23,7 @@ class TeacherConfig(Section):
     """Which pretrained model is the teacher."""
 
     family: Literal["stable_diffusion", "sdxl", "pixel"] = "stable_diffusion"
+    """Stable Diffusion 1.x and 2.x, SDXL, or a diffusion model of pixels (DDPM, EDM)."""
     source: str = "embedded"
     """`embedded`, a diffusers folder, or a hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`."""
     revision: str | None = None

@@ -56,16 +56,20 @@ class AdversarialConfig(Section):
     learning_rate: float = Field(1e-4, gt=0)
     """Of the generator."""
     discriminator_learning_rate: float = Field(1e-4, gt=0)
+    """Of the discriminator."""
     discriminator_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.0, 0.99)
+    """Of its Adam."""
     discriminator_gradient_clip: float = Field(2.0, gt=0)
     """Relative, as `training.gradient_clip`; to the norm of the steps with R1 in those, of the others in the others. A sample with a steep
     score would otherwise, with R1's weight, throw D back for good."""
     warmup_steps: int = Field(100, ge=0)
+    """Both learning rates rise linearly from 0 over the first so many steps of phase 2."""
     decay_steps: int = Field(0, ge=0)
     """Both learning rates fall linearly to 0 over the last so many steps."""
     r1: Literal["exact", "finite_difference", "none"] = "exact"
     """`finite_difference` needs no double backward."""
     r1_gamma: float = Field(1.0, gt=0)
+    """gamma of gamma/2 |grad s|^2 at real latents; the score s is the mean of the logits over locations, then over maps."""
     r1_every: int = Field(16, ge=1)
     """R1 is computed every so many steps and weighs so many times as much then."""
     r1_count: int | None = Field(None, ge=1)
@@ -85,6 +89,7 @@ class AdversarialConfig(Section):
     stop_accuracy: tuple[Share, Share] = (0.51, 0.99)
     """Training stops when D's accuracy on real and generated latents, over the last `stop_accuracy_steps` steps, lies outside."""
     stop_accuracy_steps: int = Field(500, ge=1)
+    """Steps of phase 2; before so many are done, it does not stop for that."""
 
     @model_validator(mode="after")
     def _sensible(self) -> AdversarialConfig:

@@ -26,6 +26,7 @@ class LossConfig(Section):
     """The regression loss: a row of Table 1."""
 
     distance: DistanceName = "e_latent_lpips"
+    """d of Eq. 1. `lpips` is of decoded pictures (Eq. 2); `latent_lpips` is Eq. 3 without augmentation."""
     perceptual: str = "embedded"
     """Weights of the perceptual network: `embedded`, or what `LatentLPIPS.from_pretrained` takes: sd15, sd21, sdxl, sd3, flux (released by
     the paper's authors, non-commercial), a folder, a released file, a hub repository."""
@@ -34,6 +35,7 @@ class LossConfig(Section):
     l1_weight: float = Field(0.0, ge=0)
     """Weight of mean |x0 - x1| added to a perceptual distance (0: Eq. 3), whatever the folder of the network says."""
     pseudo_huber_c: float | None = Field(None, gt=0)
+    """c of sqrt(|x0 - x1|^2 + c^2) - c, with the norm over all of a latent; without a number 0.00054 sqrt(its dimension)."""
 
 
 class Distance(nn.Module):

@@ -70,16 +70,23 @@ class TrainingConfig(Section):
     micro_batch_size: int | None = Field(None, ge=1)
     """Samples that go through the network at once in one process; the rest of its share is accumulated."""
     learning_rate: float = Field(3e-4, gt=0)
+    """Of phase 1."""
     warmup_steps: int = Field(100, ge=0)
+    """The learning rate rises linearly from 0 over the first so many steps."""
     decay_steps: int = Field(0, ge=0)
     """The learning rate falls linearly to 0 over the last so many steps."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Of G's Adam, in both phases."""
     weight_decay: float = Field(0.01, ge=0)
+    """AdamW's, of G and D: each step takes learning_rate x weight_decay of the weights away."""
     ema_decay: float = Field(0.999, ge=0, lt=1)
+    """Of the generator's average, which is what is validated and exported. Early in phase 1 it forgets faster, so that the start weighs nothing."""
     gradient_clip: float = Field(2.0, gt=0)
     """Relative: the gradient is cut to this many times its running norm, so that no loss is favoured by its scale."""
     mixed_precision: Literal["no", "bf16"] = "no"
+    """`bf16`: autocast; weights, optimiser, average and the losses stay in float32."""
     compile: bool = False
+    """Compiles G, D and a distance that has a network: minutes at the start, faster steps then. R1 is computed without."""
     optimizer: OptimizerName = "adamw"
     """Of G and D. `adamw_8bit` (bitsandbytes) keeps its moments in 2 bytes a parameter instead of 8; tensors under 4,096 elements as before."""
     ema_on_cpu: bool = False
@@ -91,16 +98,23 @@ class TrainingConfig(Section):
     shard: bool = False
     """FSDP2: weights, gradients, optimisers and average of G and D are split over the processes, instead of copied to each."""
     checkpoint_every: int = Field(500, ge=1)
+    """Optimiser steps, as all of these."""
     keep_checkpoints: int = Field(2, ge=1)
+    """The newest so many, and the last good one of phase 2."""
     log_every: int = Field(10, ge=1)
+    """A line of metrics.jsonl: means over the steps since the last."""
     validate_every: int = Field(500, ge=1)
+    """The average's loss and squared error on the pairs held out."""
     holdout: int = Field(256, ge=1)
     """The last so many pairs of the store are never trained on: validation loss and sample grids use them."""
     first_pairs: int | None = Field(None, ge=1)
     """Trains on only the first so many pairs of the store: how much do more pairs help?"""
     sample_every: int = Field(500, ge=1)
+    """A picture: the pairs that are held out, the average beside them."""
     sample_count: int = Field(16, ge=1)
+    """Pairs in it."""
     seed: int = Field(0, ge=0, lt=1 << 62)
+    """Of the order of the pairs and of all that training draws; the pairs have `pairs.seed`."""
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
