@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from diffusion2gan.embedded.text_to_image import new_scheduler
 from diffusion2gan.embedded.weights import embedded_folder
 from diffusion2gan.teachers.published import SD15, SDXL
 from diffusion2gan.teachers.sdxl import SDXLTeacher
@@ -44,17 +45,11 @@ def _tokenizer() -> CLIPTokenizer:
     return tokenizer
 
 
-def _schedule() -> DDIMScheduler:
-    return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
-    )
-
-
 def random_sd15_pipeline(device: str) -> StableDiffusionPipeline:
     with torch.device(device):
         text = CLIPTextModel(_text_config(768, 12, 12))
     return StableDiffusionPipeline(
-        vae=random_vae(device), text_encoder=text, tokenizer=_tokenizer(), unet=random_unet(device), scheduler=_schedule(),
+        vae=random_vae(device), text_encoder=text, tokenizer=_tokenizer(), unet=random_unet(device), scheduler=new_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
@@ -64,7 +59,7 @@ def random_sdxl_pipeline(device: str) -> StableDiffusionXLPipeline:
         text, text_2 = CLIPTextModel(_text_config(768, 12, 12)), CLIPTextModelWithProjection(_text_config(1280, 32, 20))
     return StableDiffusionXLPipeline(
         vae=random_vae(device, scaling_factor=0.13025), text_encoder=text, text_encoder_2=text_2, tokenizer=_tokenizer(),
-        tokenizer_2=_tokenizer(), unet=random_sdxl_unet(device), scheduler=_schedule(), add_watermarker=False,
+        tokenizer_2=_tokenizer(), unet=random_sdxl_unet(device), scheduler=new_scheduler(), add_watermarker=False,
     )  # fmt: skip
 
 

@@ -17,6 +17,9 @@ from diffusion2gan.errors import UserError
 Quantiser = Literal["round", "trunc"]
 """To the nearest level, or down to the next one, as DMD2's and GigaGAN's code has it: half a level darker on the average."""
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+"""Of files that are read as pictures."""
+
 
 def to_uint8(pixels: Tensor, quantiser: Quantiser = "round") -> np.ndarray:
     """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8. Raises UserError for pixels that are not finite."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,21 @@ def test_scripts_write_what_they_measured(
     given = [str(tmp_path / "whole") if a == "WHOLE" else a for a in arguments]
     monkeypatch.setattr(sys, "argv", [name, *given, "--out", str(out)])
     runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
-    assert json.loads(out.read_text())
+    numbers = list(_numbers(json.loads(out.read_text())))
+    assert numbers and all(math.isfinite(value) for value in numbers)
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[float]:
+    """All numbers of a result, none of whose parts may have failed."""
+    assert key != "error", value
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _numbers(part, name)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _numbers(part)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
 
 
 def test_ratios_of_the_perceptual_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

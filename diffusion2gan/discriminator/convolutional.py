@@ -20,7 +20,7 @@ from diffusion2gan.teachers.protocol import Teacher, TextCondition
 # Times the teacher's own widths: the encoder alone then weighs about as much as the teacher's encoder and decoder.
 WIDTH = 2
 SLOPE = 0.2
-# Self-attention below so many positions, as GigaGAN has it at 8 x 8 and 16 x 16.
+# Self-attention up to so many positions, as GigaGAN has it at 8 x 8 and 16 x 16.
 ATTENTION_POSITIONS = 256
 
 

@@ -21,10 +21,9 @@ import numpy as np
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.shards import Pictures
 from diffusion2gan.files import sha256_of
-from diffusion2gan.images import open_rgb
+from diffusion2gan.images import PICTURE_SUFFIXES, open_rgb
 from diffusion2gan.pairs.prompts import prompts_digest
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 DMD2_LIST = "captions_coco14_test.txt"
 DMD2_SHA256 = "edabd2a556026cbf5d36a5fffa35ad43d7ba71b72f6d640b727c1edefb7f1945"
 AMD_LIST = "coco_prompt_list.txt"

@@ -248,7 +248,7 @@ class _EnoughError(Exception):
 def train_throughput(recipe: Recipe, store: Path, warmup: int = 50, steps: int = 200) -> dict[str, Any]:
     """Samples a second of phase 1 of a recipe on a pair store, all processes together: loading, text, forward, backward, exchange,
     optimiser and average included; checkpoints, validation and sample grids not. `step_memory_mb` is what one more step allocates at
-    its peak beyond what was there. Nothing of the run is kept.
+    its peak beyond weights, gradients and optimiser. Nothing of the run is kept.
     Raises UserError for fewer than one step, and all that `train` refuses."""
     from diffusion2gan.run import train_recipe
 
@@ -262,7 +262,7 @@ def train_throughput(recipe: Recipe, store: Path, warmup: int = 50, steps: int =
     found: dict[str, float] = {}
 
     def enough() -> bool:
-        # Asked before every step, when the loss of the one before has arrived on the host: times[n] has n steps behind it.
+        # Asked in every step once its backward is done: between two answers lies one whole step, and gradients are there at each.
         times.append(time.perf_counter())
         done = len(times) - 1 - warmup
         if torch.cuda.is_available() and done == 0:

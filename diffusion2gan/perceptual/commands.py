@@ -24,9 +24,10 @@ from diffusion2gan.pairs.seeds import draw_noise, evaluation_seed
 from diffusion2gan.perceptual.bapps import subsets
 from diffusion2gan.perceptual.calibrate import Encode, Judgements, best_possible, calibrate, head_vector, judge, two_afc
 from diffusion2gan.perceptual.latent_cache import LatentCache, cache_latents, open_images
-from diffusion2gan.perceptual.latent_lpips import LatentLPIPS, LatentSpace
+from diffusion2gan.perceptual.latent_lpips import LatentLPIPS
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.perceptual.reconstruct import distances_of_figure_3, run_experiment
+from diffusion2gan.perceptual.space import LatentSpace
 from diffusion2gan.perceptual.train import train_classifier
 from diffusion2gan.report import markdown_table
 from diffusion2gan.teachers.folders import weights_digest

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual.augmentations import Augmentation, AugmentationParameters
-from diffusion2gan.perceptual.latent_lpips import LatentLPIPS, LatentSpace
+from diffusion2gan.perceptual.latent_lpips import LatentLPIPS
+from diffusion2gan.perceptual.space import LatentSpace
 
 
 class ELatentLPIPS(nn.Module):

@@ -22,9 +22,8 @@ from tqdm import tqdm
 
 from diffusion2gan.errors import UserError, in_one_line
 from diffusion2gan.files import atomic_path, disk_errors, sweep_temporaries, write_json
-from diffusion2gan.images import open_rgb, to_tensor
+from diffusion2gan.images import PICTURE_SUFFIXES, open_rgb, to_tensor
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # ImageNet has 313 of them, each open while it is read: below the usual limit of 1,024 open files.
 SHARD = 4096
 _SCALE, _RATIO = (0.25, 1.0), (3 / 4, 4 / 3)
@@ -55,11 +54,11 @@ class ImageFolder:
         self.root = root
         self.classes = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
         present = [(p, i) for i, c in enumerate(self.classes) for p in sorted((root / c).rglob("*"))]
-        self.files = [(p, i) for p, i in present if p.suffix.lower() in EXTENSIONS]
-        others = [p.suffix.lower() or p.name for p, _ in present if p.suffix.lower() not in EXTENSIONS and p.is_file()]
+        self.files = [(p, i) for p, i in present if p.suffix.lower() in PICTURE_SUFFIXES]
+        others = [p.suffix.lower() or p.name for p, _ in present if p.suffix.lower() not in PICTURE_SUFFIXES and p.is_file()]
         if others:
             warnings.warn(
-                f"{root}: {len(others)} files are not read ({', '.join(sorted(set(others))[:5])}): no images of {', '.join(sorted(EXTENSIONS))}",
+                f"{root}: {len(others)} files are not read ({', '.join(sorted(set(others))[:5])}): no images of {', '.join(PICTURE_SUFFIXES)}",
                 stacklevel=2,
             )
         if not self.files:

@@ -5,11 +5,9 @@ B, C, H, W: batch, latent channels, height and width of the latent. No augmentat
 
 from __future__ import annotations
 
-import math
-import numbers
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -21,11 +19,13 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual.checkpoint import load_weights, read_config, read_weights, save_folder
 from diffusion2gan.perceptual.gradient_scale import computes_in_float16, with_scaled_gradients
 from diffusion2gan.perceptual.latent_vgg import LatentVGG, LatentVGGConfig
+from diffusion2gan.perceptual.released import LICENCE, LicenceNotice, resolve
+from diffusion2gan.perceptual.space import LatentSpace, Origin, is_number
 
 # The released metric's, inside the root: features of zero stay zero, and their gradient is finite.
 EPS = 1e-8
 
-Record = TypeVar("Record", "LatentSpace", "Origin")
+Record = TypeVar("Record", LatentSpace, Origin)
 
 
 def unit_normalized(features: Tensor) -> Tensor:
@@ -33,47 +33,6 @@ def unit_normalized(features: Tensor) -> Tensor:
     # The distance of two close inputs is a difference of nearly equal numbers: bf16 would leave nothing of it.
     f = features.to(torch.promote_types(features.dtype, torch.float32))
     return f * torch.rsqrt(f.square().sum(dim=1, keepdim=True) + EPS)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-@dataclass(frozen=True)
-class LatentSpace:
-    """How an autoencoder's own latents become those that its diffusion model reads: (latent - shift) * scale.
-
-    UserError for what is no finite number, and for a scale that is not above 0.
-    """
-
-    scale: float = 1.0
-    shift: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not _is_number(self.scale) or not self.scale > 0:
-            raise UserError(f"space.scale is {self.scale!r}, expected a number above 0: the autoencoder's scaling_factor")
-        if not _is_number(self.shift):
-            raise UserError(f"space.shift is {self.shift!r}, expected a number: the autoencoder's shift_factor, or 0")
-
-    def scaled(self, latent: Tensor) -> Tensor:
-        """The autoencoder's latents (B, C, H, W), scaled, in float32 or better."""
-        # In half precision the difference and the product would each be rounded.
-        latent = latent.to(torch.promote_types(latent.dtype, torch.float32))
-        return (latent - self.shift) * self.scale if self.shift else latent * self.scale
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Which published file weights were taken from."""
-
-    source: str
-    """Repository and path on the hub, or the name of the file that was given."""
-    sha256: str
-    """Of that file, as it was loaded."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.source, str) or not isinstance(self.sha256, str):
-            raise UserError(f"origin is {asdict(self)}, expected two texts: a file's name and its sha256")
 
 
 class Head(nn.Module):
@@ -314,8 +273,6 @@ class LatentLPIPS(nn.Module):
         `clamp`: see `load_weights`. `l1_weight` and `space` replace what is stored; the space of a released checkpoint is known
         from its name, and not known under another. UserError for anything that cannot be loaded.
         """
-        from diffusion2gan.perceptual.released import LICENCE, LicenceNotice, resolve
-
         resolved = resolve(source)
         if resolved.state is not None:
             first = resolved.state["net.slice1.0.weight"]
@@ -372,7 +329,7 @@ def _record(kind: type[Record], values: object, name: str) -> Record | None:
 
 
 def _checked_l1_weight(value: float) -> float:
-    if not _is_number(value) or value < 0:
+    if not is_number(value) or value < 0:
         raise UserError(f"l1_weight is {value!r}, expected a number of 0 or more; 0 is Eq. 3")
     return value
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffusion2gan.errors import UserError, in_one_line
 from diffusion2gan.files import hub_file, sha256_of
 from diffusion2gan.perceptual.checkpoint import CONFIG, WEIGHTS
-from diffusion2gan.perceptual.latent_lpips import LatentSpace, Origin
+from diffusion2gan.perceptual.space import LatentSpace, Origin
 
 REPOSITORY = "Mingguksky/elatentlpips"
 LICENCE = "CC BY-NC 4.0, non-commercial: M. Kang, elatentlpips"
