@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -30,6 +31,7 @@ LARGEST_VOTE = 4096
 PIECE = 1 << 16
 # A sheet without a vote after this many seconds may go to somebody else, once no fresh one is left.
 GIVEN_UP = 1800.0
+PASSED_ON = "This sheet was not begun for half an hour and went to somebody else. Another one is at /"
 
 
 def serve_study(folder: Path, host: str = "127.0.0.1", port: int = 8000, say: Callable[[str], None] = print) -> None:
@@ -64,11 +66,14 @@ class VoteBox:
             self._votes.close()
             raise
         self._given: dict[str, float] = {}
+        self._times: Counter[str] = Counter()
         for line in self._handed_out.content().splitlines():
             try:
-                self._given[json.loads(line)["rater"]] = json.loads(line)["time"]
+                rater, when = (json.loads(line)[key] for key in ("rater", "time"))
             except (ValueError, KeyError, TypeError):
                 continue  # half a line: that sheet was not handed out
+            self._given[rater] = when
+            self._times[rater] += 1
         self._handed_out.cut(len(self._handed_out.content()))
 
     @property
@@ -94,13 +99,21 @@ class VoteBox:
             if chosen:
                 self._handed_out.append(json.dumps({"rater": chosen.id, "time": now}).encode() + b"\n")
                 self._given[chosen.id] = now
+                self._times[chosen.id] += 1
             return chosen
 
-    def add(self, vote: Vote) -> tuple[HTTPStatus, str]:
-        """Keeps the vote. Returns OK when it is on disk, else why it was refused."""
+    def turn(self, rater: Rater) -> int:
+        """How often the sheet was handed out; 1 for one that never was, which somebody was given by its address."""
+        with self._lock:
+            return max(1, self._times[rater.id])
+
+    def add(self, vote: Vote, turn: int = 1) -> tuple[HTTPStatus, str]:
+        """Keeps the vote of a page that was opened at `turn`. Returns OK when it is on disk, else why it was refused."""
         with self._lock:
             if reason := self._ballot.unknown(vote):
                 return HTTPStatus.NOT_FOUND, reason
+            if turn != max(1, self._times[vote.rater]):
+                return HTTPStatus.GONE, PASSED_ON
             if vote.trial in self._ballot.seen(vote.rater):
                 return HTTPStatus.CONFLICT, "this trial has its vote"
             # On disk first: a vote that only memory knows would be refused when the page sends it again.
@@ -187,6 +200,15 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _query(turn: int) -> str:
+    return f"?turn={turn}" if turn > 1 else ""
+
+
+def _turn(path: str) -> int:
+    match = re.search(r"(?:^|&)turn=([0-9]{1,6})(?:&|$)", urlsplit(path).query)
+    return int(match[1]) if match else 1
+
+
 class _Handler(BaseHTTPRequestHandler):
     """GET / leads to a free sheet, GET /sheet/RATER is its page, POST /vote takes one vote. Nothing in a request becomes a path."""
 
@@ -204,13 +226,16 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._say(HTTPStatus.INSUFFICIENT_STORAGE, f"cannot be recorded ({error}); please tell those who run the study")
             if free is None:
                 return self._say(HTTPStatus.SERVICE_UNAVAILABLE, "Every sheet of this study has been given out. Thank you for coming.")
-            return self._answer(HTTPStatus.SEE_OTHER, b"", "text/plain", {"Location": f"/sheet/{free.id}"})
-        match = re.fullmatch(r"/sheet/([0-9a-f]{16})", self.path)
+            return self._answer(HTTPStatus.SEE_OTHER, b"", "text/plain", {"Location": f"/sheet/{free.id}{_query(box.turn(free))}"})
+        match = re.fullmatch(r"/sheet/([0-9a-f]{16})", urlsplit(self.path).path)
         rater = box.rater(match[1]) if match else None
         if rater is None:
             return self._say(HTTPStatus.NOT_FOUND, "There is nothing here. The study begins at /")
+        turn = _turn(self.path)
+        if turn != box.turn(rater):
+            return self._say(HTTPStatus.GONE, PASSED_ON)
         page = (box.folder / "pages" / rater.page).read_bytes()
-        sink = json.dumps({"url": "/vote", "done": box.done(rater)}).encode()
+        sink = json.dumps({"url": f"/vote{_query(turn)}", "done": box.done(rater)}).encode()
         return self._answer(HTTPStatus.OK, page.replace(OFFLINE, OFFLINE.replace(b"null", sink), 1), "text/html")
 
     def do_POST(self) -> None:
@@ -223,7 +248,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.read(min(int(length), 1 << 20))
             return None
         body = self.rfile.read(int(length))
-        if self.path != "/vote":
+        if urlsplit(self.path).path != "/vote":
             return self._say(HTTPStatus.NOT_FOUND, "votes go to /vote")
         # A page of another site cannot send this type without asking first.
         if self.headers.get_content_type() != "application/json":
@@ -236,7 +261,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._say(HTTPStatus.BAD_REQUEST, "`simulated` and `received` are not the page's to say")
         received = datetime.now(UTC).isoformat(timespec="seconds")
         try:
-            return self._say(*self.server.box.add(vote.model_copy(update={"received": received})))
+            return self._say(*self.server.box.add(vote.model_copy(update={"received": received}), _turn(self.path)))
         except OSError as error:
             return self._say(HTTPStatus.INSUFFICIENT_STORAGE, f"not kept: {error}")
 

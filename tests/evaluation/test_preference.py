@@ -633,6 +633,28 @@ def test_when_all_sheets_are_out_only_one_never_begun_is_given_again(study_folde
     assert handed[-1] is None
 
 
+def test_a_sheet_that_went_to_somebody_else_takes_no_vote_of_the_first(study_folder: Path) -> None:
+    study = load_study(study_folder)
+    first, second, *_ = study.raters
+    now = time.time()
+    rows = [{"rater": rater.id, "time": now - (3600 if rater is first else 0)} for rater in study.raters]
+    (study_folder / "handed_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with served(StudyServer(study_folder)) as server:
+        vote = vote_of(study, first.id, first.trials[0]).model_dump_json(exclude={"received", "simulated"})
+        again = f"/sheet/{first.id}?turn=2"
+        assert request(server, "GET", "/")[:3:2] == (303, again)
+        # The page that was opened an hour ago, and the same address now.
+        assert request(server, "POST", "/vote", vote)[0] == 410
+        assert request(server, "GET", f"/sheet/{first.id}")[0] == 410
+        status, page, _ = request(server, "GET", again)
+        assert status == 200 and b'id="sink">{"url": "/vote?turn=2", "done": []}</script>' in page
+        assert request(server, "POST", "/vote?turn=2", vote)[0] == 200
+        # One that was never handed out twice is as it was.
+        assert post(server, vote_of(study, second.id, second.trials[0])) == 200
+    with served(StudyServer(study_folder)) as server:
+        assert request(server, "GET", again)[0] == 200
+
+
 def test_an_address_that_others_can_reach_is_warned_of_and_a_used_port_is_refused(study_folder: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"0.0.0.0 can be reached from other machines"):
         StudyServer(study_folder, "0.0.0.0").server_close()
