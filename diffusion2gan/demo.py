@@ -21,7 +21,7 @@ import torch
 from diffusion2gan.device import default_device, has_bf16
 from diffusion2gan.embedded.weights import embedded_student, weights_root
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import disk_errors, write_bytes_atomic
+from diffusion2gan.files import disk_errors, json_object, write_bytes_atomic
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import grid
 from diffusion2gan.pairs.dataset import PairDataset, canonical_json
@@ -34,6 +34,7 @@ from diffusion2gan.run_log import read_scalars
 from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig, evaluations_per_pair
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+from diffusion2gan.training.state import checkpoint_step, checkpoints
 
 if TYPE_CHECKING:
     from diffusion2gan.evaluation.scoring import ScoringNetwork
@@ -172,6 +173,8 @@ def run_demo(out: Path, minutes: float) -> Path:
 
     # What is not installed is found now, not after all the work.
     scorer = ScoringNetwork()
+    if (weights_root() / "student").is_dir():
+        embedded_student()
     started = time.perf_counter()
     finish = started + 60 * minutes
     clock, emoji = _Clock(out), load_recipe("emoji")
@@ -180,6 +183,7 @@ def run_demo(out: Path, minutes: float) -> Path:
         teacher = load_teacher(emoji.teacher, default_device())
         assert isinstance(teacher, StableDiffusionTeacher)
         recipe = demo_recipe(out, teacher, minutes, judged)
+    clock.done &= _trained_to_the_end(out / "run", recipe)
     # What comes after training: export, measuring, the page.
     reserve = _OVERHEAD_SECONDS / 2 + judging_seconds(speed_of(out), judged)
     for name, stage in (
@@ -200,12 +204,12 @@ def run_demo(out: Path, minutes: float) -> Path:
 
 
 class _Clock:
-    """Seconds by stage, kept in the demo's folder: of one that is interrupted and goes on, all its parts. A demo that has its report has had
-    its time: repeating it adds nothing."""
+    """Seconds by stage, kept in the demo's folder: of one that is interrupted and goes on, all its parts. `done`: one that has its report and
+    all its steps has had its time, and repeating it adds nothing."""
 
     def __init__(self, out: Path):
-        self._path, self._done = out / "seconds.json", (out / "report.html").exists()
-        self.seconds: dict[str, float] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._path, self.done = out / "seconds.json", (out / "report.html").exists()
+        self.seconds: dict[str, float] = json_object(self._path) if self._path.exists() else {}
 
     @contextmanager
     def counting(self, stage: str) -> Iterator[None]:
@@ -213,9 +217,14 @@ class _Clock:
         try:
             yield
         finally:
-            if not self._done:
+            if not self.done:
                 self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begun
                 write_bytes_atomic(self._path, canonical_json(self.seconds))
+
+
+def _trained_to_the_end(run: Path, recipe: Recipe) -> bool:
+    """Not when the time was up before: then the same command goes on."""
+    return max(map(checkpoint_step, checkpoints(run / "checkpoints")), default=0) >= recipe.training.steps
 
 
 def measure(out: Path, teacher: StableDiffusionTeacher, judged: SolverConfig, scorer: ScoringNetwork) -> dict[str, Any]:

@@ -227,12 +227,21 @@ def refuse_other_folder(folder: Path, marker: str, what: str) -> None:
         raise UserError(f"{folder}: not empty and no {what} (no {marker}); choose a new folder")
 
 
+def refuse_strangers(folder: Path, known: Collection[str]) -> None:
+    """Raises UserError when `folder`, if there is one, holds names at its top that are not `known`; what file systems leave there aside."""
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    if strangers := sorted(n for n in names if n not in known and n != ".DS_Store" and not n.startswith(".nfs")):
+        raise UserError(
+            f"{folder}: would be replaced by a folder without {strangers[0]}, which is there; choose a new one, or move that away"
+        )
+
+
 @contextmanager
 def atomic_folder(folder: Path, ours: Collection[str] | None = None) -> Iterator[Path]:
     """Yields a path beside `folder` to fill; on success what was made there takes the place of `folder`.
 
-    ours: raises UserError, and leaves the old folder as it is, if that holds names that are neither in the new one nor in `ours`: the
-    work of somebody else.
+    ours: raises UserError, and leaves the old folder as it is, if at its top it holds names that are neither in the new one nor in `ours`:
+    the work of somebody else.
 
     An interrupted replacement leaves the old folder or the new one whole; a process killed in the one moment between two
     renames leaves the old one as `.NAME.old`, and the next call puts it back before anything else.
@@ -251,10 +260,8 @@ def atomic_folder(folder: Path, ours: Collection[str] | None = None) -> Iterator
         with tempfile.TemporaryDirectory(**_scratch(folder)) as scratch:
             draft = Path(scratch) / folder.name
             yield draft
-            if ours is not None and folder.exists():
-                strangers = sorted({p.name for p in folder.iterdir()} - {p.name for p in draft.iterdir()} - set(ours))
-                if strangers:
-                    raise UserError(f"{folder}: holds {strangers[0]}, which was not written here and would be lost; choose a new folder")
+            if ours is not None:
+                refuse_strangers(folder, {p.name for p in draft.iterdir()} | set(ours))
             try:
                 if folder.exists():
                     folder.rename(aside)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import ValidationError, model_validator
@@ -127,12 +127,13 @@ class Recipe(Section):
 class _Yaml(yaml.SafeLoader):
     """A safe loader whose numbers may be written 3e-4 too: PyYAML, which keeps to YAML 1.1, reads that as text."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Raises YAMLError for a key that is there twice, of which the last would count."""
-        keys = [key.value for key, _ in node.value]
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """Raises YAMLError for a key that is there twice, of which the last would count. As it is written: merged keys come later."""
+        node = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := [key for key in keys if keys.count(key) > 1 and key != "<<"]:
             raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+        return cast(yaml.MappingNode, node)
 
 
 class _Dumper(yaml.SafeDumper):

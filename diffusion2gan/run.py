@@ -64,8 +64,8 @@ def measure_solver_recipe(recipe: Recipe, out: Path, count: int) -> str:
     return measure_recipe(load_teacher(recipe.teacher, default_device()), recipe.pairs, out, count)
 
 
-def open_run(recipe: Recipe, folder: Path) -> None:
-    """Makes the run folder, or checks that it belongs to the same experiment. Raises UserError."""
+def _check_run(recipe: Recipe, folder: Path) -> None:
+    """Raises UserError unless `folder` is new, or a run of the same experiment. Writes nothing."""
     path = folder / "recipe.yaml"
     if path.exists():
         # A run that never came to train holds nothing that a mended recipe could spoil.
@@ -75,8 +75,6 @@ def open_run(recipe: Recipe, folder: Path) -> None:
             _check_lengths(recipe, saved, folder)
     elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise UserError(f"{folder}: not empty and no run (no recipe.yaml); choose a new --out")
-    sweep_temporaries(folder)
-    write_bytes_atomic(path, dump_recipe(recipe).encode())
 
 
 def _begun(folder: Path) -> bool:
@@ -129,9 +127,10 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     check_memory(recipe, "train", teacher.network, accelerator.num_processes, accelerator.device, done)
     distance = build_distance(recipe.loss, teacher, accelerator.device)
     if distance.network is not None and recipe.loss.perceptual == "embedded" and recipe.teacher.source != "embedded":
+        of_pixels = recipe.loss.distance == "lpips"
+        better = "one of pixels (`perceptual train --vae pixels`)" if of_pixels else "one of its latents (sd15, sdxl, or your own)"
         warnings.warn(
-            f"loss.perceptual is `embedded`, which was trained on the emoji, and the teacher is {recipe.teacher.source}; name a network of its "
-            "latents (sd15, sdxl, or one you trained)",
+            f"loss.perceptual is `embedded`, a network trained on the emoji, and the teacher is {recipe.teacher.source}; name {better}",
             stacklevel=2,
         )
     generator = OneStepGenerator.from_teacher(teacher, recipe.generator)
@@ -151,9 +150,13 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     teacher.give_up_network()
     with disk_errors(folder):
         if accelerator.is_main_process:
-            open_run(recipe, folder)
+            _check_run(recipe, folder)
             begun_from = None if start is None else (weights_digest(generator), _start_facts(start))
-            _check_inputs(folder, pairs, distance, begun_from)
+            inputs = _checked_inputs(folder, pairs, distance, teacher.decoder_digest(), begun_from)
+            # Only now: a command that is refused leaves the run as it was.
+            sweep_temporaries(folder)
+            write_bytes_atomic(folder / "recipe.yaml", dump_recipe(recipe).encode())
+            write_bytes_atomic(folder / "inputs.json", canonical_json(inputs))
         accelerator.wait_for_everyone()
         trainer = Trainer(teacher, pairs, generator, distance, recipe.training, folder, accelerator, adversarial, discriminator)
         trainer.run(progress, deadline)
@@ -225,16 +228,20 @@ def _start_facts(start: Path) -> dict[str, Any]:
     return {"recipe": recipe.name, "steps": steps, "batch_size": recipe.training.batch_size} | ({"start": before} if before else {})
 
 
-def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance, start: tuple[str, dict[str, Any]] | None) -> None:
-    """Writes what the run was fed with to `RUN/inputs.json`, or raises UserError when it was fed with something else before."""
+def _checked_inputs(
+    folder: Path, pairs: PairDataset, distance: Distance, decoder: str | None, start: tuple[str, dict[str, Any]] | None
+) -> dict[str, Any]:
+    """What the run is fed with, for `RUN/inputs.json`. Raises UserError when it was fed with something else before."""
     perceptual = None if distance.network is None else weights_digest(distance.network)
-    inputs = {
+    inputs: dict[str, Any] = {
         "pairs": {k: v for k, v in pairs.manifest.items() if k != "shards"},
         "perceptual_weights": perceptual,
         "perceptual_settings": distance.settings,
+        # The teacher's identity is of what draws latents.
+        "decoder_weights": decoder,
     }
     path = folder / "inputs.json"
-    saved = json.loads(path.read_text()) if path.exists() and _begun(folder) else None
+    saved = json_object(path) if path.exists() and _begun(folder) else None
     # Of a run that goes on with weights of its own, only the record tells where it started.
     weights, facts = start if start is not None else ((saved or {}).get("start_weights"), None)
     inputs["start_weights"] = weights
@@ -243,10 +250,9 @@ def _check_inputs(folder: Path, pairs: PairDataset, distance: Distance, start: t
         # The same pairs may be kept otherwise: noise stored or not, shards of another size.
         kept = {f"pairs.{key}" for key in HOW_KEPT} | {"pairs.fingerprint", "pairs.noise_recipe.fingerprint", "pairs.teacher.source"}
         for key, ours, theirs in settings_difference(json.loads(written), {k: v for k, v in saved.items() if k != "start"}):
-            if key not in kept:
+            if key not in kept and not (key == "decoder_weights" and theirs is None):
                 raise UserError(f"{folder}: this run was begun with {key} {theirs!r}, now it is {ours!r}; choose a new --out")
-    inputs["start"] = facts if facts is not None else (saved or {}).get("start")
-    write_bytes_atomic(path, canonical_json(inputs))
+    return inputs | {"start": facts if facts is not None else (saved or {}).get("start")}
 
 
 def _prompts_digest(recipe: Recipe, pairs: PairDataset, accelerator: Accelerator) -> str:

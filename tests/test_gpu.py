@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from diffusion2gan.device import available_memory
+from diffusion2gan.discriminator.multi_scale import MultiScaleDiscriminator, score
+from diffusion2gan.discriminator.regularization import r1_penalty
 from diffusion2gan.evaluation.speed import extra_memory
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.pairs.dataset import PairDataset
@@ -16,6 +18,7 @@ from diffusion2gan.pipeline import OneStepPipeline
 from diffusion2gan.precision import no_tf32
 from diffusion2gan.recipe import parse_recipe
 from diffusion2gan.run import export_run, train_recipe
+from diffusion2gan.teachers.attention import twice_differentiable_attention
 from diffusion2gan.teachers.protocol import TextCondition
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from diffusion2gan.training.state import checkpoint_path, load_state
@@ -116,6 +119,34 @@ def test_a_run_goes_on(settings: dict[str, object], tmp_path: Path, tiny_teacher
     ours, theirs = (load_state(checkpoint_path(tmp_path / run / "checkpoints", 12)) for run in ("again", "run"))
     for name, value in theirs.ema.items():
         torch.testing.assert_close(ours.ema[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_phase_2_as_the_recipes_for_one_gpu_have_it(tmp_path: Path, tiny_teacher_folder: Path, prompts_file: Path) -> None:
+    """bf16, compiled, both networks recomputed, exact R1 beside them: D learns to tell, and nothing breaks."""
+    adversarial = {"steps": 30, "learning_rate": 1e-4, "discriminator_learning_rate": 1e-3, "r1_every": 4, "r1_count": 2, "warmup_steps": 1}
+    values = recipe_values(tiny_teacher_folder, prompts_file, training__steps=0, adversarial=adversarial)
+    values["training"] |= {"mixed_precision": "bf16", "compile": True, "log_every": 1}
+    values |= {"generator": {"gradient_checkpointing": True}, "discriminator": {"gradient_checkpointing": True}}
+    trained_from_scratch(values, tmp_path)
+    rows = [row for row in metrics(tmp_path / "run") if "discriminator_loss" in row]
+    assert [i for i, row in enumerate(rows) if "r1" in row] == list(range(0, 30, 4))
+    assert rows[-1]["discriminator_loss"] < rows[0]["discriminator_loss"]
+
+
+def test_r1_is_that_of_the_cpu() -> None:
+    penalties = []
+    for device in ("cpu", DEVICE):
+        torch.manual_seed(0)
+        teacher = StableDiffusionTeacher.from_pipeline(tiny_pipeline())
+        d = MultiScaleDiscriminator.from_teacher(teacher)
+        with torch.no_grad():
+            for p in d.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        x, z = (torch.randn(2, 4, 8, 8) for _ in range(2))
+        d, x, z, c = d.to(device), x.to(device), z.to(device), TextCondition(torch.randn(2, 8, 16).to(device))
+        with no_tf32(), twice_differentiable_attention():
+            penalties.append(r1_penalty(lambda of, d=d, z=z, c=c: score(d(of, z, c)), x).detach().cpu())  # type: ignore[misc]
+    torch.testing.assert_close(penalties[1], penalties[0], rtol=1e-3, atol=1e-6)
 
 
 def test_checkpointing_takes_less_memory() -> None:

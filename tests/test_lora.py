@@ -248,7 +248,7 @@ def test_refusals(root: Path, tiny_teacher_folder: Path, prompts_file: Path, tmp
     (tmp_path / "ours" / "notes").mkdir()
     before = tree_digest(tmp_path / "ours")
     assert main(["export", str(root / "run"), str(tmp_path / "ours"), "--format", "lora"]) == 2
-    assert "holds notes, which was not written here and would be lost" in capsys.readouterr().err
+    assert "would be replaced by a folder without notes" in capsys.readouterr().err
     assert tree_digest(tmp_path / "ours") == before
     half = recipe_values(tiny_teacher_folder, prompts_file, generator={"lora_rank": 4}, teacher__dtype="float16")
     with pytest.raises(UserError, match="teacher.dtype is float16 with generator.lora_rank, expected bfloat16 or float32"):

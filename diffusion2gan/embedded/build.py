@@ -126,9 +126,9 @@ def pack(work: Path, root: Path) -> list[str]:
         if (draft / "student").is_dir():
             try:
                 check_teacher(draft / "teacher", draft / "student")
-            except UserError:
+            except UserError as error:
                 shutil.rmtree(draft / "student")
-                lines.append("left out student: distilled from another teacher than is packed; pack again with one of this teacher")
+                lines.append(f"left out student: {error}")
         sizes = [p.stat().st_size for p in draft.rglob("*") if p.is_file()]
         if sum(sizes) > MAX_TOTAL or max(sizes, default=0) > MAX_FILE:
             raise UserError(

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -66,14 +65,13 @@ class VoteBox:
             self._votes.close()
             raise
         self._given: dict[str, float] = {}
-        self._times: Counter[str] = Counter()
+        self._turns: dict[str, int] = {}
         for line in self._handed_out.content().splitlines():
             try:
-                rater, when = (json.loads(line)[key] for key in ("rater", "time"))
-            except (ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                self._given[row["rater"]], self._turns[row["rater"]] = row["time"], row.get("turn", 1)
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # half a line: that sheet was not handed out
-            self._given[rater] = when
-            self._times[rater] += 1
         self._handed_out.cut(len(self._handed_out.content()))
 
     @property
@@ -97,22 +95,22 @@ class VoteBox:
             left = sorted((r for r in unused if self._given.get(r.id, now) < now - GIVEN_UP), key=lambda r: self._given[r.id])
             chosen = next(iter(fresh + left), None)
             if chosen:
-                self._handed_out.append(json.dumps({"rater": chosen.id, "time": now}).encode() + b"\n")
-                self._given[chosen.id] = now
-                self._times[chosen.id] += 1
+                turn = self._turns.get(chosen.id, 0) + 1
+                self._handed_out.append(json.dumps({"rater": chosen.id, "time": now, "turn": turn}).encode() + b"\n")
+                self._given[chosen.id], self._turns[chosen.id] = now, turn
             return chosen
 
     def turn(self, rater: Rater) -> int:
         """How often the sheet was handed out; 1 for one that never was, which somebody was given by its address."""
         with self._lock:
-            return max(1, self._times[rater.id])
+            return self._turns.get(rater.id, 1)
 
     def add(self, vote: Vote, turn: int = 1) -> tuple[HTTPStatus, str]:
         """Keeps the vote of a page that was opened at `turn`. Returns OK when it is on disk, else why it was refused."""
         with self._lock:
             if reason := self._ballot.unknown(vote):
                 return HTTPStatus.NOT_FOUND, reason
-            if turn != max(1, self._times[vote.rater]):
+            if turn != self._turns.get(vote.rater, 1):
                 return HTTPStatus.GONE, PASSED_ON
             if vote.trial in self._ballot.seen(vote.rater):
                 return HTTPStatus.CONFLICT, "this trial has its vote"

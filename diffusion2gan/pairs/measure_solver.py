@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.files import atomic_folder, refuse_other_folder, write_json
+from diffusion2gan.files import atomic_folder, refuse_other_folder, refuse_strangers, write_json
 from diffusion2gan.images import grid, png_bytes, to_uint8
 from diffusion2gan.pairs.prompts import read_prompts
 from diffusion2gan.pairs.seeds import draw_noise, pair_seed
@@ -30,6 +30,7 @@ from diffusion2gan.teachers.protocol import Teacher
 REFERENCE_STEPS = 200
 _SHOWN = 6
 RESULT = "solver_distance.json"
+_FILES = (RESULT, "solver_distance.md", "solver_distance.png", "pictures.png")
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def measure_recipe(teacher: Teacher, config: PairsConfig, out: Path, count: int 
     Returns the table. Raises UserError for a folder that holds something else.
     """
     refuse_other_folder(out, RESULT, "measurement")
+    refuse_strangers(out, _FILES)
     if count < 2:
         raise UserError(f"--measure-count is {count}, expected at least 2: the yardstick is the distance of two pictures")
     prompts = read_prompts(config.prompts, count, config.seed)
@@ -116,7 +118,7 @@ def measure_recipe(teacher: Teacher, config: PairsConfig, out: Path, count: int 
         teacher, settings, noise, prompts, config.batch_size, config.precision, negative_prompt=config.negative_prompt
     )
     table = solver_table(rows, whole)
-    with atomic_folder(out, ours=()) as target:
+    with atomic_folder(out, ours=_FILES) as target:
         target.mkdir()
         write_json(target / RESULT, solver_result(rows, whole, count, config.ode.guidance, teacher))
         (target / "solver_distance.md").write_text(table)

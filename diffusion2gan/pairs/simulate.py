@@ -11,6 +11,7 @@ import hashlib
 import json
 import platform
 import random
+import sys
 import time
 import warnings
 from collections.abc import Callable, Collection
@@ -108,7 +109,8 @@ def agree_on_settings(folder: Path, settings: dict[str, Any]) -> None:
         if others and not path.exists():
             raise UserError(f"{folder}: not empty and no pair store (it holds {others[0]}); choose a new folder")
         write_bytes_atomic(path, canonical_json(settings))
-    if settings != json_object(path) and not any(folder.glob("shard-*")):
+    if store_difference(settings, json_object(path)) and not any(folder.glob("shard-*")):
+        print(f"{folder}: holds no shard yet; its settings are now this recipe's", file=sys.stderr)
         write_bytes_atomic(path, canonical_json(settings))
     check_settings(folder, settings)
 
@@ -202,8 +204,14 @@ def simulate(
                 # A job of other settings may have found the store empty.
                 check_settings(folder, settings)
                 if not _has_shard(folder, index, total):
-                    write_bytes_atomic(folder / shard_name(index, total, hashlib.sha256(data).hexdigest()), data)
+                    path = folder / shard_name(index, total, hashlib.sha256(data).hexdigest())
+                    write_bytes_atomic(path, data)
                     order.made(index)
+                    try:
+                        check_settings(folder, settings)
+                    except UserError:
+                        path.unlink(missing_ok=True)
+                        raise
                 _log(folder, {"shard": index, "pairs": len(rows), "seconds": round(time.time() - started, 3), "rank": worker.rank})
             present = existing_shards(folder, total)
             # What others made meanwhile; and nothing of a shard that was given up.
@@ -218,7 +226,7 @@ def _has_shard(folder: Path, index: int, total: int) -> bool:
 
 class _Order:
     """Which missing shard a process makes next: those of its own share, round about from one drawn at random, then the others', from the
-    far end, where an idle worker meets a slow one only at its very last shard.
+    far end, where an idle worker meets a slow one at its last shards.
 
     Jobs that know nothing of each other have the same rank, so the same share. As soon as shards of it appear that this process did not
     make, it draws each next one at random: in step with another it would make every one of them twice.

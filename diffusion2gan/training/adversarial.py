@@ -36,6 +36,7 @@ from diffusion2gan.training.optimizer import adamw
 from diffusion2gan.training.order import r1_generator
 from diffusion2gan.training.placement import Placement
 from diffusion2gan.training.sharding import own_rows, split_like, whole
+from diffusion2gan.training.state import LONG
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -55,6 +56,8 @@ class AdversarialConfig(Section):
     """Eq. 5-6 are `logistic`."""
     learning_rate: float = Field(1e-4, gt=0)
     """Of the generator."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
+    """Of the generator's Adam, in phase 2; without numbers `training.betas`."""
     discriminator_learning_rate: float = Field(1e-4, gt=0)
     """Of the discriminator."""
     discriminator_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.0, 0.99)
@@ -423,8 +426,8 @@ class Adversary:
         main = self.accelerator.is_main_process
         model, optimizer = own_rows(self.bare.state_dict(), main), self.descent.state(main)
         return {
-            "model": model, "optimizer": optimizer, "statistics": sums, "r1": self._r1_told, "gradient_scale": self._plain_clip.scale,
-            "r1_gradient_scale": self._r1_clip.scale,
+            "model": model, "optimizer": optimizer, "statistics": sums, "r1": self._r1_told, "clip": self._plain_clip.state,
+            "r1_clip": self._r1_clip.state,
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
@@ -432,6 +435,7 @@ class Adversary:
         self.descent.load(state["optimizer"])
         # Checkpoints from before there was one: as at the first step.
         self._r1_told = state["r1"] if len(state["r1"]) == 3 else [0.0, 0.0, 0]
-        self._plain_clip.scale, self._r1_clip.scale = (state.get(f"{of}gradient_scale", math.nan) for of in ("", "r1_"))
+        for clip, of in ((self._plain_clip, ""), (self._r1_clip, "r1_")):
+            clip.state = state[f"{of}clip"] if f"{of}clip" in state else (state.get(f"{of}gradient_scale", math.nan), LONG)
         if self.accelerator.is_main_process and state["statistics"].shape == self.statistics.sums.shape:
             self.statistics.sums.copy_(state["statistics"])

@@ -40,8 +40,8 @@ class Descent(ABC):
         """Cuts the gradient that was measured as `norm`, makes a step at learning rate `rate`, and forgets the gradient."""
 
     @abstractmethod
-    def restart(self) -> None:
-        """As before the first step, but for the weights."""
+    def restart(self, betas: tuple[float, float] | None = None) -> None:
+        """As before the first step, but for the weights, and for Adam's betas if others are given."""
 
     @abstractmethod
     def state(self, rest: bool) -> dict[str, Any]:
@@ -86,8 +86,10 @@ class WholeOrSplit(Descent):
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def restart(self) -> None:
+    def restart(self, betas: tuple[float, float] | None = None) -> None:
         self.raw_optimizer.state.clear()
+        for group in self.raw_optimizer.param_groups if betas else ():
+            group["betas"] = betas
         self.clip = RelativeClip(self._clip_factor)
 
     def state(self, rest: bool) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual import Augmentation, DecodedLPIPS, ELatentLPIPS, LatentLPIPS
 from diffusion2gan.perceptual.checkpoint import read_config
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
+from diffusion2gan.perceptual.released import SPACES
 from diffusion2gan.teachers.protocol import Teacher
 
 DistanceName = Literal["mse", "l1", "pseudo_huber", "lpips", "latent_lpips", "e_latent_lpips"]
@@ -83,7 +84,7 @@ def perceptual_network(config: LossConfig, latent_channels: int) -> LatentVGGCon
     if config.distance in ("mse", "l1", "pseudo_huber"):
         return None
     folder = Path(_source(config))
-    if not folder.is_dir():
+    if str(folder) in SPACES or not folder.is_dir():
         return LatentVGGConfig.pixels() if config.distance == "lpips" else LatentVGGConfig(in_channels=latent_channels)
     found = LatentVGGConfig.from_dict(read_config(folder, "LatentLPIPS").get("net"), folder)
     _check_channels(config, found.in_channels, latent_channels)

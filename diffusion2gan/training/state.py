@@ -41,9 +41,14 @@ def environment(compiled: bool, world: int, memory_format: str = "channels_last"
     }
 
 
+LONG = 1 << 30
+"""Steps in a running norm of a checkpoint that does not say: it was made before they were counted."""
+
+
 @dataclass
 class TrainingState:
-    """`step` optimiser steps are done; `gradient_scale` is the running gradient norm that clipping is relative to."""
+    """`step` optimiser steps are done; `gradient_scale` is the running gradient norm that clipping is relative to, `gradients_seen` how many
+    steps are in it."""
 
     step: int
     model: dict[str, torch.Tensor]
@@ -55,6 +60,7 @@ class TrainingState:
     """D, its optimiser and statistics; None before phase 2, and in one without D."""
     guard: dict[str, Any] | None = None
     """None before phase 2."""
+    gradients_seen: int = LONG
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

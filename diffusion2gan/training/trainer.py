@@ -76,7 +76,7 @@ class TrainingConfig(Section):
     decay_steps: int = Field(0, ge=0)
     """The learning rate falls linearly to 0 over the last so many steps."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Of G's Adam, in both phases."""
+    """Of G's Adam."""
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's, of G and D: each step takes learning_rate x weight_decay of the weights away."""
     ema_decay: float = Field(0.999, ge=0, lt=1)
@@ -102,7 +102,7 @@ class TrainingConfig(Section):
     keep_checkpoints: int = Field(2, ge=1)
     """The newest so many, and the last good one of phase 2."""
     log_every: int = Field(10, ge=1)
-    """A line of metrics.jsonl: means over the steps since the last."""
+    """A line of metrics.jsonl: losses and norms of that step, speed and the discriminator's statistics of all steps since the last."""
     validate_every: int = Field(500, ge=1)
     """The average's loss and squared error on the pairs held out."""
     holdout: int = Field(256, ge=1)
@@ -413,7 +413,7 @@ class Trainer:
     def _enter_phase_2(self) -> None:
         """From the average of phase 1, with a new optimiser; the loss there is what the guard compares with."""
         load_trained(self.bare_generator, self.ema.state)
-        self.descent.restart()
+        self.descent.restart(self.adversarial.betas if self.adversarial else None)
         start = self._validation()["validation_loss"]
         self.guard = Guard(start=start, regression=start, good_step=self.step, judged_step=self.step)
         self._save()
@@ -482,7 +482,8 @@ class Trainer:
         model, average = (own_rows(s, main) for s in (trained_state(self.bare_generator), self.ema.state))
         optimizer = self.descent.state(main)
         told = None if guard is None else asdict(guard)
-        state = TrainingState(self.step, model, average, optimizer, self.descent.clip.scale, self._environment(), adversary, told)
+        scale, seen = self.descent.clip.state
+        state = TrainingState(self.step, model, average, optimizer, scale, self._environment(), adversary, told, seen)
         # Phase 1's end stays too: other runs may start from it.
         kept = () if guard is None else (guard.good_step, self.config.steps)
         if self.placement.sharded:
@@ -511,7 +512,7 @@ class Trainer:
             load_trained(self.bare_generator, split_like(state.model, self.ema.state))
             self.ema.load(split_like(state.ema, self.ema.state))
             self.descent.load(state.optimizer)
-            self.step, self.descent.clip.scale = state.step, state.gradient_scale
+            self.step, self.descent.clip.state = state.step, (state.gradient_scale, state.gradients_seen)
             self.guard = None if state.guard is None else Guard(**state.guard)
             if self.adversary is not None and state.adversary is not None:
                 self.adversary.load(state.adversary)

@@ -118,7 +118,7 @@ class ZeroDescent(Descent):
             group["lr"] = rate
         self._engine.step()
 
-    def restart(self) -> None:
+    def restart(self, betas: tuple[float, float] | None = None) -> None:
         raise AssertionError("phase 2 goes without ZeRO")
 
     def _own_state(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from diffusion2gan.run_log import read_scalars
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from diffusion2gan.training.adversarial import AdversarialConfig, Guard, Statistics
 from diffusion2gan.training.distance import LossConfig, build_distance
-from diffusion2gan.training.state import checkpoint_step, checkpoints, load_state
+from diffusion2gan.training.state import LONG, checkpoint_step, checkpoints, load_state
 from diffusion2gan.training.trainer import Trainer, TrainingConfig
 from tests.conftest import tiny_pipeline, tiny_store
 from tests.helpers import compiled_whole
@@ -100,15 +100,25 @@ def test_phase_2_begins_from_the_average_with_a_new_optimizer(store: Path, tmp_p
     assert trainer.rate(2) == 1e-3 * trainer.adversarial.schedule(0)  # type: ignore[union-attr]
 
 
+def test_betas_of_phase_2(store: Path, tmp_path: Path) -> None:
+    """G's own there, if they are given; what is resumed has them too."""
+    for own, expected in ((None, (0.9, 0.999)), ((0.5, 0.99), (0.5, 0.99))):
+        folder = tmp_path / str(own)
+        for _ in range(2):
+            trainer = _trainer(store, folder, {"betas": own})
+            trainer.run(progress=False, deadline=lambda t=trainer: t.step + 1 >= 4)  # type: ignore[misc]
+            assert [tuple(group["betas"]) for group in trainer.descent.raw_optimizer.param_groups] == [expected]
+
+
 @pytest.mark.parametrize("interrupted_at", [2, 3, 6])
 def test_resume_equals_an_unbroken_run(interrupted_at: int, store: Path, tmp_path: Path) -> None:
     """Both networks, both optimisers, the guard and the statistics; broken off at the border, and on either side."""
-    unbroken = _trainer(store, tmp_path / "a", log_every=4)
+    unbroken = _trainer(store, tmp_path / "a", {"betas": (0.5, 0.99)}, log_every=4)
     unbroken.run(progress=False)
-    broken = _trainer(store, tmp_path / "b", log_every=4)
+    broken = _trainer(store, tmp_path / "b", {"betas": (0.5, 0.99)}, log_every=4)
     broken.run(progress=False, deadline=lambda: broken.step + 1 >= interrupted_at)
     assert broken.step == interrupted_at
-    resumed = _trainer(store, tmp_path / "b", log_every=4)
+    resumed = _trainer(store, tmp_path / "b", {"betas": (0.5, 0.99)}, log_every=4)
     assert resumed.step == interrupted_at
     resumed.run(progress=False)
     assert unbroken.adversary is not None
@@ -556,7 +566,7 @@ def test_steps_with_r1_are_cut_by_their_own_norm(store: Path, tmp_path: Path) ->
     left: dict[bool, list[float]] = {True: [], False: []}
     adversary = trainer.adversary
     assert adversary is not None
-    adversary._plain_clip.scale = 1e-3  # as after many steps without R1
+    adversary._plain_clip.state = (1e-3, LONG)  # as after many steps without R1
     own = adversary.descent.raw_optimizer.step
 
     def step(*a: Any) -> Any:

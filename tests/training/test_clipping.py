@@ -20,13 +20,12 @@ def test_a_gradient_is_cut_to_twice_its_running_norm() -> None:
     parameters = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(4))]  # the last has none
     clip = RelativeClip(2.0)
     assert _step(clip, parameters, 100.0) == pytest.approx((100.0, 100.0))  # nothing to compare with yet
-    assert clip.scale == pytest.approx(100.0)
     assert _step(clip, parameters, 150.0) == pytest.approx((150.0, 150.0))
-    assert clip.scale == pytest.approx(0.99 * 100 + 0.01 * 150)
+    assert clip.scale == pytest.approx((100 * 150) ** 0.5)
     scale = clip.scale
     assert _step(clip, parameters, 1e6) == pytest.approx((1e6, 2 * scale))
-    # A spike is remembered as what was left of it.
-    assert clip.scale == pytest.approx(0.99 * scale + 0.01 * 2 * scale)
+    # Of three so far, as it was measured.
+    assert clip.scale == pytest.approx((100 * 150 * 1e6) ** (1 / 3))
     assert parameters[-1].grad is None
 
 
@@ -42,6 +41,29 @@ def test_measuring_changes_nothing() -> None:
 def test_how_soon_it_forgets() -> None:
     parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))]
     clip = RelativeClip(2.0, memory=10)
-    _step(clip, parameters, 1.0)
-    assert _step(clip, parameters, 100.0) == pytest.approx((100.0, 2.0))
-    assert clip.scale == pytest.approx(1 + 0.1)
+    for _ in range(30):
+        _step(clip, parameters, 1.0)
+    # One spike in a long run is a tenth of its logarithm.
+    assert _step(clip, parameters, 1000.0) == pytest.approx((1000.0, 2.0))
+    assert clip.scale == pytest.approx(1000**0.1)
+
+
+def test_what_stays_larger_is_followed() -> None:
+    """As the gradients of a discriminator that begins undecided."""
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))]
+    clip = RelativeClip(2.0)
+    for _ in range(5):
+        _step(clip, parameters, 0.01)
+    left = [_step(clip, parameters, 1.0)[1] for _ in range(60)]
+    assert left[0] == pytest.approx(0.02)
+    assert left[-1] == pytest.approx(1.0)
+
+
+def test_a_gradient_of_nothing_is_passed_over() -> None:
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))]
+    clip = RelativeClip(2.0)
+    assert _step(clip, parameters, 0.0) == (0.0, 0.0)
+    assert _step(clip, parameters, 3.0) == pytest.approx((3.0, 3.0))
+    again = RelativeClip(2.0)
+    again.state = clip.state
+    assert _step(again, parameters, 30.0) == _step(clip, parameters, 30.0) == pytest.approx((30.0, 6.0))

@@ -37,11 +37,14 @@ def test_a_metric_of_another_latent_space(tiny_teacher: StableDiffusionTeacher, 
         perceptual_network(LossConfig(perceptual=str(tmp_path)), 4)
 
 
-def test_the_network_before_its_weights_are_read(tmp_path: Path) -> None:
+def test_the_network_before_its_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = LatentVGGConfig(width=0.125, kept_poolings=(3, 4), norm="group")
     LatentLPIPS(LatentVGG(own), calibrated=True).save_pretrained(tmp_path)
     assert perceptual_network(LossConfig(perceptual=str(tmp_path)), 4) == own
     assert perceptual_network(LossConfig(perceptual="sdxl"), 4) == LatentVGGConfig()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sd15").mkdir()  # training would look for the released one first, too
+    assert perceptual_network(LossConfig(perceptual="sd15"), 4) == LatentVGGConfig()
     assert perceptual_network(LossConfig(distance="lpips", perceptual="someone/lpips"), 4) == LatentVGGConfig.pixels()
     assert perceptual_network(LossConfig(distance="l1"), 4) is None
     assert perceptual_network(LossConfig(), 4) == LatentLPIPS.from_pretrained(embedded_folder("latent_vgg")).net.config

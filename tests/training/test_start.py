@@ -15,7 +15,9 @@ from diffusion2gan.demo import _history
 from diffusion2gan.errors import UserError
 from diffusion2gan.pipeline import OneStepPipeline
 from diffusion2gan.recipe import Recipe, parse_recipe
-from diffusion2gan.run import export_run, generator_weights, simulate_recipe, start_folder, train_recipe
+from diffusion2gan.run import _hub_options, export_run, generator_weights, simulate_recipe, start_folder, train_recipe
+from diffusion2gan.teachers.protocol import TeacherConfig
+from diffusion2gan.teachers.published import REVISIONS
 from diffusion2gan.training.state import checkpoint_path, checkpoints, load_state
 from diffusion2gan.training.trainer import Trainer
 from tests.conftest import tiny_pipeline
@@ -209,3 +211,43 @@ def test_a_run_starts_from_the_shipped_student(tiny_embedded: Path, prompts_file
     assert all(torch.equal(weights[f"network.{k}"], v.float()) for k, v in shipped.items())
     train_recipe(recipe, tmp_path / "store", tmp_path / "run", progress=False)
     assert json.loads((tmp_path / "run" / "inputs.json").read_text())["start"]["recipe"] == "emoji"
+
+
+def test_a_run_goes_on_with_a_teacher_that_was_moved_and_no_other(tmp_path: Path, tiny_teacher_folder: Path, prompts_file: Path) -> None:
+    """What is refused leaves the run as it was."""
+    shutil.copytree(tiny_teacher_folder, tmp_path / "before")
+    simulate_recipe(_recipe(tmp_path / "before", prompts_file), tmp_path / "store", progress=False)
+    train_recipe(_recipe(tmp_path / "before", prompts_file), tmp_path / "store", tmp_path / "run", progress=False)
+    (tmp_path / "before").rename(tmp_path / "after")
+    train_recipe(_recipe(tmp_path / "after", prompts_file), tmp_path / "store", tmp_path / "run", progress=False)
+    kept = (tmp_path / "run" / "recipe.yaml").read_bytes()
+    assert b"after" in kept
+
+    decoder = tiny_pipeline()
+    for parameter in decoder.vae.parameters():
+        torch.nn.init.normal_(parameter)
+    decoder.save_pretrained(tmp_path / "decoder")
+    with pytest.raises(UserError, match="this run was begun with decoder_weights"):
+        train_recipe(_recipe(tmp_path / "decoder", prompts_file), tmp_path / "store", tmp_path / "run", progress=False)
+    tiny_pipeline(seed=5).save_pretrained(tmp_path / "another")
+    simulate_recipe(_recipe(tmp_path / "another", prompts_file), tmp_path / "store2", progress=False)
+    with pytest.raises(UserError, match="this run was begun with"):
+        train_recipe(_recipe(tmp_path / "another", prompts_file), tmp_path / "store2", tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / "recipe.yaml").read_bytes() == kept
+    export_run(tmp_path / "run", tmp_path / "student")
+
+
+def test_what_is_of_the_emoji_is_told_with_another_teacher(tmp_path: Path, tiny_teacher_folder: Path, prompts_file: Path) -> None:
+    recipe = _recipe(tiny_teacher_folder, prompts_file, pairs__prompts={"source": "embedded"}, loss={"distance": "latent_lpips"})
+    with pytest.warns(UserWarning, match="for the captions of the emoji: pairs.prompts.source is `embedded`"):
+        simulate_recipe(recipe, tmp_path / "store", progress=False)
+    with pytest.warns(UserWarning, match=r"loss.perceptual is `embedded`, a network trained on the emoji, .*; name one of its latents"):
+        train_recipe(recipe, tmp_path / "store", tmp_path / "run", progress=False)
+
+
+def test_a_student_says_which_files_of_the_hub_were_its_teacher(monkeypatch: pytest.MonkeyPatch, tiny_teacher_folder: Path) -> None:
+    known = TeacherConfig(source="somebody/model", revision="a1b2", variant="fp16")
+    assert _hub_options(known) == {"revision": "a1b2", "variant": "fp16"}
+    assert _hub_options(TeacherConfig(source=str(tiny_teacher_folder), variant="fp16")) == {}
+    published = next(iter(REVISIONS))
+    assert _hub_options(TeacherConfig(source=published)) == {"revision": REVISIONS[published]}
