@@ -135,8 +135,8 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
         )
     generator = OneStepGenerator.from_teacher(teacher, recipe.generator)
     # A run that goes on has its own weights, and those that it started from may be gone; a LoRA has changes of them alone.
-    goes_on = bool(checkpoints(folder / "checkpoints")) and recipe.generator.lora_rank is None
-    start = None if goes_on or recipe.generator.start is None else start_folder(recipe.generator.start)
+    has_weights = bool(checkpoints(folder / "checkpoints")) and recipe.generator.lora_rank is None
+    start = None if has_weights or recipe.generator.start is None else start_folder(recipe.generator.start)
     if start is not None:
         load_start(generator, generator_weights(start, recipe), recipe.generator)
     adversarial = recipe.adversarial
@@ -153,14 +153,22 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
             _check_run(recipe, folder)
             begun_from = None if start is None else (weights_digest(generator), _start_facts(start))
             inputs = _checked_inputs(folder, pairs, distance, teacher.decoder_digest(), begun_from)
-            # Only now: a command that is refused leaves the run as it was.
-            sweep_temporaries(folder)
-            write_bytes_atomic(folder / "recipe.yaml", dump_recipe(recipe).encode())
-            write_bytes_atomic(folder / "inputs.json", canonical_json(inputs))
+            goes_on = _begun(folder)
+            if not goes_on:
+                _write_run(folder, recipe, inputs)
         accelerator.wait_for_everyone()
         trainer = Trainer(teacher, pairs, generator, distance, recipe.training, folder, accelerator, adversarial, discriminator)
+        if accelerator.is_main_process and goes_on:
+            # Only now: a command that is refused leaves a run as it was.
+            _write_run(folder, recipe, inputs)
         trainer.run(progress, deadline)
     return trainer
+
+
+def _write_run(folder: Path, recipe: Recipe, inputs: dict[str, Any]) -> None:
+    sweep_temporaries(folder)
+    write_bytes_atomic(folder / "recipe.yaml", dump_recipe(recipe).encode())
+    write_bytes_atomic(folder / "inputs.json", canonical_json(inputs))
 
 
 def start_folder(start: str) -> Path:
@@ -186,6 +194,10 @@ def generator_weights(start: Path, recipe: Recipe) -> dict[str, Tensor]:
         teacher_weights = json_object(start / "inputs.json")["pairs"]["teacher"]["weights"]
         at = found[-1]
         if begun_with.adversarial is not None and checkpoint_step(at) > begun_with.training.steps:
+            if begun_with.training.steps == 0:
+                raise UserError(
+                    f"generator.start: {start} stands for the end of its phase 1, and had none (training.steps is 0); export its student and name that"
+                )
             at = checkpoint_path(start / "checkpoints", begun_with.training.steps)
             if at not in found:
                 raise UserError(

@@ -138,3 +138,22 @@ def test_a_proxy_that_refuses_does_not_hide_the_cache(tmp_path: Path, monkeypatc
         hub_file("someone/something", "gone.json")
     assert hub_file("someone/something", "here.json", "a1b2") == cached["here.json"]
     assert revisions == [None] * 4 + ["a1b2"] * 2
+
+
+def test_a_folder_with_somebody_elses_work_is_not_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+
+    def write(name: str) -> None:
+        with atomic_folder(folder, ours=("old",)) as draft:
+            draft.mkdir()
+            (draft / name).write_text(name)
+
+    write("old")
+    (folder / ".DS_Store").write_text("a file system's")
+    write("new")
+    assert [p.name for p in folder.iterdir()] == ["new"]
+    (folder / "notes").write_text("keep me")
+    with pytest.raises(UserError, match="would be replaced by a folder without notes, which is there"):
+        write("new")
+    assert sorted(p.name for p in folder.iterdir()) == ["new", "notes"]
+    assert [p.name for p in tmp_path.iterdir()] == ["student"]

@@ -109,9 +109,13 @@ def agree_on_settings(folder: Path, settings: dict[str, Any]) -> None:
         if others and not path.exists():
             raise UserError(f"{folder}: not empty and no pair store (it holds {others[0]}); choose a new folder")
         write_bytes_atomic(path, canonical_json(settings))
-    if store_difference(settings, json_object(path)) and not any(folder.glob("shard-*")):
-        print(f"{folder}: holds no shard yet; its settings are now this recipe's", file=sys.stderr)
+    before = json_object(path)
+    if store_difference(settings, before) and not any(folder.glob("shard-*")):
         write_bytes_atomic(path, canonical_json(settings))
+        if any(folder.glob("shard-*")):  # written meanwhile: its settings stay
+            write_bytes_atomic(path, canonical_json(before))
+        else:
+            print(f"{folder}: holds no shard yet; its settings are replaced", file=sys.stderr)
     check_settings(folder, settings)
 
 

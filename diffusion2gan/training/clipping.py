@@ -48,7 +48,7 @@ class RelativeClip:
     @state.setter
     def state(self, state: tuple[float, int]) -> None:
         scale, seen = state
-        self.scale, self.seen = scale, 0 if math.isnan(scale) else seen
+        self.scale, self.seen = scale, seen if scale > 0 else 0
 
     def _cut(self, limit: float) -> None:
         torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, self._norm)

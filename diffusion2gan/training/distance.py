@@ -84,7 +84,7 @@ def perceptual_network(config: LossConfig, latent_channels: int) -> LatentVGGCon
     if config.distance in ("mse", "l1", "pseudo_huber"):
         return None
     folder = Path(_source(config))
-    if str(folder) in SPACES or not folder.is_dir():
+    if config.perceptual in SPACES or not folder.is_dir():
         return LatentVGGConfig.pixels() if config.distance == "lpips" else LatentVGGConfig(in_channels=latent_channels)
     found = LatentVGGConfig.from_dict(read_config(folder, "LatentLPIPS").get("net"), folder)
     _check_channels(config, found.in_channels, latent_channels)

@@ -208,17 +208,27 @@ def test_a_store_without_a_shard_takes_the_mended_settings(
     assert PairDataset(tmp_path / "pairs").manifest["batch_size"] == 8
 
 
+@pytest.mark.parametrize("when", ["before the shard is written", "while it is written"])
 def test_settings_that_change_under_a_running_worker(
-    tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path, monkeypatch: pytest.MonkeyPatch
+    when: str, tmp_path: Path, tiny_teacher: StableDiffusionTeacher, prompts_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another command of other settings found the store still empty."""
-    made = simulate_module._make_shard
+    other = store_settings(tiny_teacher, _config(prompts_file, batch_size=8), "0" * 64)
+    made, write = simulate_module._make_shard, simulate_module.write_bytes_atomic
 
-    def slow(*args: Any) -> bytes | None:
-        agree_on_settings(tmp_path / "pairs", store_settings(tiny_teacher, _config(prompts_file, batch_size=8), "0" * 64))
+    def interfere(*args: Any) -> bytes | None:
+        agree_on_settings(tmp_path / "pairs", other)
         return made(*args)
 
-    monkeypatch.setattr(simulate_module, "_make_shard", slow)
+    def slow_write(path: Path, data: bytes) -> None:
+        if path.name.startswith("shard-"):
+            agree_on_settings(tmp_path / "pairs", other)
+        write(path, data)
+
+    if when.startswith("before"):
+        monkeypatch.setattr(simulate_module, "_make_shard", interfere)
+    else:
+        monkeypatch.setattr(simulate_module, "write_bytes_atomic", slow_write)
     with pytest.raises(UserError, match="a store of other settings: batch_size is 8 there"):
         simulate(tiny_teacher, _config(prompts_file), tmp_path / "pairs", progress=False)
     assert not list((tmp_path / "pairs").glob("shard-*"))

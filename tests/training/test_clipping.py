@@ -65,5 +65,7 @@ def test_a_gradient_of_nothing_is_passed_over() -> None:
     assert _step(clip, parameters, 0.0) == (0.0, 0.0)
     assert _step(clip, parameters, 3.0) == pytest.approx((3.0, 3.0))
     again = RelativeClip(2.0)
+    again.state = (0.0, 7)  # of a checkpoint from before
+    assert _step(again, parameters, 5.0) == pytest.approx((5.0, 5.0))
     again.state = clip.state
     assert _step(again, parameters, 30.0) == _step(clip, parameters, 30.0) == pytest.approx((30.0, 6.0))

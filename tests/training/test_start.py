@@ -251,3 +251,15 @@ def test_a_student_says_which_files_of_the_hub_were_its_teacher(monkeypatch: pyt
     assert _hub_options(TeacherConfig(source=str(tiny_teacher_folder), variant="fp16")) == {}
     published = next(iter(REVISIONS))
     assert _hub_options(TeacherConfig(source=published)) == {"revision": REVISIONS[published]}
+
+
+def test_a_run_that_had_no_phase_1_is_no_start(
+    phase_1: dict[str, Path], tmp_path: Path, tiny_teacher_folder: Path, prompts_file: Path
+) -> None:
+    """It would stand for what it started from itself, and not for what it made."""
+    second = _phase_2(phase_1, phase_1["run"], tiny_teacher_folder, prompts_file)
+    train_recipe(second, phase_1["store"], tmp_path / "second", progress=False)
+    with pytest.raises(UserError, match=r"second stands for the end of its phase 1, and had none .*; export its student and name that"):
+        train_recipe(
+            _phase_2(phase_1, tmp_path / "second", tiny_teacher_folder, prompts_file), phase_1["store"], tmp_path / "third", progress=False
+        )
