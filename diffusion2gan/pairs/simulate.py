@@ -274,7 +274,8 @@ def _make_shard(
     made: Callable[[int], Any],
     superfluous: Callable[[], bool],
 ) -> bytes | None:
-    """The bytes of a shard; None when it turned out superfluous on the way: another process has made it. `made` is told the size of every batch."""
+    """The bytes of a shard; None when it turned out superfluous on the way: another process has made it. `made` is told the size of
+    every batch."""
     stored = None if config.noise_storage == "none" else np.dtype(config.noise_storage)
     seeds = [pair_seed(config.seed, i) for i in rows]
     latents, noises = [], []
