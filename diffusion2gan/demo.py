@@ -34,7 +34,7 @@ from diffusion2gan.run_log import read_scalars
 from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.teachers.ode import OdeSolver, SolverConfig, evaluations_per_pair
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
-from diffusion2gan.training.state import checkpoint_step, checkpoints
+from diffusion2gan.training.state import last_step
 
 if TYPE_CHECKING:
     from diffusion2gan.evaluation.scoring import ScoringNetwork
@@ -183,7 +183,8 @@ def run_demo(out: Path, minutes: float) -> Path:
         teacher = load_teacher(emoji.teacher, default_device())
         assert isinstance(teacher, StableDiffusionTeacher)
         recipe = demo_recipe(out, teacher, minutes, judged)
-    clock.done &= _trained_to_the_end(out / "run", recipe)
+    # When the time was up before the last step, the same command trains on.
+    clock.done &= last_step(out / "run" / "checkpoints") >= recipe.training.steps
     # What comes after training: export, measuring, the page.
     reserve = _OVERHEAD_SECONDS / 2 + judging_seconds(speed_of(out), judged)
     for name, stage in (
@@ -220,11 +221,6 @@ class _Clock:
             if not self.done:
                 self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begun
                 write_bytes_atomic(self._path, canonical_json(self.seconds))
-
-
-def _trained_to_the_end(run: Path, recipe: Recipe) -> bool:
-    """Not when the time was up before: then the same command goes on."""
-    return max(map(checkpoint_step, checkpoints(run / "checkpoints")), default=0) >= recipe.training.steps
 
 
 def measure(out: Path, teacher: StableDiffusionTeacher, judged: SolverConfig, scorer: ScoringNetwork) -> dict[str, Any]:

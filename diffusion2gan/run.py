@@ -38,7 +38,7 @@ from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.teachers.published import revision_of
 from diffusion2gan.training.distance import Distance, build_distance
 from diffusion2gan.training.sharding import with_whole_tensors
-from diffusion2gan.training.state import checkpoint_path, checkpoint_step, checkpoints, load_state
+from diffusion2gan.training.state import checkpoint_path, checkpoint_step, checkpoints, last_step, load_state
 from diffusion2gan.training.trainer import Trainer
 from diffusion2gan.worker import Worker
 
@@ -123,7 +123,7 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     teacher = load_teacher(recipe.teacher, accelerator.device)
     settings = store_settings(teacher, recipe.pairs, _prompts_digest(recipe, pairs, accelerator))
     check_pairs(recipe, settings, pairs.manifest, store)
-    done = max(map(checkpoint_step, checkpoints(folder / "checkpoints")), default=0)
+    done = last_step(folder / "checkpoints")
     check_memory(recipe, "train", teacher.network, accelerator.num_processes, accelerator.device, done)
     distance = build_distance(recipe.loss, teacher, accelerator.device)
     if distance.network is not None and recipe.loss.perceptual == "embedded" and recipe.teacher.source != "embedded":
@@ -257,11 +257,11 @@ def _checked_inputs(
     # Of a run that goes on with weights of its own, only the record tells where it started.
     weights, facts = start if start is not None else ((saved or {}).get("start_weights"), None)
     inputs["start_weights"] = weights
-    written = canonical_json(inputs)
     if saved is not None:
+        written = json.loads(canonical_json(inputs))
         # The same pairs may be kept otherwise: noise stored or not, shards of another size.
         kept = {f"pairs.{key}" for key in HOW_KEPT} | {"pairs.fingerprint", "pairs.noise_recipe.fingerprint", "pairs.teacher.source"}
-        for key, ours, theirs in settings_difference(json.loads(written), {k: v for k, v in saved.items() if k != "start"}):
+        for key, ours, theirs in settings_difference(written, {k: v for k, v in saved.items() if k != "start"}):
             if key not in kept and not (key == "decoder_weights" and theirs is None):
                 raise UserError(f"{folder}: this run was begun with {key} {theirs!r}, now it is {ours!r}; choose a new --out")
     return inputs | {"start": facts if facts is not None else (saved or {}).get("start")}

@@ -112,16 +112,16 @@ def existing_shards(folder: Path, total: int) -> dict[int, Path]:
         match = re.fullmatch(r"shard-(\d+)-of-(\d+)-[0-9a-f]{64}\.arrow", name)
         if match is None or int(match[2]) != total or int(match[1]) >= total:
             raise UserError(f"{folder / name}: not a shard of this store of {total}; move it away and run again")
-        index = match[1]
-        if int(index) in found:
+        index = int(match[1])
+        if index in found:
             try:
-                verify_shard(found[int(index)])
+                verify_shard(found[index])
                 verify_shard(folder / name)
             except FileNotFoundError:  # another worker just looked, too
                 continue
             (folder / name).unlink(missing_ok=True)
         else:
-            found[int(index)] = folder / name
+            found[index] = folder / name
     return found
 
 

@@ -199,11 +199,13 @@ def simulate(
     with tqdm(
         total=config.count, initial=pairs_present(), unit="pair", desc="simulate", disable=not progress or worker.rank != 0, mininterval=1
     ) as bar:
-        order = _Order(total, worker, random.SystemRandom())
+        order = _Order(total, worker, random.SystemRandom(), present)
         while (index := order.next(present)) is not None:
             started = time.time()
             rows = shard_rows(index, config.count, config.shard_size)
-            data = _make_shard(solver, config, rows, prompts, bar.update, partial(_has_shard, folder, index, total))
+            # A folder of thousands of shards is not listed at every batch for nobody.
+            superfluous = partial(_has_shard, folder, index, total) if order.shared(index) else None
+            data = _make_shard(solver, config, rows, prompts, bar.update, superfluous)
             if data is not None:
                 # A job of other settings may have found the store empty.
                 check_settings(folder, settings)
@@ -236,27 +238,31 @@ class _Order:
     make, it draws each next one at random: in step with another it would make every one of them twice.
     """
 
-    def __init__(self, total: int, worker: Worker, generator: random.Random):
+    def __init__(self, total: int, worker: Worker, generator: random.Random, present: Collection[int] = ()):
+        """present: the shards that are there at the beginning."""
         self._total, self._worker, self._random = total, worker, generator
         self._first = generator.randrange(total)
-        self._made: set[int] = set()
+        # There before, or this process' own work.
+        self._known = set(present)
         self._alone = True
-        self._found: set[int] | None = None
 
     def next(self, present: Collection[int]) -> int | None:
         """The shard to make, given those that are there; None when all are."""
         missing = [i for i in range(self._total) if i not in present]
-        own = [i for i in missing if i % self._worker.world == self._worker.rank]
-        done = set(range(self._worker.rank, self._total, self._worker.world)) - set(own)
-        if self._found is None:
-            self._found = done
-        if done - self._found - self._made:
-            self._alone = False
+        own = [i for i in missing if self._own(i)]
+        self._alone = self._alone and all(i in self._known for i in present if self._own(i))
         return self._choose(own, missing) if missing else None
 
     def made(self, index: int) -> None:
         """Notes a shard as this process' own work."""
-        self._made.add(index)
+        self._known.add(index)
+
+    def shared(self, index: int) -> bool:
+        """Whether others may be making that shard, too."""
+        return not (self._alone and self._own(index))
+
+    def _own(self, index: int) -> bool:
+        return index % self._worker.world == self._worker.rank
 
     def _choose(self, own: list[int], missing: list[int]) -> int:
         if not self._alone:
@@ -272,7 +278,7 @@ def _make_shard(
     rows: range,
     prompts: list[str],
     made: Callable[[int], Any],
-    superfluous: Callable[[], bool],
+    superfluous: Callable[[], bool] | None,
 ) -> bytes | None:
     """The bytes of a shard; None when it turned out superfluous on the way: another process has made it. `made` is told the size of
     every batch."""
@@ -280,7 +286,7 @@ def _make_shard(
     seeds = [pair_seed(config.seed, i) for i in rows]
     latents, noises = [], []
     for start in range(0, len(rows), config.batch_size):
-        if superfluous():
+        if superfluous is not None and superfluous():
             return None
         part = rows[start : start + config.batch_size]
         noise = draw_noise(seeds[start : start + config.batch_size], solver.teacher.latent_shape)

@@ -77,6 +77,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"))
 
 
+def last_step(folder: Path) -> int:
+    """The number of optimiser steps behind the newest checkpoint; 0 without one."""
+    return max(map(checkpoint_step, checkpoints(folder)), default=0)
+
+
 _PART = re.compile(r"rows-step-\d{8}-[0-9a-f]{8}-\d{5}-of-\d{5}\.pt")
 
 
