@@ -521,6 +521,7 @@ def _add_perceptual(commands: Commands) -> None:
     verbs = commands.add_parser("perceptual", help=text).add_subparsers(required=True, metavar="COMMAND")
     text = "Encode labelled images once and train a LatentVGG on them (runs under torchrun too; goes on where it stopped)"
     sub = _command(verbs, "train", _perceptual_train, text)
+    sub.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     sub.add_argument(
         "--vae", required=True, help="folder or hub id of an AutoencoderKL, or of a pipeline that has one; `pixels` for a metric of pixels"
     )
@@ -543,7 +544,7 @@ def _add_perceptual(commands: Commands) -> None:
         ("score", _perceptual_score, "2AFC of a metric on each validation subset of BAPPS"),
     ):
         sub = _command(verbs, name, function, text)
-        sub.add_argument("metric", help="folder, file, hub repository, or sd15, sd21, sdxl, sd3, flux")
+        sub.add_argument("metric", help="folder, file, hub repository, or sd15, sd21, sdxl, sd3, flux, embedded")
         sub.add_argument("--vae", required=True, help="the metric's autoencoder, or `pixels` for a metric that reads pixels")
         sub.add_argument("--bapps", type=Path, required=True, help="the unpacked data set, with 2afc/{train,val}")
         text = "side of the encoded pictures in pixels (default: the autoencoder's own, at most 512; 64 of `pixels`)"

@@ -120,13 +120,18 @@ def plan(recipe: Recipe, speed: Speed, minutes: float, judged: SolverConfig) -> 
     evaluation = judging_seconds(speed.evaluations, judged)
     seconds = max(20.0, minutes * 60 - _OVERHEAD_SECONDS - evaluation)
     pairs = int(_SIMULATE_SHARE * seconds * speed.evaluations / evaluations_per_pair(recipe.pairs.ode))
-    # The perceptual loss and the optimiser come on top of the network's own forward and backward.
-    steps = int((1 - _SIMULATE_SHARE) * seconds * speed.training_samples * 0.6 / recipe.training.batch_size)
     shard = recipe.pairs.shard_size
     return {
         "pairs": max(_FEWEST_PAIRS, min(_MOST_PAIRS, pairs // shard * shard)),
-        "steps": max(_FEWEST_STEPS, min(_MOST_STEPS, steps)),
+        "steps": steps_within((1 - _SIMULATE_SHARE) * seconds, recipe, speed),
     }
+
+
+def steps_within(seconds: float, recipe: Recipe, speed: Speed) -> int:
+    """Of training, as many as take so long."""
+    # The perceptual loss and the optimiser come on top of the network's own forward and backward.
+    steps = int(seconds * speed.training_samples * 0.6 / recipe.training.batch_size)
+    return max(_FEWEST_STEPS, min(_MOST_STEPS, steps))
 
 
 def speed_of(out: Path) -> float:
@@ -152,11 +157,24 @@ def demo_recipe(out: Path, teacher: StableDiffusionTeacher, minutes: float, judg
     if speed.bf16:
         overrides += ["pairs.precision=bfloat16", "training.mixed_precision=bf16"]
     amounts = plan(recipe, speed, minutes, judged)
-    decay = amounts["steps"] // 4
-    overrides += [f"pairs.count={amounts['pairs']}", f"training.steps={amounts['steps']}", f"training.decay_steps={decay}"]
-    recipe = load_recipe("demo", overrides)
+    recipe = load_recipe("demo", [*overrides, f"pairs.count={amounts['pairs']}"])
+    return _keep(recipe, amounts["steps"], path)
+
+
+def _keep(recipe: Recipe, steps: int, path: Path) -> Recipe:
+    """The recipe with so many steps of training, written to `path`."""
+    training = recipe.training.model_copy(update={"steps": steps, "decay_steps": steps // 4})
+    recipe = recipe.model_copy(update={"training": training})
     write_bytes_atomic(path, dump_recipe(recipe).encode())
     return recipe
+
+
+def for_the_time_left(recipe: Recipe, out: Path, teacher: StableDiffusionTeacher, seconds: float) -> Recipe:
+    """The recipe with as many steps as take `seconds` by the speed now, unless training has begun: the machine may have been busy when the
+    demo began, or be so now."""
+    if (out / "run").exists():
+        return recipe
+    return _keep(recipe, steps_within(seconds, recipe, measure_speed(teacher)), out / "recipe.yaml")
 
 
 def run_demo(out: Path, minutes: float) -> Path:
@@ -187,8 +205,12 @@ def run_demo(out: Path, minutes: float) -> Path:
     clock.done &= last_step(out / "run" / "checkpoints") >= recipe.training.steps
     # What comes after training: export, measuring, the page.
     reserve = _OVERHEAD_SECONDS / 2 + judging_seconds(speed_of(out), judged)
+    print("demo: simulate", flush=True)
+    with clock.counting("simulate"):
+        simulate_recipe(recipe, out / "pairs")
+    with clock.counting("plan"):
+        recipe = for_the_time_left(recipe, out, teacher, finish - reserve - _OVERHEAD_SECONDS / 2 - time.perf_counter())
     for name, stage in (
-        ("simulate", lambda: simulate_recipe(recipe, out / "pairs")),
         ("train", lambda: train_recipe(recipe, out / "pairs", out / "run", deadline=lambda: time.perf_counter() > finish - reserve)),
         ("export", lambda: export_run(out / "run", out / "student")),
     ):

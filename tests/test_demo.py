@@ -72,6 +72,21 @@ def test_what_is_not_installed_is_found_before_the_work(tiny_embedded: Path, tmp
     assert not any((tmp_path / "demo").iterdir())
 
 
+def test_steps_follow_the_speed_when_training_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that was busy when the demo began has another speed by then."""
+    recipe = load_recipe("demo", ["training.steps=70"])
+    monkeypatch.setattr(demo, "measure_speed", lambda teacher: demo.Speed(100, 64))
+    teacher: Any = None
+    planned = demo.for_the_time_left(recipe, tmp_path, teacher, 300)
+    assert planned.training.steps == demo.steps_within(300, recipe, demo.Speed(100, 64)) == 300 * 64 * 6 // 10 // recipe.training.batch_size
+    assert planned.training.decay_steps == planned.training.steps // 4
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == planned
+    # There is always a student, and what has begun goes on as it began.
+    assert demo.for_the_time_left(recipe, tmp_path, teacher, -5).training.steps == demo._FEWEST_STEPS
+    (tmp_path / "run").mkdir()
+    assert demo.for_the_time_left(recipe, tmp_path, teacher, 300).training.steps == 70
+
+
 def test_speed_is_measured(tiny_embedded: Path) -> None:
     speed = demo.measure_speed(StableDiffusionTeacher.from_pretrained(TeacherConfig(source="embedded"), tiny_embedded / "teacher"))
     assert speed.evaluations > speed.training_samples > 0

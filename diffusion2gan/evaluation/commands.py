@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffusion2gan.benchmark import evaluate_student, evaluate_teacher, result_table
 from diffusion2gan.device import default_device
-from diffusion2gan.embedded.weights import embedded_folder, embedded_student
+from diffusion2gan.embedded.weights import embedded_student
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.blocks import run_blocks
 from diffusion2gan.evaluation.comparison import read_evaluation, write_comparison
@@ -289,7 +289,7 @@ def loss_speed_command(
     """Time and memory of one evaluation of E-LatentLPIPS with its gradient, at each shape of latents (H, W); beside it that of LPIPS
     through the decoder of the teacher `decoder` (Figure 2)."""
     device = torch.device(default_device())
-    latent = LatentLPIPS.from_pretrained(embedded_folder("latent_vgg") if metric == "embedded" else metric)
+    latent = LatentLPIPS.from_pretrained(metric)
     channels = latent.net.config.in_channels
     ensembled = ELatentLPIPS(latent, augment).to(device).to(memory_format=torch.channels_last)
     distances: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[nn.Module]]] = {"e_latent_lpips": (ensembled, [ensembled])}

@@ -77,8 +77,10 @@ class Augmentation:
 
         They are a function of `uniform` (B, N_UNIFORM), numbers in [0, 1): a caller who fills row i from (seed, step, i)
         gets draws that do not depend on the batch. Without it the numbers come from `generator` (None: torch's own).
-        UserError if `uniform` has another shape.
+        UserError if `uniform` or `shape` has another shape.
         """
+        if len(shape) != 3:
+            raise UserError(f"shape is {tuple(shape)}, expected (C, H, W) of one latent; pass x.shape[1:]")
         _, height, width = shape
         if uniform is None:
             uniform = torch.rand(batch, self.N_UNIFORM, generator=generator, device=generator.device if generator is not None else device)

@@ -47,25 +47,38 @@ PROMPTS = ("noto face smiling", "twemoji animal mammal", "fluent food fruit", "n
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """A frozen autoencoder: pixels to scaled latents and back, and what names it."""
+    """A frozen autoencoder: pixels to scaled latents and back, and what names it. Of any make, for the commands below."""
 
     encode: Encode
+    """Pixels (B, 3, H, W) in [-1, 1], on the CPU -> latents (B, C, h, w) in float32, scaled as a diffusion model reads them."""
     decode: Callable[[Tensor], Tensor]
+    """The other way; for Figure 3's experiment alone."""
     space: LatentSpace
+    """What `raw=True` of the metric scales by: LatentSpace() where latents have scales of their own by channel, which `encode` sees to."""
     channels: int
     name: str
+    """Cached latents of another name are not taken for this one's."""
     side: int
     """Of the pictures that it was made for, in pixels, at most 512; 64 of pixels, as LPIPS reads BAPPS."""
 
 
-def open_autoencoder(source: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Autoencoder:
+def open_autoencoder(source: str | Autoencoder, device: torch.device, dtype: torch.dtype = torch.float32) -> Autoencoder:
     """A diffusers `AutoencoderKL` from a folder or hub id, or from the `vae` part of a pipeline; `pixels`: none, latents are pixels in
-    [-1, 1]. Raises UserError when it is something else."""
+    [-1, 1]. One that is given as an `Autoencoder`, of whatever make, stays as it is. Raises UserError when it is something else."""
+    if isinstance(source, Autoencoder):
+        return source
     if source == "pixels":
         return Autoencoder(lambda x: x.to(device), lambda x: x, LatentSpace(1.0, 0.0), 3, source, 64)
     reasons = []
     for options in ({}, {"subfolder": "vae"}):
         try:
+            # `from_pretrained` itself passes over another class, and fills up what does not fit with defaults.
+            kind = AutoencoderKL.load_config(source, **options).get("_class_name", "AutoencoderKL")
+            if kind != "AutoencoderKL":
+                raise UserError(
+                    f"--vae {source}: holds {kind}, expected AutoencoderKL; name another, or use it from Python as an `Autoencoder` "
+                    "(docs/e_latent_lpips.md)"
+                )
             vae = AutoencoderKL.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **options)
             break
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -75,7 +88,10 @@ def open_autoencoder(source: str, device: torch.device, dtype: torch.dtype = tor
         reason = reasons[0 if (Path(source) / "config.json").is_file() else -1]
         raise UserError(f"--vae {source}: is no AutoencoderKL ({reason}); name a folder or hub id of one, or of a pipeline with a vae")
     if any(vae.config.get(key) is not None for key in ("latents_mean", "latents_std")):
-        raise UserError(f"--vae {source}: has latents_mean and latents_std of its own, expected a scaling_factor alone; name another")
+        raise UserError(
+            f"--vae {source}: has latents_mean and latents_std of its own, expected a scaling_factor alone; name another, or use it from "
+            "Python as an `Autoencoder` (docs/e_latent_lpips.md)"
+        )
     vae = vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     space = LatentSpace(float(vae.config.scaling_factor), float(getattr(vae.config, "shift_factor", None) or 0.0))
 
@@ -93,7 +109,7 @@ def open_autoencoder(source: str, device: torch.device, dtype: torch.dtype = tor
 
 
 def train_command(
-    vae: str,
+    vae: str | Autoencoder,
     data: str,
     out: Path,
     resolution: int = 256,
@@ -171,7 +187,9 @@ def _judged(metric: LatentLPIPS, encode: Encode, root: Path, split: str, resolut
     }
 
 
-def calibrate_command(metric_source: str, vae: str, bapps: Path, out: Path, resolution: int | None = None) -> dict[str, float]:
+def calibrate_command(
+    metric_source: str, vae: str | Autoencoder, bapps: Path, out: Path, resolution: int | None = None
+) -> dict[str, float]:
     """Fits the heads of a metric to the training judgements of BAPPS and writes it to `out`. Returns its 2AFC on them.
 
     resolution: side of the pictures in pixels, which BAPPS has at 64; None: `Autoencoder.side`, for its latents to be of the size that
@@ -186,7 +204,7 @@ def calibrate_command(metric_source: str, vae: str, bapps: Path, out: Path, reso
     return {name: two_afc(head_vector(metric), j) for name, j in judged.items()}
 
 
-def score_command(metric_source: str, vae: str, bapps: Path, resolution: int | None = None, clamp: bool = True) -> str:
+def score_command(metric_source: str, vae: str | Autoencoder, bapps: Path, resolution: int | None = None, clamp: bool = True) -> str:
     """2AFC of a metric on each validation subset of BAPPS, beside the best that any metric could reach; a Markdown table. `resolution` as
     of `calibrate_command`."""
     device = PartialState().device
@@ -206,9 +224,9 @@ def score_command(metric_source: str, vae: str, bapps: Path, resolution: int | N
     return markdown_table(["subset", "triplets", "pictures", "2AFC", "always with the majority"], rows)
 
 
-def _encoder_of(metric: LatentLPIPS, vae: str, device: torch.device) -> Autoencoder:
+def _encoder_of(metric: LatentLPIPS, vae: str | Autoencoder, device: torch.device) -> Autoencoder:
     encoder = open_autoencoder(vae, device)
-    _check_channels(encoder, metric, vae)
+    _check_channels(encoder, metric, encoder.name if isinstance(vae, Autoencoder) else vae)
     return encoder
 
 
@@ -238,7 +256,7 @@ def reconstruct_command(
     embedded = vae == "embedded"
     if (metric == "embedded") != embedded:
         raise UserError(f"--metric {metric} with --vae {vae}: the metric must be of the autoencoder's own latents; name both")
-    latent = LatentLPIPS.from_pretrained(embedded_folder("latent_vgg") if embedded else metric).to(device)
+    latent = LatentLPIPS.from_pretrained(metric).to(device)
     encoder = open_autoencoder(str(embedded_folder("teacher")) if embedded else vae, device)
     pixel_source = str(embedded_folder("pixel_vgg")) if pixel_metric is None and embedded else pixel_metric
     pixel = None if pixel_source is None else LatentLPIPS.from_pretrained(pixel_source).to(device)

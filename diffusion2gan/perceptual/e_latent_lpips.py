@@ -44,7 +44,8 @@ class ELatentLPIPS(nn.Module):
     ) -> AugmentationParameters:
         """Parameters for `batch` samples of `shape` (C, H, W), as `Augmentation.draw`; by default on the network's device.
 
-        Every tensor (and `uniform`) has batch x ensemble rows; those of one sample stand together.
+        Every tensor (and `uniform`) has batch x ensemble rows; those of one sample stand together. UserError for a shape that is not
+        (C, H, W).
         """
         device = next(self.metric.parameters()).device if device is None else device
         return self.augmentation.draw(batch * self.ensemble, shape, generator, device, uniform)
@@ -117,7 +118,8 @@ class ELatentLPIPS(nn.Module):
         clamp: bool = True,
         l1_weight: float | None = None,
         space: LatentSpace | None = None,
+        revision: str | None = None,
     ) -> Self:
-        """E-LatentLPIPS over the metric of `source`: "sd15", "sd21", "sdxl", "sd3", "flux", a folder, a file or a hub
+        """E-LatentLPIPS over the metric of `source`: "sd15", "sd21", "sdxl", "sd3", "flux", "embedded", a folder, a file or a hub
         repository; see `LatentLPIPS.from_pretrained`."""
-        return cls(LatentLPIPS.from_pretrained(source, clamp, l1_weight, space), augment, ensemble)
+        return cls(LatentLPIPS._from_source(source, clamp, l1_weight, space, revision), augment, ensemble)

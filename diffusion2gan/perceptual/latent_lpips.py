@@ -154,10 +154,12 @@ class LatentLPIPS(nn.Module):
         for which, x in ((name, x0), ("x1", x1)):
             if x is None:
                 continue
+            if not isinstance(x, Tensor):
+                raise UserError(f"{which} is a {type(x).__name__}, expected a torch.Tensor (B, {channels}, H, W)")
             if x.ndim != 4 or x.shape[1] != channels:
-                raise UserError(
-                    f"{which} has shape {tuple(x.shape)}, expected (B, {channels}, H, W); use the checkpoint of this autoencoder's latents"
-                )
+                packed = x.ndim == 3 and x.shape[2] == 4 * channels
+                remedy = "unpack these 2 x 2 patches" if packed else "use the checkpoint of this autoencoder's latents"
+                raise UserError(f"{which} has shape {tuple(x.shape)}, expected (B, {channels}, H, W); {remedy}")
             if x.numel() == 0:
                 raise UserError(f"{which} has shape {tuple(x.shape)}, expected at least one latent; leave empty batches out")
             if not x.is_floating_point():
@@ -241,13 +243,15 @@ class LatentLPIPS(nn.Module):
         says how many there are. UserError for tensors that are missing or do not fit. `source` is the name used in messages.
         """
         kept = {name: value for name, value in state.items() if not name.startswith("lins.")}
+        for name, value in kept.items():
+            if not value.isfinite().all():
+                remedy = "calibrate the heads again" if name.startswith("lin") else "download or train it again"
+                raise UserError(f"{source}: {name} has NaN or infinite values, expected finite numbers; {remedy}")
         negative = total = 0
         for i in range(len(self.lins)):
             name = f"lin{i}.model.1.weight"
             if name in kept:
                 bad = ~(kept[name] >= 0)
-                if kept[name].isnan().any():
-                    raise UserError(f"{source}: {name} has NaN, expected numbers of 0 or more; calibrate the heads again")
                 negative, total = negative + int(bad.sum()), total + bad.numel()
                 kept[name] = kept[name].clamp(min=0) if clamp else kept[name]
         load_weights(self, kept, source)
@@ -261,19 +265,33 @@ class LatentLPIPS(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, clamp: bool = True, l1_weight: float | None = None, space: LatentSpace | None = None
+        cls,
+        source: str | Path,
+        clamp: bool = True,
+        l1_weight: float | None = None,
+        space: LatentSpace | None = None,
+        revision: str | None = None,
     ) -> Self:
         """The frozen float32 metric of a source, on the CPU:
 
+        - "embedded": the one of the embedded teacher's latents, which is part of the package,
         - a folder that `save_pretrained` wrote, or a hub repository (`owner/name`) of such files,
         - "sd15", "sd21", "sdxl", "sd3" or "flux": the checkpoint released by the paper's first author, whose licence
           (CC BY-NC 4.0) is shown as a warning; it is downloaded once into the hub's cache,
         - the path of such a checkpoint (`*_latest_vgg16_tuned.pth`).
 
         `clamp`: see `load_weights`. `l1_weight` and `space` replace what is stored; the space of a released checkpoint is known
-        from its name, and not known under another. UserError for anything that cannot be loaded.
+        from its name, and not known under another. `revision`: branch, tag or commit of a hub repository; without one the newest.
+        UserError for anything that cannot be loaded.
         """
-        resolved = resolve(source)
+        return cls._from_source(source, clamp, l1_weight, space, revision)
+
+    @classmethod
+    def _from_source(
+        cls, source: str | Path, clamp: bool, l1_weight: float | None, space: LatentSpace | None, revision: str | None
+    ) -> Self:
+        """For a `from_pretrained`, at whose caller its warning points."""
+        resolved = resolve(source, revision)
         if resolved.state is not None:
             first = resolved.state["net.slice1.0.weight"]
             if first.ndim != 4:
@@ -285,7 +303,7 @@ class LatentLPIPS(nn.Module):
         else:
             metric = cls._from_folder(resolved.folder, clamp)
         if metric.licence:
-            warnings.warn(f"{Path(source).name}: these weights are not this project's ({metric.licence})", LicenceNotice, stacklevel=2)
+            warnings.warn(f"{Path(source).name}: these weights are not this project's ({metric.licence})", LicenceNotice, stacklevel=3)
         if l1_weight is not None:
             metric.l1_weight = _checked_l1_weight(l1_weight)
         if not isinstance(space, LatentSpace | None):

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffusion2gan.embedded.weights import embedded_folder
 from diffusion2gan.errors import UserError, in_one_line
 from diffusion2gan.files import hub_file, sha256_of
 from diffusion2gan.perceptual.checkpoint import CONFIG, WEIGHTS
@@ -46,14 +47,18 @@ class Resolved:
     origin: Origin | None = None
 
 
-def resolve(source: str | Path) -> Resolved:
+def resolve(source: str | Path, revision: str | None = None) -> Resolved:
     """Finds `source`: see `LatentLPIPS.from_pretrained`. Raises UserError in one line."""
     path = Path(source)
     if str(source) in SPACES:
         name = f"elatentlpips_ckpt/{_FILE.format(source)}"
-        downloaded = _from_hub(REPOSITORY, name)
+        downloaded = _from_hub(REPOSITORY, name, revision)
         origin = Origin(f"{REPOSITORY}/{name}", sha256_of(downloaded))
         return Resolved(state=read_released(downloaded), space=SPACES[str(source)], origin=origin)
+    if revision is not None and (path.exists() or source == "embedded"):
+        raise UserError(f"revision is {revision!r} and {source} is no hub repository; leave revision away")
+    if source == "embedded":
+        return Resolved(folder=embedded_folder("latent_vgg"))
     if path.is_dir():
         return Resolved(folder=path)
     if path.is_file():
@@ -63,14 +68,18 @@ def resolve(source: str | Path) -> Resolved:
         state = read_released(path)
         return Resolved(state=state, space=SPACES[encoder] if encoder else None, origin=Origin(path.name, sha256_of(path)))
     if isinstance(source, str) and _HUB_ID.fullmatch(source) and not path.parent.is_dir():
-        return Resolved(folder=[_from_hub(source, name) for name in (WEIGHTS, CONFIG)][-1].parent)
-    names = ", ".join(SPACES)
+        config = _from_hub(source, CONFIG, revision)
+        # Both of one commit, whose name the hub's cache gives the folder: the branch may move between two requests.
+        commit = config.parent.name
+        _from_hub(source, WEIGHTS, commit if re.fullmatch("[0-9a-f]{40}", commit) else revision)
+        return Resolved(folder=config.parent)
+    names = ", ".join(["embedded", *SPACES])
     raise UserError(f"{source}: no such folder or file, and none of {names}; name one of these, a path or a hub repository")
 
 
-def _from_hub(repository: str, name: str) -> Path:
+def _from_hub(repository: str, name: str, revision: str | None) -> Path:
     try:
-        path = hub_file(repository, name)
+        path = hub_file(repository, name, revision)
     except FileNotFoundError as error:
         raise UserError(f"{repository}: {name} could not be downloaded ({error}); go online once, or give the path of a copy") from None
     # The hub's cache names a large file by its sha256; a file that was changed there since is not what was downloaded.

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 from PIL import Image
 
 from diffusion2gan import cli
 from diffusion2gan.errors import UserError
-from diffusion2gan.perceptual import LatentLPIPS, LatentVGG, latent_cache
+from diffusion2gan.perceptual import LatentLPIPS, LatentSpace, LatentVGG, latent_cache
 from diffusion2gan.perceptual.bapps import TripletFolder
-from diffusion2gan.perceptual.commands import open_autoencoder
+from diffusion2gan.perceptual.commands import Autoencoder, open_autoencoder, train_command
 from diffusion2gan.perceptual.latent_cache import ImageFolder, LatentCache, cache_latents, centre_crop, random_crop
 from diffusion2gan.perceptual.latent_vgg import LatentVGGConfig
 from diffusion2gan.perceptual.train import Classifier, accuracies
@@ -72,6 +72,27 @@ def test_train_learns_and_its_metric_loads(vae: Path, images: Path, tmp_path: Pa
     assert (metric.space.scale, metric.space.shift) == (0.5, 0.25)
     x0, x1 = torch.randn(2, 1, 6, 8, 8)
     assert metric(x0, x1, raw=True) > 0
+
+
+def test_an_autoencoder_of_another_make(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a scale for every channel: refused by name on the command line, used from Python."""
+    own = AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, attn_scales=[], temperal_downsample=[False])
+    own.save_pretrained(tmp_path / "vae")
+    assert _train(tmp_path / "vae", images, tmp_path / "no") == 2
+    assert "holds AutoencoderKLQwenImage, expected AutoencoderKL" in capsys.readouterr().err.splitlines()[-1]
+    scale = torch.tensor([0.5, 1.0, 2.0, 4.0])[:, None, None]
+
+    @torch.no_grad()
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        latent: torch.Tensor = own.encode(pixels[:, :, None]).latent_dist.mode()
+        return latent[:, :, 0] * scale
+
+    given = Autoencoder(encode, lambda x: x, LatentSpace(), 4, "own", 16)
+    train_command(given, str(images), tmp_path / "out", resolution=16, width=0.125, epochs=1, batch_size=8, encode_batch=4)
+    assert LatentLPIPS.from_pretrained(tmp_path / "out" / "metric").net.config.in_channels == 4
+    cache = LatentCache(tmp_path / "out" / "latents" / "val")
+    pixels = torch.from_numpy(np.array(centre_crop(ImageFolder(images / "val").image(0), 16))).permute(2, 0, 1)[None] / 127.5 - 1
+    torch.testing.assert_close(cache.batch(np.array([0]), np.array([0])), encode(pixels), rtol=1e-2, atol=2e-3)
 
 
 def test_pixels_are_read_as_by_lpips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,9 +232,9 @@ def test_calibrate_and_score(vae: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "000000.npy: cannot be read" in capsys.readouterr().err
     judge.write_bytes(judged)
     other = LatentLPIPS.from_pretrained(out)
-    other.net.slices[4][0].weight.data.fill_(float("nan"))
-    other.save_pretrained(tmp_path / "nan")
-    assert cli.main(["perceptual", "score", str(tmp_path / "nan"), *common]) == 2
+    other.net.slices[4][0].weight.data.fill_(3e38)  # finite, and too much for sums
+    other.save_pretrained(tmp_path / "steep")
+    assert cli.main(["perceptual", "score", str(tmp_path / "steep"), *common]) == 2
     assert "its features of the pictures of cnn are not finite" in capsys.readouterr().err
     LatentLPIPS.from_pretrained(out, l1_weight=1.0).save_pretrained(tmp_path / "l1")
     assert cli.main(["perceptual", "score", str(tmp_path / "l1"), *common]) == 2

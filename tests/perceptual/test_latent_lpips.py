@@ -364,8 +364,13 @@ def test_negative_heads(tmp_path: Path) -> None:
         LatentLPIPS.from_pretrained(tmp_path, clamp=True)
     metric.lins[1].weight.data[0, 0] = float("nan")
     metric.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="NaN"):
+    with pytest.raises(UserError, match="lin1.model.1.weight has NaN .* calibrate the heads again"):
         LatentLPIPS.from_pretrained(tmp_path, clamp=True)
+    metric.lins[1].weight.data[0, 0] = 1
+    metric.net.get_buffer("slice1.1.running_mean")[0] = float("inf")
+    metric.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"net.slice1.1.running_mean has NaN or infinite"):
+        LatentLPIPS.from_pretrained(tmp_path)
 
 
 def test_errors() -> None:
@@ -553,6 +558,8 @@ def test_what_cannot_be_a_latent() -> None:
     x = torch.randn(1, 4, 8, 8)
     for bad, message in (
         (torch.randn(1, 16, 8, 8), r"has shape \(1, 16, 8, 8\), expected \(B, 4, H, W\)"),
+        (torch.randn(1, 4, 16), r"has shape .* unpack these 2 x 2 patches"),
+        (torch.randn(1, 4, 8, 8).numpy(), r"is a ndarray, expected a torch.Tensor \(B, 4, H, W\)"),
         (torch.randn(4, 8, 8), r"has shape \(4, 8, 8\), expected \(B, 4, H, W\)"),
         (torch.randn(0, 4, 8, 8), r"has shape \(0, 4, 8, 8\), expected at least one latent"),
         (torch.randint(0, 9, (1, 4, 8, 8)), "is of torch.int64, expected floating-point"),
@@ -561,11 +568,13 @@ def test_what_cannot_be_a_latent() -> None:
     ):
         for function in (loss, loss.metric):
             with pytest.raises(UserError, match=f"x1 {message}"):
-                function(x, bad)
+                function(x, bad)  # type: ignore[arg-type]
             with pytest.raises(UserError, match=f"x0 {message}"):
-                function(bad, x)
+                function(bad, x)  # type: ignore[arg-type]
         with pytest.raises(UserError, match=f"x1 {message}"):
-            loss.metric.target_features(bad)
+            loss.metric.target_features(bad)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"shape is \(1, 4, 8, 8\), expected \(C, H, W\)"):
+        loss.draw(1, x.shape)
     with pytest.warns(UserWarning, match="look like unscaled latents"):
         loss(x, 5 * torch.randn(1, 4, 8, 8))
     with warnings.catch_warnings():

@@ -80,8 +80,11 @@ def test_another_name_and_what_is_kept_of_the_file(checkpoint: Path, tmp_path: P
 
 
 def test_the_licence_goes_with_the_weights(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.warns(LicenceNotice):
-        LatentLPIPS.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    for kind in (LatentLPIPS, ELatentLPIPS):
+        with pytest.warns(LicenceNotice) as said:
+            kind.from_pretrained(checkpoint).save_pretrained(tmp_path)
+        # It points at the line that asked for the weights.
+        assert {w.filename for w in said if w.category is LicenceNotice} == {__file__}
     with pytest.warns(LicenceNotice, match="CC BY-NC"):
         again = LatentLPIPS.from_pretrained(tmp_path)
     again.licence = None
@@ -94,8 +97,9 @@ def test_the_licence_goes_with_the_weights(checkpoint: Path, tmp_path: Path) -> 
 def test_the_hub_is_asked_for_the_released_name(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def from_hub(repository: str, name: str) -> Path:
+    def from_hub(repository: str, name: str, revision: str | None) -> Path:
         asked.append((repository, name))
+        assert revision is None
         return checkpoint
 
     monkeypatch.setattr(released, "_from_hub", from_hub)
@@ -108,10 +112,33 @@ def test_the_hub_is_asked_for_the_released_name(checkpoint: Path, monkeypatch: p
 
 def test_a_hub_repository_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     LatentLPIPS(LatentVGG(LatentVGGConfig(width=0.125)), calibrated=True).save_pretrained(tmp_path)
-    monkeypatch.setattr(released, "_from_hub", lambda repository, name: tmp_path / name)
+    commit = "0123456789" * 4
+    asked: list[tuple[str, str | None]] = []
+
+    def download(repository: str, name: str, revision: str | None) -> str:
+        """As the hub's cache lays it out."""
+        assert repository == "someone/latent-lpips"
+        asked.append((name, revision))
+        path = tmp_path / "snapshots" / commit / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((tmp_path / name).read_bytes())
+        return str(path)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert LatentLPIPS.from_pretrained("someone/latent-lpips").net.config.width == 0.125
+    # The branch may move between the two files: both are of the commit that the first was found in.
+    assert asked == [("config.json", None), ("model.safetensors", commit)]
+    asked.clear()
+    assert ELatentLPIPS.from_pretrained("someone/latent-lpips", revision="v1").metric.calibrated
+    assert asked == [("config.json", "v1"), ("model.safetensors", commit)]
+    with pytest.raises(UserError, match="revision is 'v1' and .* is no hub repository"):
+        LatentLPIPS.from_pretrained(tmp_path, revision="v1")
+
+
+def test_the_embedded_metric_has_a_name() -> None:
+    assert ELatentLPIPS.from_pretrained("embedded").metric.net.config.width == 0.25
 
 
 def test_a_changed_file_in_the_hub_cache_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +158,7 @@ def test_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    with pytest.raises(UserError, match="none of sd15, sd21, sdxl, sd3, flux"):
+    with pytest.raises(UserError, match="none of embedded, sd15, sd21, sdxl, sd3, flux"):
         LatentLPIPS.from_pretrained("sd16")
     with pytest.raises(UserError, match="could not be downloaded"):
         LatentLPIPS.from_pretrained("sd15")
