@@ -86,3 +86,76 @@ def test_figure_3_is_the_results_file() -> None:
         assert psnr == pytest.approx(rows[name]["PSNR, dB"], abs=0.06)
     nearer = [rows["latent_lpips"]["latent RMSE"] / r["latent RMSE"] for name, r in rows.items() if name.startswith("e_latent_lpips")]
     assert 14.5 < min(nearer) < 15.5 and 50 <= max(nearer) < 55  # "15 to 50 times nearer"
+
+
+def _doc_rows(section: str) -> dict[str, list[str]]:
+    """Of the first table in a section of docs/reproduction.md: first cell -> the others."""
+    text = (ROOT / "docs/reproduction.md").read_text().partition(f"\n{section}\n")[2]
+    table = text[text.index("\n| ") + 1 :].partition("\n\n")[0]
+    cells = [[c.strip(" *") for c in line.strip("| ").split("|")] for line in table.splitlines()]
+    return {first: rest for first, *rest in cells}
+
+
+# As columns of a table are headed there -> the key in the results file.
+_KEYS = {
+    "gap closed": "gap closed",
+    "FD to T_B": "FD(student, T_B)",
+    "FD_inf ratio": "FD_inf ratio",
+    "retrieval": "retrieval",
+    "prompt agreement": "prompt agreement",
+    "precision": "precision",
+    "recall": "recall",
+    "precision / recall": "precision recall",
+    "diversity": "diversity",
+    "held-out MSE": "held-out MSE",
+    "s a step": "s a step",
+}
+
+
+def _check_row(heads: list[str], told: list[str], row: dict[str, float]) -> None:
+    for head, cell in zip(heads, told, strict=True):
+        key = _KEYS.get(head)
+        parts = [] if key is None else [("precision", cell.split("/")[0]), ("recall", cell.split("/")[1])] if "/" in head else [(key, cell)]
+        for name, value in parts:
+            digits = value.strip().removesuffix("%").strip()
+            found = row[name] * (100 if value.strip().endswith("%") else 1)
+            step = 10.0 ** -len(digits.partition(".")[2])
+            assert float(digits) == pytest.approx(found, abs=0.501 * step), (head, cell, found)
+
+
+@pytest.mark.parametrize(
+    ("section", "head", "names"),
+    [
+        ("## Table 1", "distance", {n: n for n in ("mse", "pseudo_huber", "e_latent_lpips", "l1", "latent_lpips", "lpips")}),
+        (
+            "### Letter sets",
+            "letters",
+            {"none": "latent_lpips", "bgo": "e_latent_lpips", "bgo, 4x the batch (235 steps of 256)": "e_latent_lpips_4x_batch"}
+            | {n: f"e_latent_lpips_{n}" for n in ("b", "g", "bg", "go", "bgc", "bgco")},
+        ),
+        (
+            "### More pairs, the same images",
+            "pairs",
+            {"1,000": "pairs_1k", "4,000": "pairs_4k", "16,000": "pairs_16k", "191,744": "e_latent_lpips"},
+        ),
+        (
+            "## Table 2",
+            "row",
+            {
+                "regression alone, trained on": "regression",
+                "+ D from scratch (GigaGAN's manner)": "scratch",
+                "+ diffusion D instead": "diffusion",
+                "+ it sees z": "noise",
+                "+ R1": "r1",
+                "+ multi-scale in and out": "multi_scale",
+                "+ mix-and-match": "mix_and_match",
+            },
+        ),
+    ],
+)
+def test_tables_are_their_results_files(section: str, head: str, names: dict[str, str]) -> None:
+    file = "table2.json" if section == "## Table 2" else "table1.json"
+    results = {r["row"]: r for r in json.loads((ROOT / "benchmarks/results" / file).read_text()) if r["seed"] == 0}
+    rows = _doc_rows(section)
+    for name, key in names.items():
+        _check_row(rows[head], rows[name], results[key])
