@@ -206,7 +206,7 @@ def _linear_in_pixels(affine: Tensor, x: Tensor) -> Tensor:
     return _matrix(xx, xy * (width / height), yx * (height / width), yy)
 
 
-# A pixel of the output is taken for a spot of this deviation: enough against aliasing at a shrinkage of 2, and 31 dB
+# A pixel of the output is taken for a spot of this deviation: enough against aliasing at a shrinkage of 2, and 35 dB
 # for latents without frequencies above a quarter of a cycle a pixel (tests/perceptual/test_augmentations.py).
 _SPOT = 0.4
 # The most an axis is smoothed, in units of _SPOT squared: a shrinkage of 2.4, three deviations of both scales together.
