@@ -1,4 +1,4 @@
-"""A training step of phase 1 (regression) and of phase 2 (with the discriminator): time and memory, in one run.
+"""A training step of phase 1 (by E-LatentLPIPS, and by MSE) and of phase 2 (with the discriminator): time and memory, in one run.
 
     python benchmarks/training_step.py --batch 32 --r1-count 8 --repeats 3 --out benchmarks/results/training_step_cpu.json  # float32
     python benchmarks/training_step.py --batch 32 --r1-every 4 --r1-count 2 --precision bf16 --compile --repeats 5 --out ...  # as `emoji`
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from random_teachers import random_sd15, random_sdxl
 
 from diffusion2gan.device import default_device, out_of_memory
@@ -40,7 +41,7 @@ from diffusion2gan.report import markdown_table
 from diffusion2gan.teachers.protocol import Teacher, TeacherConfig
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from diffusion2gan.training.adversarial import AdversarialConfig
-from diffusion2gan.training.distance import LossConfig, build_distance
+from diffusion2gan.training.distance import Distance, LossConfig, build_distance
 from diffusion2gan.training.trainer import Trainer, TrainingConfig
 
 R1_EVERY = 16
@@ -69,7 +70,8 @@ def new_trainer(
     generator = OneStepGenerator.from_teacher(teacher, GeneratorConfig(gradient_checkpointing=checkpointing))
     adversarial = discriminator = None
     if r1_count is not None:
-        adversarial = AdversarialConfig(steps=1000, r1_every=r1_every, r1_count=r1_count)
+        # Its steps are timed, whatever they do: of pairs of one step an untrained student knows the answer, and any step is a change for the worse.
+        adversarial = AdversarialConfig(steps=1000, r1_every=r1_every, r1_count=r1_count, stop_regression=1e30, stop_accuracy=(0, 1))
         discriminator = build_discriminator(DiscriminatorConfig(gradient_checkpointing=checkpointing), teacher)
     distance = build_distance(loss, teacher, teacher.device)
     weights = {name: value.cpu() for name, value in teacher.network.state_dict().items()}
@@ -82,30 +84,32 @@ def new_trainer(
     return trainer
 
 
-def measure(trainer: Trainer, repeats: int) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Seconds and MB of each kind of step; and of those that do not fit, why."""
+def measure(trainer: Trainer, mse: Distance, repeats: int) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Seconds and MB of each kind of step; and of those that do not fit, why. `mse`: the distance of one of the kinds."""
     trainer._enter_phase_2()
     assert trainer.adversarial is not None
     r1_every = trainer.adversarial.r1_every
-    guard, batches = trainer.guard, trainer._load(1)
+    guard, batches, own = trainer.guard, trainer._load(1), trainer._distance_in_training
 
-    def step(phase: int, at: int) -> None:
+    def step(phase: int, at: int, distance: nn.Module = own) -> None:
         # A step is told by its number whether R1 is due.
-        trainer.guard, trainer.step = (guard if phase == 2 else None), at
+        trainer.guard, trainer.step, trainer._distance_in_training = (guard if phase == 2 else None), at, distance
         with no_tf32():  # as in `Trainer.run`
             trainer.train_step(batches)
         synchronise(trainer.device)
 
-    kinds = {"phase 1": (1, 1), "phase 2": (2, 1), "phase 2, with R1": (2, r1_every)}
+    kinds: dict[str, tuple[Any, ...]] = {
+        "phase 1, mse": (1, 1, mse), "phase 1": (1, 1), "phase 2": (2, 1), "phase 2, with R1": (2, r1_every)
+    }  # fmt: skip
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     failed: dict[str, str] = {}
     for _ in range(repeats + 1):
-        for kind, (phase, at) in kinds.items():
+        for kind, where in kinds.items():
             if kind in failed:
                 continue
             started = time.perf_counter()
             try:
-                step(phase, at)
+                step(*where)
             except RuntimeError as error:
                 failed[kind] = why_it_does_not_fit(error)
                 free(trainer.device.type)
@@ -162,7 +166,7 @@ def main() -> None:
                 trainer = new_trainer(teacher, loss, folder / "store", run, config, checkpointing, a.r1_count, a.r1_every)
                 if device == "cuda":
                     row["resident, MB"] = torch.cuda.memory_allocated() / 2**20
-                found, failed = measure(trainer, a.repeats)
+                found, failed = measure(trainer, build_distance(LossConfig(distance="mse"), teacher, teacher.device), a.repeats)
             except RuntimeError as error:
                 rows.append(row | {"error": why_it_does_not_fit(error)})
                 continue
@@ -171,10 +175,16 @@ def main() -> None:
                 teacher.network.to(device)
                 free(device)
             row |= {f"{kind}, {unit}": value for kind, values in found.items() for unit, value in values.items()}
+            row |= {f"{kind}, peak MB": row["resident, MB"] + values["MB"] for kind, values in found.items() if "resident, MB" in row}
             row |= {f"{kind}, error": why for kind, why in failed.items()}
             if not failed:
                 lazy = ((a.r1_every - 1) * found["phase 2"]["s"] + found["phase 2, with R1"]["s"]) / a.r1_every
-                row |= {"phase 2 : phase 1, time": lazy / found["phase 1"]["s"], "R1's share of phase 2": 1 - found["phase 2"]["s"] / lazy}
+                row |= {
+                    "phase 1 : mse, images/s": found["phase 1, mse"]["s"] / found["phase 1"]["s"],
+                    "phase 1, images/s": a.batch / found["phase 1"]["s"],
+                    "phase 2 : phase 1, time": lazy / found["phase 1"]["s"],
+                    "R1's share of phase 2": 1 - found["phase 2"]["s"] / lazy,
+                }
             rows.append(row)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     print(markdown_table(columns, [[row.get(c) for c in columns] for row in rows]))

@@ -622,6 +622,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # What cannot be fetched is said once, at the end, not at every attempt.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     # On a CPU bitsandbytes misses at import kernels of 4 bits that nothing here uses either.
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument", category=UserWarning)  # diffusers still gives it

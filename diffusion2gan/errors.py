@@ -18,4 +18,8 @@ class TrainingStoppedError(UserError):
 def in_one_line(error: BaseException) -> str:
     """What another library's exception says, to be quoted in a message: one line of at most `REASON_LENGTH` characters; its class where it
     says nothing."""
-    return " ".join(str(error).split())[:REASON_LENGTH] or type(error).__name__
+    text = " ".join(str(error).split())
+    if len(text) > REASON_LENGTH:
+        text = text[: REASON_LENGTH - 4].rpartition(" ")[0] or text[: REASON_LENGTH - 4]
+        text += " ..."
+    return text or type(error).__name__

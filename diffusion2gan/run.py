@@ -157,7 +157,18 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
             if not goes_on:
                 _write_run(folder, recipe, inputs)
         accelerator.wait_for_everyone()
-        trainer = Trainer(teacher, pairs, generator, distance, recipe.training, folder, accelerator, adversarial, discriminator)
+        trainer = Trainer(
+            teacher,
+            pairs,
+            generator,
+            distance,
+            recipe.training,
+            folder,
+            accelerator,
+            adversarial,
+            discriminator,
+            _experiment(recipe, pairs.manifest),
+        )
         if accelerator.is_main_process and goes_on:
             # Only now: a command that is refused leaves a run as it was.
             _write_run(folder, recipe, inputs)
@@ -169,6 +180,16 @@ def _write_run(folder: Path, recipe: Recipe, inputs: dict[str, Any]) -> None:
     sweep_temporaries(folder)
     write_bytes_atomic(folder / "recipe.yaml", dump_recipe(recipe).encode())
     write_bytes_atomic(folder / "inputs.json", canonical_json(inputs))
+
+
+def _experiment(recipe: Recipe, pairs: dict[str, Any]) -> dict[str, str]:
+    """What a checkpoint is of; a run keeps these as long as it lives."""
+    return {
+        "teacher": pairs["teacher"]["weights"],
+        "loss.distance": recipe.loss.distance,
+        "generator.lora_rank": str(recipe.generator.lora_rank),
+        "training.seed": str(recipe.training.seed),
+    }
 
 
 def start_folder(start: str) -> Path:
@@ -300,10 +321,12 @@ def export_run(
     if step is not None and step not in map(checkpoint_step, found):
         raise UserError(f"{folder}: no checkpoint of step {step}; there are {', '.join(str(checkpoint_step(p)) for p in found)}")
     # By page: of all that a checkpoint holds, one set of weights is wanted.
-    state = load_state(found[-1] if step is None else checkpoint_path(folder / "checkpoints", step), in_pieces=True)
+    path = found[-1] if step is None else checkpoint_path(folder / "checkpoints", step)
+    state = load_state(path, in_pieces=True)
     pipeline = load_pipeline(recipe.teacher, teacher_folder(recipe.teacher), torch.float32)
     inputs = json_object(folder / "inputs.json")
     pairs = inputs["pairs"]
+    state.check_experiment(_experiment(recipe, pairs), path)
     stored = stored_weights(recipe.teacher, teacher_folder(recipe.teacher))
     if stored != pairs["teacher"]["weights"]:
         raise UserError(

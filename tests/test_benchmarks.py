@@ -7,6 +7,7 @@ import math
 import runpy
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,40 @@ def test_scripts_write_what_they_measured(
     out = tmp_path / "result.json"
     given = [str(tmp_path / "whole") if a == "WHOLE" else a for a in arguments]
     monkeypatch.setattr(sys, "argv", [name, *given, "--out", str(out)])
+    runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
+    numbers = list(_numbers(json.loads(out.read_text())))
+    assert numbers and all(math.isfinite(value) for value in numbers)
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "arguments"),
+    [
+        ("training_step", "sd15", ["--batch", "2", "--repeats", "1"]),
+        ("largest_batch", "sdxl", ["--most", "2", "--repeats", "1"]),
+        ("simulate", "sd15", ["--batch", "2", "--steps", "2", "--repeats", "2"]),
+        ("simulate", "sdxl", ["--batch", "2", "--steps", "2", "--repeats", "2"]),
+        ("one_step", "sd15", ["--batches", "1", "--repeats", "1"]),
+        ("one_step", "sdxl", ["--batches", "1", "--repeats", "1"]),
+    ],
+)
+def test_scripts_run_on_the_published_networks(
+    name: str, network: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Narrow ones of their classes, small pictures: what a GPU is measured with must not fail there for the first time."""
+    import random_teachers  # type: ignore[import-not-found]
+
+    text = random_teachers._text_config
+    monkeypatch.setattr(random_teachers, "_text_config", lambda hidden, _layers, _heads: text(hidden, 1, 1))
+    vae = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
+    small = {"sample_size": 8, "layers_per_block": 1}
+    depths = {"transformer_layers_per_block": 1} if network == "sdxl" else {}
+    for which in ("SD15", "SDXL"):
+        published = getattr(random_teachers, which)
+        channels = (32, 32, 64, 64)[: len(published.unet["block_out_channels"])]
+        unet = {**published.unet, **small, **depths, "block_out_channels": channels, "attention_head_dim": 4}
+        monkeypatch.setattr(random_teachers, which, replace(published, unet=unet, vae={**published.vae, **vae}))
+    out = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", [name, "--network", network, *arguments, "--out", str(out)])
     runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
     numbers = list(_numbers(json.loads(out.read_text())))
     assert numbers and all(math.isfinite(value) for value in numbers)

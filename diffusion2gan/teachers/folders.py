@@ -234,6 +234,10 @@ def _stored_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dty
         ) from None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = in_one_line(error)
+        if "not fully cached locally" in str(error) and not Path(folder).is_dir():
+            raise UserError(
+                f"teacher.source: {folder} is not whole in the hub's cache, and could not be fetched ({reason}); go online once, or name a folder"
+            ) from None
         pinned = config.revision is None and not Path(folder).is_dir() and str(folder) in REVISIONS
         other = f", or teacher.revision=main for another commit than {REVISIONS[str(folder)][:12]}" if pinned else ""
         raise UserError(

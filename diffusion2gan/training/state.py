@@ -10,7 +10,7 @@ import platform
 import re
 import secrets
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -61,6 +61,17 @@ class TrainingState:
     guard: dict[str, Any] | None = None
     """None before phase 2."""
     gradients_seen: int = LONG
+    experiment: dict[str, str] | None = None
+    """What the run was about, by name, for a checkpoint of another run to be told; None in one from before it was written."""
+
+    def check_experiment(self, here: Mapping[str, str], path: Path) -> None:
+        """Raises UserError for a checkpoint of a run that was about something else than `here`."""
+        for key, theirs in (self.experiment or {}).items():
+            if here.get(key, theirs) != theirs:
+                raise UserError(
+                    f"{path}: is of another run, with {key} {theirs} where this one has {here[key]}; put this run's own back, or delete it to go "
+                    "on from the one before"
+                )
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

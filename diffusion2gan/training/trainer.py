@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion2gan.config import Section
-from diffusion2gan.device import compile_for_one_shape
+from diffusion2gan.device import compile_for_one_shape, out_of_memory
 from diffusion2gan.discriminator.regularization import mix_and_match
 from diffusion2gan.ema import Ema, load_trained, trained_state
-from diffusion2gan.errors import TrainingStoppedError, UserError
+from diffusion2gan.errors import TrainingStoppedError, UserError, in_one_line
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import grid, to_uint8
 from diffusion2gan.interrupt import stop_requests
@@ -140,8 +140,9 @@ _LATE = 1 << 40
 class Trainer:
     """Distils `teacher` into `generator` on `pairs`; everything it writes lies in `folder`.
 
-    adversarial: phase 2, with `discriminator` unless its weight is 0. Raises UserError for a batch that the processes can't share,
-    too few pairs, a non-finite loss, a phase 2 that has gone wrong, a folder it can't write.
+    adversarial: phase 2, with `discriminator` unless its weight is 0. experiment: what checkpoints of another run are told by. Raises
+    UserError for a batch that the processes can't share, too few pairs, a non-finite loss, a phase 2 that has gone wrong, a folder it can't
+    write, a checkpoint of another run.
     """
 
     def __init__(
@@ -155,6 +156,7 @@ class Trainer:
         accelerator: Accelerator | None = None,
         adversarial: AdversarialConfig | None = None,
         discriminator: nn.Module | None = None,
+        experiment: dict[str, str] | None = None,
     ):
         self.teacher, self.pairs, self.distance, self.config, self.folder = teacher, pairs, distance, config, folder
         self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.mixed_precision)
@@ -202,6 +204,7 @@ class Trainer:
             self.descent = WholeOrSplit(generator, trained, optimizer, config.gradient_clip, self.accelerator)
         self.adversarial, self.adversary = adversarial, self._adversary(adversarial, discriminator)
         self.guard: Guard | None = None
+        self.experiment = experiment
         self.total_steps = config.steps + (adversarial.steps if adversarial else 0)
         self.step = 0
         self.stopping = False
@@ -483,7 +486,7 @@ class Trainer:
         optimizer = self.descent.state(main)
         told = None if guard is None else asdict(guard)
         scale, seen = self.descent.clip.state
-        state = TrainingState(self.step, model, average, optimizer, scale, self._environment(), adversary, told, seen)
+        state = TrainingState(self.step, model, average, optimizer, scale, self._environment(), adversary, told, seen, self.experiment)
         # Phase 1's end stays too: other runs may start from it.
         kept = () if guard is None else (guard.good_step, self.config.steps)
         if self.placement.sharded:
@@ -509,15 +512,27 @@ class Trainer:
         last = last_checkpoint(self.folder / "checkpoints", self.accelerator)
         if last:
             state = load_state(last, self._environment(), in_pieces=self.accelerator.num_processes > 1)
-            load_trained(self.bare_generator, split_like(state.model, self.ema.state))
-            self.ema.load(split_like(state.ema, self.ema.state))
-            self.descent.load(state.optimizer)
-            self.step, self.descent.clip.state = state.step, (state.gradient_scale, state.gradients_seen)
-            self.guard = None if state.guard is None else Guard(**state.guard)
-            if self.adversary is not None and state.adversary is not None:
-                self.adversary.load(state.adversary)
+            state.check_experiment(self.experiment or {}, last)
+            try:
+                self._take(state)
+            except (KeyError, RuntimeError) as error:
+                if out_of_memory(error) is not None:
+                    raise
+                raise UserError(
+                    f"{last}: does not fit this run's networks ({in_one_line(error)}); put this run's own back, or delete it to go on from the one "
+                    "before"
+                ) from None
             # Where the run was asked to stop, nobody had the time.
             self._judge()
         else:
             refuse_lost_checkpoint(self.folder, "checkpoints/step-*.pt")
         self.log.rewind(self.step)
+
+    def _take(self, state: TrainingState) -> None:
+        load_trained(self.bare_generator, split_like(state.model, self.ema.state))
+        self.ema.load(split_like(state.ema, self.ema.state))
+        self.descent.load(state.optimizer)
+        self.step, self.descent.clip.state = state.step, (state.gradient_scale, state.gradients_seen)
+        self.guard = None if state.guard is None else Guard(**state.guard)
+        if self.adversary is not None and state.adversary is not None:
+            self.adversary.load(state.adversary)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from diffusion2gan.training.batches import BatchShare
 from diffusion2gan.training.distance import Distance, LossConfig, build_distance
 from diffusion2gan.training.order import SampleOrder, augmentation_uniforms
-from diffusion2gan.training.state import checkpoints, environment, load_state
+from diffusion2gan.training.state import checkpoints, environment, load_state, save_state
 from diffusion2gan.training.trainer import Trainer, TrainingConfig
 from tests.conftest import tiny_pipeline, tiny_store
 from tests.helpers import compiled_whole
@@ -51,7 +52,12 @@ def pixel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _trainer(
-    store: Path, folder: Path, loss: LossConfig | Distance | None = None, generator: GeneratorConfig | None = None, **changes: object
+    store: Path,
+    folder: Path,
+    loss: LossConfig | Distance | None = None,
+    generator: GeneratorConfig | None = None,
+    experiment: dict[str, str] | None = None,
+    **changes: object,
 ) -> Trainer:
     teacher = StableDiffusionTeacher.from_pipeline(tiny_pipeline())
     values = {
@@ -67,7 +73,8 @@ def _trainer(
     }
     config = TrainingConfig.model_validate(values | changes)
     distance = loss if isinstance(loss, Distance) else build_distance(loss or LossConfig(distance="mse"), teacher)
-    return Trainer(teacher, PairDataset(store), OneStepGenerator.from_teacher(teacher, generator), distance, config, folder)
+    student = OneStepGenerator.from_teacher(teacher, generator)
+    return Trainer(teacher, PairDataset(store), student, distance, config, folder, experiment=experiment)
 
 
 def _weights(trainer: Trainer) -> torch.Tensor:
@@ -233,6 +240,29 @@ def test_resume_warns_of_another_environment(store: Path, tmp_path: Path) -> Non
     path = checkpoints(tmp_path / "checkpoints")[-1]
     with pytest.warns(UserWarning, match=r"threads was 1 and is 7 now"):
         load_state(path, environment(False, 1) | {"threads": "7"})
+
+
+def test_a_checkpoint_of_another_run(store: Path, tmp_path: Path) -> None:
+    """Told by what its run was about; one from before that was written, by its tensors."""
+    _trainer(store, tmp_path / "one", steps=3).run(progress=False)
+    (path,) = checkpoints(tmp_path / "one" / "checkpoints")
+    state = load_state(path)
+    for experiment, message in (
+        (
+            {"training.seed": "7", "a key of later": "x"},
+            "is of another run, with training.seed 7 where this one has 0; put this run's own back",
+        ),
+        (None, r"does not fit this run's networks \(.*conv_in"),
+    ):
+        if experiment is None:
+            model = {k.replace("conv_in", "conv_out_of_it"): v for k, v in state.model.items()}
+        else:
+            model = state.model
+        save_state(replace(state, experiment=experiment, model=model), path.parent, 2)
+        with pytest.raises(UserError, match=message):
+            _trainer(store, tmp_path / "one", experiment={"training.seed": "0"}, steps=6)
+    save_state(replace(state, experiment={"training.seed": "0"}), path.parent, 2)
+    assert _trainer(store, tmp_path / "one", experiment={"training.seed": "0"}, steps=6).step == 3
 
 
 def test_a_damaged_or_hostile_checkpoint_is_one_clear_line(store: Path, tmp_path: Path) -> None:
