@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from random_teachers import random_sd15, random_sdxl
+from torch import nn
 
 from diffusion2gan.device import default_device, out_of_memory
 from diffusion2gan.discriminator.build import build_discriminator

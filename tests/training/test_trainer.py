@@ -254,10 +254,7 @@ def test_a_checkpoint_of_another_run(store: Path, tmp_path: Path) -> None:
         ),
         (None, r"does not fit this run's networks \(.*conv_in"),
     ):
-        if experiment is None:
-            model = {k.replace("conv_in", "conv_out_of_it"): v for k, v in state.model.items()}
-        else:
-            model = state.model
+        model = {k.replace("conv_in", "conv_out_of_it"): v for k, v in state.model.items()} if experiment is None else state.model
         save_state(replace(state, experiment=experiment, model=model), path.parent, 2)
         with pytest.raises(UserError, match=message):
             _trainer(store, tmp_path / "one", experiment={"training.seed": "0"}, steps=6)
