@@ -50,6 +50,10 @@ class CardExtras:
     """A PNG: samples of the run, teacher beside student."""
     results: str | None = None
     """Markdown: what `evaluate` measured."""
+    held_out: str | None = None
+    """A sentence: the losses on the pairs that were never trained on."""
+    recipe: str | None = None
+    """YAML: how it was trained."""
     licence: str | None = None
     """The teacher's, an identifier of the hub; it binds the student too."""
     teacher: str = ""
@@ -267,6 +271,7 @@ def student_card(facts: dict[str, Any], dtype: torch.dtype, usage: str, extras: 
     front |= {"license": extras.licence or "other"}
     # Only of a hub id: a path says nothing elsewhere.
     front |= {"base_model": extras.teacher} if extras.teacher.count("/") == 1 else {}
+    measured = [text.strip() for text in (extras.results, extras.held_out) if text]
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# A one-step student",
         "Distilled with diffusion2gan. It draws in one network evaluation what its teacher draws in many, from the same noise.",
@@ -274,8 +279,9 @@ def student_card(facts: dict[str, Any], dtype: torch.dtype, usage: str, extras: 
         f"```python\n{usage}\n```",
         f"Weights are stored in {stored}.{rounding}",
         _OTHER_PROGRAMS if task == "text-to-image" else "",
-        f"## Measured\n\n{extras.results.strip()}" if extras.results else "",
+        "## Measured\n\n" + "\n\n".join(measured) if measured else "",
         f"## How it was made\n\n{lines}",
+        f"<details><summary>The recipe</summary>\n\n```yaml\n{extras.recipe.strip()}\n```\n\n</details>" if extras.recipe else "",
         f"## Licence\n\nThat of its teacher, whose weights it started from: {extras.licence or 'see there'}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

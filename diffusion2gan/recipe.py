@@ -266,6 +266,15 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def dump_training(recipe: Recipe) -> str:
+    """As `dump_recipe`, of how a student was trained, without the names of folders: they say nothing elsewhere."""
+    sections = recipe.model_dump(mode="json", include={"generator", "loss", "training", "adversarial", "discriminator"})
+    del sections["generator"]["start"]
+    if Path(recipe.loss.perceptual).exists():
+        sections["loss"]["perceptual"] = "a folder"
+    return yaml.dump(sections, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 # What may differ when a run is continued: how far it goes, how often it reports, how it fits into memory. Everything else is
 # another experiment.
 _FREE_TO_CHANGE = {

@@ -30,7 +30,8 @@ from diffusion2gan.pairs.prompts import check_prompts, prompts_digest, read_prom
 from diffusion2gan.pairs.simulate import simulate, store_settings
 from diffusion2gan.pipeline import STUDENT_FILE, OneStepPipeline
 from diffusion2gan.plan import check_memory
-from diffusion2gan.recipe import Recipe, check_pairs, check_same_experiment, dump_recipe, load_recipe
+from diffusion2gan.recipe import Recipe, check_pairs, check_same_experiment, dump_recipe, dump_training, load_recipe
+from diffusion2gan.run_log import read_scalars
 from diffusion2gan.teachers.folders import load_pipeline, stored_weights, weights_digest
 from diffusion2gan.teachers.load import load_teacher, teacher_folder
 from diffusion2gan.teachers.ode import SolverConfig, evaluations_per_pair
@@ -404,9 +405,19 @@ def _card_extras(recipe: Recipe, folder: Path, step: int, results: Path | None) 
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--results {results}: cannot be read ({error}), expected a Markdown file") from None
     source, options = Path(teacher_folder(recipe.teacher)), _hub_options(recipe.teacher)
+    of_validation = [r for r in read_scalars(folder / "metrics.jsonl") if "validation_loss" in r and r["step"] <= step]
+    held_out = None
+    if of_validation:
+        last = of_validation[-1]
+        held_out = (
+            f"On {recipe.training.holdout} pairs that were never trained on, at step {last['step']}: {recipe.loss.distance} loss "
+            f"{last['validation_loss']:.4g}, squared error {last['validation_mse']:.4g}."
+        )
     return CardExtras(
         picture=pictures[-1].read_bytes() if pictures else None,
         results=measured,
+        held_out=held_out,
+        recipe=dump_training(recipe),
         licence=licence_of(source) if source.is_dir() else hub_licence(recipe.teacher.source, options.get("revision")),
         teacher="" if source.is_dir() else recipe.teacher.source,
         teacher_options=options,

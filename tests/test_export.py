@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,8 +26,10 @@ from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.lora import lora_layers
 from diffusion2gan.recipe import parse_recipe
 from diffusion2gan.run import simulate_recipe, train_recipe
+from diffusion2gan.run_log import read_scalars
 from diffusion2gan.single_file import original_layout, original_open_clip
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
+from diffusion2gan.training.state import checkpoints, load_state, save_state
 from tests.conftest import tiny_pipeline, tiny_pixel_pipeline, tiny_sdxl_pipeline
 from tests.helpers import recipe_values
 
@@ -153,11 +157,28 @@ def test_the_card(run: Path, tmp_path: Path) -> None:
     assert "float16" in card
     assert (tmp_path / "student" / "samples.png").read_bytes() == sorted((run / "samples").glob("held-out-*.png"))[-1].read_bytes()
     assert "](samples.png)" in card
+    validated = [r for r in read_scalars(run / "metrics.jsonl") if "validation_loss" in r][-1]
+    assert f"at step 6: mse loss {validated['validation_loss']:.4g}, squared error {validated['validation_mse']:.4g}." in card
+    trained = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
+    assert trained["training"]["steps"] == 6
+    assert trained["loss"]["distance"] == "mse"
+    assert "start" not in trained["generator"]
     # No path of this machine, nor in any configuration.
     assert str(run.parent) not in card
     texts = [p.read_text() for p in (tmp_path / "student").rglob("*.json")]
     assert any("_name_or_path" in text for text in texts)
     assert not any(str(run.parent) in text for text in texts)
+
+
+def test_another_runs_checkpoint_is_not_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    path = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    state = load_state(path)
+    assert state.experiment is not None
+    save_state(replace(state, experiment=state.experiment | {"training.seed": "7"}), path.parent, 2)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "student")]) == 2
+    assert "is of another run, with training.seed 7 where this one has 0" in capsys.readouterr().err
+    assert not (tmp_path / "student").exists()
 
 
 def test_one_file_from_the_command_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
