@@ -464,7 +464,12 @@ def test_two_processes_with_split_weights_train_as_one(tmp_path: Path, gan: dict
 # the start of phase 2 (7), of the same step. Of the second, its rows of the same checkpoints (1, 2, 3).
 @pytest.mark.parametrize(
     ("kill", "shard", "two_again"),
-    [((0, "step", 7), False, True), ((1, "mid-write", 2), True, False), ((0, "before-rename", 7), True, False)],
+    [
+        ((0, "step", 7), False, True),
+        ((1, "step", 3), False, False),
+        ((1, "mid-write", 2), True, False),
+        ((0, "before-rename", 7), True, False),
+    ],
 )
 def test_one_of_two_processes_killed(
     kill: tuple[int, str, int], shard: bool, two_again: bool, tmp_path: Path, gan: dict[str, Path], split_gan: Path
@@ -483,7 +488,8 @@ def test_one_of_two_processes_killed(
     else:
         done = run_command(*command)
         assert done.returncode == 0, done.stderr
-        assert "memory_format was split and is channels_last now" in done.stderr
+        if shard:
+            assert "memory_format was split and is channels_last now" in done.stderr
     _assert_near(tmp_path / "run", split_gan if shard else gan["run"], 1e-2)
     assert not list((tmp_path / "run").rglob("*.tmp"))
     named = [torch.load(c, weights_only=True).get("parts", []) for c in checkpoints(folder)]
