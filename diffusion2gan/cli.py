@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import gc
 import logging
 import os
@@ -578,17 +579,27 @@ def _add_embedded(commands: Commands) -> None:
     sub.add_argument("--steps", type=_positive, default=None, help="train to this many steps instead of the recipe's")
 
 
+_OF_PATHS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
+
+
+def _whole_number(text: str) -> int | None:
+    try:
+        return int(text)
+    except ValueError:
+        return None
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: expected a whole number of at least 1")
+    value = _whole_number(text)
+    if value is None or value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
     return value
 
 
 def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 1 << 62:
-        raise argparse.ArgumentTypeError(f"{value}: expected a whole number from 0 to 2^62 - 1")
+    value = _whole_number(text)
+    if value is None or not 0 <= value < 1 << 62:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0 to 2^62 - 1")
     return value
 
 
@@ -656,6 +667,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # Of a file, by its name: one that may not be read, a name that is too long, links in a circle.
+        if error.filename is None or error.errno not in _OF_PATHS:
+            raise
+        print(f"diffusion2gan: {error.filename}: {(error.strerror or '').lower()}; check the path and your rights there", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -122,8 +122,18 @@ def export_student(
         with no_progress_bars():
             pipeline.save_pretrained(target, safe_serialization=True)
         _forget_local_paths(target)
+        text_in_float32(target)
         write_bytes_atomic(target / STUDENT_FILE, canonical_json({"format": FORMAT, "timestep": timestep} | facts))
         _write_card(target, card, extras)
+
+
+def text_in_float32(folder: Path) -> None:
+    """Where nobody names a precision, transformers loads a model in that of its configuration and diffusers in float32: of a pipeline stored in
+    half precision the text would then not fit the U-Net. It is told float32; a precision that is named goes for both."""
+    for path in folder.glob("text_encoder*/config.json"):
+        config = json.loads(path.read_text())
+        if config.get("dtype") != "float32":
+            write_bytes_atomic(path, json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def _forget_local_paths(folder: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -149,9 +151,10 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     if recipe.training.shard and discriminator is not None:
         discriminator.to("cpu")
     teacher.give_up_network()
-    with disk_errors(folder):
+    with disk_errors(folder), ExitStack() as held:
         if accelerator.is_main_process:
             _check_run(recipe, folder)
+            held.enter_context(_alone_in(folder))
             begun_from = None if start is None else (weights_digest(generator), _start_facts(start))
             inputs = _checked_inputs(folder, pairs, distance, teacher.decoder_digest(), begun_from)
             goes_on = _begun(folder)
@@ -175,6 +178,18 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
             _write_run(folder, recipe, inputs)
         trainer.run(progress, deadline)
     return trainer
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Raises UserError while another process trains in `folder`. The system lets go of the lock when a process ends, however it does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is training there; wait for it, end it, or choose a new --out") from None
+        yield
 
 
 def _write_run(folder: Path, recipe: Recipe, inputs: dict[str, Any]) -> None:

@@ -215,8 +215,22 @@ def test_bad_input_is_one_line_and_exit_code_2(world: Path, tmp_path: Path) -> N
     bad = ("compare", f"teacher:{world / 'student'}", "--prompt", "cat", "--guidance", "0.5")
     _assert_one_line(run_command(*bad), "guidance")
     _assert_one_line(run_command("demo", "--out", tmp_path / "d", "--minutes", "1"), "--minutes is 1")
+    alike = ("compare", f"s={world / 'student'}", f"s={world / 'student'}", "--prompt", "cat", "-o", tmp_path / "alike.png")
+    _assert_one_line(run_command(*alike), "s is the name of two models")
+    _assert_one_line(run_command("generate", world / "student", b"caf\xe9".decode(errors="surrogateescape")), "expected text in UTF-8")
+    _assert_one_line(run_command("plan", tmp_path / ("long" * 70)), "file name too long; check the path")
     assert tree_digest(world) == before
     assert not (tmp_path / "r").exists()
+
+
+def test_numbers_that_are_none_name_no_function_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (("generate", "embedded", "cat", "-n", "abc"), ("generate", "embedded", "cat", "--seed", "-1")):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"{arguments[-1]}: expected a whole number" in said
+        assert "_positive" not in said
 
 
 def _small_disk(path: Path) -> bool:

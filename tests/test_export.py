@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from diffusion2gan.cli import main
 from diffusion2gan.ema import trained_state
+from diffusion2gan.embedded.weights import embedded_folder, embedded_student
 from diffusion2gan.errors import UserError
 from diffusion2gan.export import CardExtras, export_lora, export_single_file, export_student, push_to_hub
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
@@ -168,6 +169,18 @@ def test_the_card(run: Path, tmp_path: Path) -> None:
     texts = [p.read_text() for p in (tmp_path / "student").rglob("*.json")]
     assert any("_name_or_path" in text for text in texts)
     assert not any(str(run.parent) in text for text in texts)
+
+
+def test_plain_diffusers_without_a_precision(run: Path, tmp_path: Path) -> None:
+    """README's block on an export as it is by default, in float16; and on the student and the teacher of the package."""
+    assert main(["export", str(run), str(tmp_path / "student")]) == 0
+    for folder in (tmp_path / "student", embedded_student(), embedded_folder("teacher")):
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        assert {pipeline.unet.dtype, pipeline.text_encoder.dtype, pipeline.vae.dtype} == {torch.float32}
+        picture = pipeline("red heart", num_inference_steps=1, guidance_scale=1).images[0]
+        assert picture.size == (pipeline.unet.config.sample_size * pipeline.vae_scale_factor,) * 2
+        half = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.bfloat16)
+        assert {half.unet.dtype, half.text_encoder.dtype, half.vae.dtype} == {torch.bfloat16}
 
 
 def test_another_runs_checkpoint_is_not_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from diffusion2gan.embedded import autoencoder, emoji, perceptual, text_to_image
 from diffusion2gan.embedded.triplets import DISTORTIONS, synthetic_triplets
 from diffusion2gan.embedded.weights import check_teacher, package_root
 from diffusion2gan.errors import UserError
+from diffusion2gan.export import text_in_float32
 from diffusion2gan.files import atomic_folder, write_bytes_atomic, write_json
 from diffusion2gan.fit import save_start
 from diffusion2gan.perceptual import LatentLPIPS
@@ -110,6 +111,8 @@ def pack(work: Path, root: Path) -> list[str]:
     parts = [name for name in ("teacher", "latent_vgg", "pixel_vgg") if (work / name).is_dir()]
     if (work / "student" / "unet").is_dir():
         parts.append("student")
+    if not parts:
+        raise UserError(f"{work}: holds none of teacher, latent_vgg, pixel_vgg and student, expected the work folder of the training")
     lines = []
     root.mkdir(parents=True, exist_ok=True)
     with atomic_folder(root) as draft:
@@ -119,6 +122,7 @@ def pack(work: Path, root: Path) -> list[str]:
             # A student shares everything but its network and its scheduler with the teacher.
             ignore = shutil.ignore_patterns("vae", "text_encoder", "tokenizer", ".*") if name == "student" else shutil.ignore_patterns(".*")
             shutil.copytree(work / name, draft / name, ignore=ignore)
+            text_in_float32(draft / name)
             card = root / name / "README.md"
             if card.exists() and not (draft / name / card.name).exists():
                 shutil.copyfile(card, draft / name / card.name)
@@ -136,7 +140,7 @@ def pack(work: Path, root: Path) -> list[str]:
             )
     records = "".join(json.dumps(asdict(r), sort_keys=True) + "\n" for r in emoji.load().records)
     write_bytes_atomic(root.parent / "data" / "records.jsonl.gz", gzip.compress(records.encode(), mtime=0))
-    return [*lines, f"total {sum(sizes):,} bytes"]
+    return [*lines, f"total {sum(sizes):,} bytes in {root}"]
 
 
 def unpack(root: Path, work: Path, step: int) -> None:

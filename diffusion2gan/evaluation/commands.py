@@ -213,6 +213,10 @@ def compare_command(
         if not others:
             raise UserError("--prompt needs models to draw with, and these are folders of evaluations; name the models")
         models = [replace(model, name=name or model.name) for name, spec in map(_named, others) for model in [load_model(spec, options)]]
+        names = [model.name for model in models]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{twice} is the name of two models; give them names of their own: NAME={others[0].rpartition('=')[2]}")
         picture, seconds = drawn_side_by_side(models, prompts, seed, count)
         path = out if out.suffix.lower() == ".png" else out / "prompts.png"
         write_bytes_atomic(path, picture)

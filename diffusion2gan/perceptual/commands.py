@@ -67,6 +67,8 @@ def open_autoencoder(source: str | Autoencoder, device: torch.device, dtype: tor
     [-1, 1]. One that is given as an `Autoencoder`, of whatever make, stays as it is. Raises UserError when it is something else."""
     if isinstance(source, Autoencoder):
         return source
+    if source == "embedded":
+        source = str(embedded_folder("teacher"))
     if source == "pixels":
         return Autoencoder(lambda x: x.to(device), lambda x: x, LatentSpace(1.0, 0.0), 3, source, 64)
     reasons = []
@@ -257,7 +259,7 @@ def reconstruct_command(
     if (metric == "embedded") != embedded:
         raise UserError(f"--metric {metric} with --vae {vae}: the metric must be of the autoencoder's own latents; name both")
     latent = LatentLPIPS.from_pretrained(metric).to(device)
-    encoder = open_autoencoder(str(embedded_folder("teacher")) if embedded else vae, device)
+    encoder = open_autoencoder(vae, device)
     pixel_source = str(embedded_folder("pixel_vgg")) if pixel_metric is None and embedded else pixel_metric
     pixel = None if pixel_source is None else LatentLPIPS.from_pretrained(pixel_source).to(device)
     _check_channels(encoder, latent, vae)

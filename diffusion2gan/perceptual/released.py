@@ -103,7 +103,7 @@ def read_released(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path}: holds objects other than tensors, expected a state dict; do not load it: such a file can run code"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         reason = in_one_line(error)
         raise UserError(f"{path}: cannot be read ({reason}), expected a released checkpoint; download it again") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):

@@ -54,7 +54,10 @@ def tokenizer_digest(tokenizer: CLIPTokenizer) -> str:
 
 
 def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-    """(B, L), padded and cut to the tokenizer's length as the stock pipelines do."""
+    """(B, L), padded and cut to the tokenizer's length as the stock pipelines do. Raises UserError for what is no text."""
+    for prompt in prompts:
+        if not isinstance(prompt, str) or any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise UserError(f"prompt {prompt!r}: expected text in UTF-8")
     return tokenizer(
         list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     ).input_ids

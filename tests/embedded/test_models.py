@@ -230,6 +230,8 @@ def test_packed_weights_are_what_the_package_loads(
     tiny_embedded: Path, dataset: EmojiDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In place of those before, whose card stays; the student without the parts that it shares; nothing of it for too large a file."""
+    with pytest.raises(UserError, match="holds none of teacher, latent_vgg, pixel_vgg and student"):
+        build.pack(tmp_path / "mistyped", tiny_embedded)
     monkeypatch.setattr(emoji, "load", lambda: dataset)
     (tiny_embedded / "teacher" / "README.md").write_text("the card")
     work = tmp_path / "work"

@@ -137,6 +137,13 @@ def test_a_hub_repository_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         LatentLPIPS.from_pretrained(tmp_path, revision="v1")
 
 
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    for text in ("teacher: {}\nname: x\n", "", "0 .", "{}"):
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(UserError, match="x.yaml: (is no torch checkpoint|cannot be read|holds objects)"):
+            LatentLPIPS.from_pretrained(tmp_path / "x.yaml")
+
+
 def test_the_embedded_metric_has_a_name() -> None:
     assert ELatentLPIPS.from_pretrained("embedded").metric.net.config.width == 0.25
 

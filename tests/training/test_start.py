@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from diffusion2gan.demo import _history
 from diffusion2gan.errors import UserError
 from diffusion2gan.pipeline import OneStepPipeline
-from diffusion2gan.recipe import Recipe, parse_recipe
-from diffusion2gan.run import _hub_options, export_run, generator_weights, simulate_recipe, start_folder, train_recipe
+from diffusion2gan.recipe import Recipe, load_recipe, parse_recipe
+from diffusion2gan.run import _alone_in, _hub_options, export_run, generator_weights, simulate_recipe, start_folder, train_recipe
 from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.teachers.published import REVISIONS
 from diffusion2gan.training.state import checkpoint_path, checkpoints, load_state
 from diffusion2gan.training.trainer import Trainer
 from tests.conftest import tiny_pipeline
-from tests.helpers import recipe_values
+from tests.helpers import recipe_values, tree_digest
 
 PHASE_2 = {"steps": 4, "weight": 0.5, "learning_rate": 1e-3, "discriminator_learning_rate": 1e-3}
 
@@ -251,6 +251,16 @@ def test_a_student_says_which_files_of_the_hub_were_its_teacher(monkeypatch: pyt
     assert _hub_options(TeacherConfig(source=str(tiny_teacher_folder), variant="fp16")) == {}
     published = next(iter(REVISIONS))
     assert _hub_options(TeacherConfig(source=published)) == {"revision": REVISIONS[published]}
+
+
+def test_one_process_trains_in_a_folder(phase_1: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(phase_1["run"], tmp_path / "run")
+    recipe = load_recipe(str(tmp_path / "run" / "recipe.yaml"))
+    before = tree_digest(tmp_path / "run")
+    with _alone_in(tmp_path / "run"), pytest.raises(UserError, match="another process is training there"):
+        train_recipe(recipe, phase_1["store"], tmp_path / "run", progress=False)
+    assert tree_digest(tmp_path / "run") == before
+    train_recipe(recipe, phase_1["store"], tmp_path / "run", progress=False)
 
 
 def test_a_run_that_had_no_phase_1_is_no_start(
