@@ -186,6 +186,12 @@ def _prompts_of(config: PromptsConfig, count: int, tell: bool = True) -> list[st
             if config.where or rows
             else "no prompts in it"
         )
+        if unusable:
+            try:
+                _prompts_of(config.model_copy(update={"drop_unusable": False}), count, tell=False)
+            except UserError as error:
+                first = str(error).removesuffix(" (or set pairs.prompts.drop_unusable)")
+                raise UserError(f"{config.source}: {left}; the first: {first}") from None
         raise UserError(f"{config.source}: {left}; write one a line, or loosen pairs.prompts")
     if tell and (unusable or repeated):
         dropped = f"{unusable:,} unusable, {repeated:,} there before"

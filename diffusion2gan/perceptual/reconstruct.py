@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion2gan import losses
-from diffusion2gan.files import write_bytes_atomic, write_json
+from diffusion2gan.files import disk_errors, write_bytes_atomic, write_json
 from diffusion2gan.images import grid, png_bytes, to_uint8
 from diffusion2gan.perceptual.e_latent_lpips import ELatentLPIPS
 from diffusion2gan.perceptual.latent_lpips import LatentLPIPS
@@ -84,6 +84,9 @@ def run_experiment(
 
     PSNR is of decoded pixels in [-1, 1] against the decoded target.
     """
+    # A folder that cannot be written is found now, not after all the work.
+    with disk_errors(out):
+        write_json(out / "table.json", [])
     with torch.no_grad():
         wanted = decode(target)
     rows, pictures, series = [], [to_uint8(wanted)], {}

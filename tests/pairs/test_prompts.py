@@ -278,3 +278,18 @@ def test_a_list_that_is_too_short_is_told(tmp_path: Path, capsys: pytest.Capture
     assert not capsys.readouterr().err
     assert read_prompts(PromptsConfig(source=str(tmp_path / "p.txt")), 5, 0)[4] == "a cat"
     assert "2 prompts for 5 pairs: each is used 2.5 times" in capsys.readouterr().err
+
+
+def test_the_first_that_could_not_be_used_says_why(tmp_path: Path) -> None:
+    """When all are passed over, it is the column or the encoding that is wrong."""
+    (tmp_path / "p.jsonl").write_text('{"text": "a cat"}\n{"text": "a dog"}\n')
+    (tmp_path / "p.txt").write_bytes(b"caf\xe9\nna\xefve\n")
+    for name, message in (
+        (
+            "p.jsonl",
+            r"none of its rows is left \(2 met the conditions, 2 of them unusable\); the first: .*line 1: expected a JSON object with 'prompt'",
+        ),
+        ("p.txt", r"the first: .*line 1: not UTF-8 text \(byte 3\); save it as UTF-8$"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_prompts(PromptsConfig(source=str(tmp_path / name), drop_unusable=True), 3, 0)

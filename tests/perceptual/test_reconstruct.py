@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusion2gan import cli, losses
 from diffusion2gan.embedded.weights import embedded_folder
+from diffusion2gan.errors import UserError
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.perceptual import LatentLPIPS, LatentVGG
 from diffusion2gan.perceptual import reconstruct as reconstruction
@@ -127,3 +128,12 @@ def test_the_example_runs(embedded: Path, capsys: pytest.CaptureFixture[str]) ->
     runpy.run_path(str(ROOT / "examples" / "reconstruct_one_latent.py"))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["LatentLPIPS", "E-LatentLPIPS"]
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
+    def work(*_: object) -> torch.Tensor:
+        raise AssertionError("the work has begun")
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        run_experiment({"mse": work}, torch.zeros(1, 4, 8, 8), work, tmp_path / "file", 1)
