@@ -21,7 +21,7 @@ def test_a_metric_from_elsewhere(
 ) -> None:
     metric = LatentLPIPS(LatentVGG(LatentVGGConfig(width=0.125)), calibrated=True)
     metric.save_pretrained(tmp_path)
-    monkeypatch.setattr(released, "_from_hub", lambda repository, name: tmp_path / name)
+    monkeypatch.setattr(released, "_from_hub", lambda repository, name, revision: tmp_path / name)
     source = "someone/latent-lpips" if named_by == "hub" else str(tmp_path)
     distance = build_distance(LossConfig(distance="latent_lpips", perceptual=source, l1_weight=0.5), tiny_teacher)
     x0, x1 = torch.randn(2, 3, 4, 8, 8)
