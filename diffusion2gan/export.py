@@ -133,7 +133,7 @@ def text_in_float32(folder: Path) -> None:
     for path in folder.glob("text_encoder*/config.json"):
         config = json.loads(path.read_text())
         if config.get("dtype") != "float32":
-            write_bytes_atomic(path, json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True).encode() + b"\n")
+            _write_config(path, config | {"dtype": "float32"})
 
 
 def _forget_local_paths(folder: Path) -> None:
@@ -142,7 +142,12 @@ def _forget_local_paths(folder: Path) -> None:
         config = json.loads(path.read_text())
         source = config.get("_name_or_path") if isinstance(config, dict) else None
         if source and Path(source).exists():
-            write_bytes_atomic(path, json.dumps(config | {"_name_or_path": ""}, indent=2, sort_keys=True).encode() + b"\n")
+            _write_config(path, config | {"_name_or_path": ""})
+
+
+def _write_config(path: Path, config: dict[str, Any]) -> None:
+    """As diffusers and transformers write theirs."""
+    write_bytes_atomic(path, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def _write_card(folder: Path, card: str, extras: CardExtras) -> None:

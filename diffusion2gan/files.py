@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -117,6 +118,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
             fsync_dir(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def lock(fd: int, taken: str) -> None:
+    """Locks an open file against other processes until it is closed, or its process ends, however it does. Raises UserError, saying `taken`,
+    while another has it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(taken) from None
 
 
 def sweep_temporaries(folder: Path) -> None:

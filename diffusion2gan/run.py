@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from diffusion2gan.embedded.weights import embedded_student
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.accounting import Evaluations
 from diffusion2gan.export import CardExtras, export_lora, export_single_file, export_student, hub_licence, licence_of
-from diffusion2gan.files import disk_errors, json_object, sweep_temporaries, write_bytes_atomic
+from diffusion2gan.files import disk_errors, json_object, lock, sweep_temporaries, write_bytes_atomic
 from diffusion2gan.generator import GeneratorConfig, OneStepGenerator
 from diffusion2gan.lora import fused_weights, lora_layers
 from diffusion2gan.pairs.dataset import PairDataset, canonical_json
@@ -182,13 +181,10 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Raises UserError while another process trains in `folder`. The system lets go of the lock when a process ends, however it does."""
+    """Raises UserError while another process trains in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process is training there; wait for it, end it, or choose a new --out") from None
+        lock(file.fileno(), f"{folder}: another process is training there; wait for it, end it, or choose a new --out")
         yield
 
 

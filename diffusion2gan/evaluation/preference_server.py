@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import json
 import os
@@ -24,7 +23,7 @@ from pydantic import ValidationError
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.preference import Ballot, Rater, Vote, load_study, vote_line
 from diffusion2gan.evaluation.preference_make import OFFLINE
-from diffusion2gan.files import disk_errors
+from diffusion2gan.files import disk_errors, lock
 
 LARGEST_VOTE = 4096
 PIECE = 1 << 16
@@ -131,10 +130,10 @@ class _Lines:
         with disk_errors(path):
             self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock(self._fd, f"{path}: another process serves this study, expected none; stop it first")
+        except UserError:
             os.close(self._fd)
-            raise UserError(f"{path}: another process serves this study, expected none; stop it first") from None
+            raise
 
     def content(self) -> bytes:
         return os.pread(self._fd, os.fstat(self._fd).st_size, 0)
