@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m diffusion2gan demo --out runs/demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=20
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=20
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -41,6 +41,17 @@ from tests.no_network import forbid
 torch.set_num_threads(1)
 forbid()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LONG = (
+    "test_crashes.py", "test_benchmarks.py", "training/test_trainer.py", "training/test_adversarial.py", "test_cli.py", "training/test_sharding.py",
+    "embedded/test_models.py", "test_families.py", "perceptual/test_commands.py", "test_pipeline.py", "test_examples.py", "test_demo.py",
+)  # fmt: skip
+"""Files that take minutes, the longest first: begun last, one of them would keep one process busy while the others have nothing left."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    place = {here / name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def _tiny_tokenizer(letters: str = LETTERS, pad: str = "<|endoftext|>") -> CLIPTokenizer:
