@@ -498,7 +498,8 @@ def _passes(training: TrainingConfig, accumulation: int) -> int:
 def _loss(recipe: Recipe, n: Networks) -> tuple[float, int]:
     """FLOPs and kept bytes of one image: two forwards and a backward to the input, through the latent network or decoder and pixels."""
     parts = [n.perceptual, n.decoder if recipe.loss.distance == "lpips" else None]
-    return 3 * sum(p.flops for p in parts if p), sum(p.kept for p in parts if p)
+    draws = recipe.loss.ensemble
+    return draws * 3 * sum(p.flops for p in parts if p), draws * sum(p.kept for p in parts if p)
 
 
 def _decoding(n: Networks, dtype: str, pictures: int) -> float:
@@ -564,6 +565,7 @@ def _with_less(recipe: Recipe, stage: str, gpus: int) -> str:
     else:
         split = training.shard or training.zero
         ways = [
+            ("loss.ensemble=1", recipe.loss.ensemble > 1),
             ("generator.gradient_checkpointing=true", not recipe.generator.gradient_checkpointing),
             ("training.optimizer=adamw_8bit", training.optimizer == "adamw" and not split),
             (_sharded(recipe), gpus > 1 and whole and not split),
@@ -585,7 +587,7 @@ _TOLD: Mapping[str, set[str]] = {
     "teacher": {"source", "dtype", "resolution"},
     "pairs": {"count", "ode", "precision", "compile", "batch_size"},
     "generator": {"gradient_checkpointing", "lora_rank", "start"},
-    "loss": {"distance", "perceptual", "augment"},
+    "loss": {"distance", "perceptual", "augment", "ensemble"},
     "training": {
         "steps", "batch_size", "micro_batch_size", "learning_rate", "mixed_precision", "compile", "optimizer", "ema_on_cpu", "zero", "shard",
     },

@@ -211,6 +211,16 @@ def test_memory_of_lpips_through_the_decoder() -> None:
     assert phase_1.flops == phase_1.evaluations * (3 * 1 + 3 * (1 + 100))
 
 
+def test_each_draw_of_an_ensemble_costs_as_much() -> None:
+    perceptual = Cost(100.0, 0, 1000, 0)
+    one, four = (
+        stages(r, 1, _plain(r, perceptual=perceptual))[1]
+        for r in map(load_recipe, ("ablations/e_latent_lpips", "ablations/e_latent_lpips_4_draws"))
+    )
+    assert four.flops - one.flops == 3 * 3 * 100 * one.evaluations
+    assert four.memory - one.memory == 3 * 64 * 1000
+
+
 def test_memory_of_the_pictures_in_training() -> None:
     """Where a step takes less than decoding in float32, beside a second set of weights."""
     recipe = load_recipe("emoji", ["training.micro_batch_size=2", "training.sample_count=8"])

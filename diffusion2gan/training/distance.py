@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from diffusion2gan import losses
@@ -33,14 +33,23 @@ class LossConfig(Section):
     the paper's authors, non-commercial), a folder, a released file, a hub repository."""
     augment: str = Field("bgo", pattern="^[bgco]*$")
     """Augmentation letters of E-LatentLPIPS: b blit, g geometry, c colour, o cutout. The paper's set is `go`."""
+    ensemble: int = Field(1, ge=1)
+    """Draws of E-LatentLPIPS that are averaged for a sample, at so many times its time and memory; the paper takes one."""
     l1_weight: float = Field(0.0, ge=0)
     """Weight of mean |x0 - x1| added to a perceptual distance (0: Eq. 3), whatever the folder of the network says."""
     pseudo_huber_c: float | None = Field(None, gt=0)
     """c of sqrt(|x0 - x1|^2 + c^2) - c, with the norm over all of a latent; without a number 0.00054 sqrt(its dimension)."""
 
+    @model_validator(mode="after")
+    def _check(self) -> LossConfig:
+        if self.ensemble > 1 and (self.distance != "e_latent_lpips" or not self.augment):
+            of = f"loss.distance {self.distance}" if self.distance != "e_latent_lpips" else "loss.augment without letters"
+            raise ValueError(f"loss.ensemble is {self.ensemble} with {of}, expected 1: without augmentation all draws are the same")
+        return self
+
 
 class Distance(nn.Module):
-    """d(x0, x1): (B, C, H, W) twice -> (B,). `n_uniform` random numbers a sample in [0, 1) decide its augmentation."""
+    """d(x0, x1): (B, C, H, W) twice -> (B,). `n_uniform` random numbers a sample in [0, 1) decide its augmentations."""
 
     def __init__(self, function: Callable[[Tensor, Tensor, Tensor | None], Tensor], n_uniform: int = 0, network: nn.Module | None = None):
         super().__init__()
@@ -108,9 +117,10 @@ def build_distance(config: LossConfig, teacher: Teacher, device: torch.device | 
     metric = _perceptual(config, teacher.latent_shape[0]).to(device)
     if name == "latent_lpips":
         return Distance(lambda a, b, _: metric(a, b), network=metric)
-    ensembled = ELatentLPIPS(metric, config.augment)
+    ensembled = ELatentLPIPS(metric, config.augment, config.ensemble)
 
     def e_latent_lpips(a: Tensor, b: Tensor, uniform: Tensor | None) -> Tensor:
-        return ensembled(a, b, parameters=ensembled.draw(len(a), a.shape[1:], uniform=uniform, device=a.device))
+        rows = None if uniform is None else uniform.reshape(-1, Augmentation.N_UNIFORM)
+        return ensembled(a, b, parameters=ensembled.draw(len(a), a.shape[1:], uniform=rows, device=a.device))
 
-    return Distance(e_latent_lpips, Augmentation.N_UNIFORM, ensembled)
+    return Distance(e_latent_lpips, config.ensemble * Augmentation.N_UNIFORM, ensembled)

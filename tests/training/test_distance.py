@@ -29,6 +29,24 @@ def test_a_metric_from_elsewhere(
     torch.testing.assert_close(distance(x0, x1), expected)
 
 
+def test_several_draws_are_averaged(tiny_teacher: StableDiffusionTeacher, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    LatentLPIPS(LatentVGG(LatentVGGConfig(width=0.125)), calibrated=True).save_pretrained(tmp_path)
+    one, three = (build_distance(LossConfig(perceptual=str(tmp_path), ensemble=n), tiny_teacher) for n in (1, 3))
+    assert three.n_uniform == 3 * one.n_uniform
+    x0, x1 = torch.randn(2, 2, 4, 8, 8)
+    uniform = torch.rand(2, three.n_uniform)
+    apart = [one(x0, x1, part) for part in uniform.chunk(3, dim=1)]
+    assert not torch.allclose(apart[0], apart[1])
+    torch.testing.assert_close(three(x0, x1, uniform), torch.stack(apart).mean(0))
+
+
+def test_draws_that_would_be_the_same_are_refused() -> None:
+    for idle in ({"distance": "latent_lpips"}, {"distance": "mse"}, {"augment": ""}):
+        with pytest.raises(ValueError, match="loss.ensemble is 2 with loss..*, expected 1"):
+            LossConfig(ensemble=2, **idle)
+
+
 def test_a_metric_of_another_latent_space(tiny_teacher: StableDiffusionTeacher, tmp_path: Path) -> None:
     LatentLPIPS(LatentVGG(LatentVGGConfig(in_channels=16, width=0.125)), calibrated=True).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="reads 16 channels, expected 4"):
