@@ -100,23 +100,16 @@ def _export(a: argparse.Namespace) -> None:
         print(f"uploaded to {push_to_hub(a.out, a.push_to_hub, a.private)}")
 
 
-def _student(path: str, dtype: str):  # type: ignore[no-untyped-def]
-    from diffusion2gan.device import default_device
-    from diffusion2gan.embedded.weights import embedded_student
-    from diffusion2gan.pipeline import OneStepPipeline
-
-    return OneStepPipeline.from_pretrained(embedded_student() if path == "embedded" else path, dtype, default_device())
-
-
 def _generate(a: argparse.Namespace) -> None:
     from PIL import Image
 
     from diffusion2gan.files import write_bytes_atomic
     from diffusion2gan.images import grid, png_bytes
+    from diffusion2gan.pipeline import OneStepPipeline
 
     if a.output.suffix.lower() != ".png":
         raise UserError(f"-o {a.output}: pictures are written as PNG, expected a name that ends in .png")
-    student = _student(a.student, a.dtype)
+    student = OneStepPipeline.from_pretrained(a.student, a.dtype)
     prompts = [p for p in a.prompt for _ in range(a.count)]
     seeds = [a.seed + i for _ in a.prompt for i in range(a.count)]
     started = time.perf_counter()
@@ -603,6 +596,15 @@ def _seed(text: str) -> int:
     return value
 
 
+_GOES_ON = (_demo, _simulate, _train, _evaluate, _pairs_store_noise, _preference_serve, _perceptual_train, _embedded)
+
+
+def _goes_on(arguments: argparse.Namespace) -> bool:
+    """Whether the command keeps its parts, and the same again does only the rest."""
+    at_once = getattr(arguments, "measure_solver", False) or getattr(arguments, "stage", "") in ("calibrate", "unpack", "pack")
+    return arguments.function in _GOES_ON and not at_once
+
+
 def _leave_process_group() -> None:
     """Ends a torchrun's process group while the interpreter is whole: a gloo thread that still holds a tensor at its end aborts
     the process."""
@@ -650,7 +652,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"diffusion2gan: {'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ndiffusion2gan: interrupted; run the same command again to go on where it stopped", file=sys.stderr)
+        more = "; run the same command again to go on where it stopped" if _goes_on(arguments) else ""
+        print(f"\ndiffusion2gan: interrupted{more}", file=sys.stderr)
         return 130
     except (RuntimeError, MemoryError) as error:
         from diffusion2gan.device import out_of_memory

@@ -120,6 +120,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can write it; half of a surrogate pair it cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def lock(fd: int, taken: str) -> None:
     """Locks an open file against other processes until it is closed, or its process ends, however it does. Raises UserError, saying `taken`,
     while another has it."""

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion2gan.device import compile_in_place, default_device
+from diffusion2gan.embedded.weights import embedded_student
 from diffusion2gan.errors import UserError, in_one_line
 from diffusion2gan.generator import OneStepGenerator
 from diffusion2gan.images import Quantiser, to_uint8
@@ -60,7 +61,7 @@ class OneStepPipeline:
         compile: bool = False,
         revision: str | None = None,
     ) -> OneStepPipeline:
-        """Loads a folder or hub repository written by `export`.
+        """Loads a folder or hub repository written by `export`, or `embedded`, the student that ships with the package.
 
         dtype: of the network; by default float32, but float16 on a GPU unless the student's output is multiplied by too much for it
         (its card says by how much). The last layers compute in float32 in any case.
@@ -174,6 +175,10 @@ def _default_precision(folder: Path, device: str) -> str:
 
 def _student_folder(source: str | Path, revision: str | None) -> Path:
     """The folder itself, or for a hub id the one in the hub's cache."""
+    if source == "embedded":
+        if revision is not None:
+            raise UserError(f"revision {revision!r}: `embedded` is part of the package and has none; leave it out")
+        return embedded_student()
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import hf_hub_download, snapshot_download

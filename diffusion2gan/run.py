@@ -18,7 +18,7 @@ from torch import Tensor
 from diffusion2gan.config import HOW_KEPT, settings_difference
 from diffusion2gan.device import default_device, warn_of_slow_bf16
 from diffusion2gan.discriminator.build import build_discriminator
-from diffusion2gan.embedded.weights import embedded_student
+from diffusion2gan.embedded.weights import student_folder
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.accounting import Evaluations
 from diffusion2gan.export import CardExtras, export_lora, export_single_file, export_student, hub_licence, licence_of
@@ -138,7 +138,7 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
     generator = OneStepGenerator.from_teacher(teacher, recipe.generator)
     # A run that goes on has its own weights, and those that it started from may be gone; a LoRA has changes of them alone.
     has_weights = bool(checkpoints(folder / "checkpoints")) and recipe.generator.lora_rank is None
-    start = None if has_weights or recipe.generator.start is None else start_folder(recipe.generator.start)
+    start = None if has_weights or recipe.generator.start is None else student_folder(recipe.generator.start)
     if start is not None:
         load_start(generator, generator_weights(start, recipe), recipe.generator)
     adversarial = recipe.adversarial
@@ -202,11 +202,6 @@ def _experiment(recipe: Recipe, pairs: dict[str, Any]) -> dict[str, str]:
         "generator.lora_rank": str(recipe.generator.lora_rank),
         "training.seed": str(recipe.training.seed),
     }
-
-
-def start_folder(start: str) -> Path:
-    """The folder that `generator.start` names; `embedded` is the shipped student of the embedded teacher."""
-    return embedded_student() if start == "embedded" else Path(start)
 
 
 def generator_weights(start: Path, recipe: Recipe) -> dict[str, Tensor]:
@@ -400,7 +395,7 @@ def _hub_options(teacher: TeacherConfig) -> dict[str, str]:
 
 def _frozen_weights(recipe: Recipe, folder: Path) -> dict[str, Tensor]:
     """The weights that a LoRA run with `generator.start` froze, under the network's names. Raises UserError when they are others now."""
-    weights = generator_weights(start_folder(recipe.generator.start or ""), recipe)
+    weights = generator_weights(student_folder(recipe.generator.start or ""), recipe)
     generator = OneStepGenerator.from_teacher(load_teacher(recipe.teacher), recipe.generator)
     load_start(generator, weights, recipe.generator)
     if weights_digest(generator) != json_object(folder / "inputs.json")["start_weights"]:

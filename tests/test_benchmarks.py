@@ -59,6 +59,22 @@ def test_scripts_write_what_they_measured(
     assert numbers and all(math.isfinite(value) for value in numbers)
 
 
+def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published configurations of the random teachers with few channels and layers."""
+    import random_teachers  # type: ignore[import-not-found]
+
+    text = random_teachers._text_config
+    monkeypatch.setattr(random_teachers, "_text_config", lambda hidden, _layers, _heads: text(hidden, 1, 1))
+    vae = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
+    small = {"sample_size": 8, "layers_per_block": 1}
+    for which in ("SD15", "SDXL"):
+        depths = {"transformer_layers_per_block": 1} if which == "SDXL" else {}
+        published = getattr(random_teachers, which)
+        channels = (32, 32, 64, 64)[: len(published.unet["block_out_channels"])]
+        unet = {**published.unet, **small, **depths, "block_out_channels": channels, "attention_head_dim": 4}
+        monkeypatch.setattr(random_teachers, which, replace(published, unet=unet, vae={**published.vae, **vae}))
+
+
 @pytest.mark.parametrize(
     ("name", "network", "arguments"),
     [
@@ -67,25 +83,14 @@ def test_scripts_write_what_they_measured(
         ("simulate", "sd15", ["--batch", "2", "--steps", "2", "--repeats", "2"]),
         ("simulate", "sdxl", ["--batch", "2", "--steps", "2", "--repeats", "2"]),
         ("one_step", "sd15", ["--batches", "1", "--repeats", "1"]),
-        ("one_step", "sdxl", ["--batches", "1", "--repeats", "1"]),
+        ("one_step", "sdxl", ["--batches", "1", "--repeats", "1", "--skip-teacher"]),
     ],
 )
 def test_scripts_run_on_the_published_networks(
     name: str, network: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Narrow ones of their classes, small pictures: what a GPU is measured with must not fail there for the first time."""
-    import random_teachers  # type: ignore[import-not-found]
-
-    text = random_teachers._text_config
-    monkeypatch.setattr(random_teachers, "_text_config", lambda hidden, _layers, _heads: text(hidden, 1, 1))
-    vae = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
-    small = {"sample_size": 8, "layers_per_block": 1}
-    depths = {"transformer_layers_per_block": 1} if network == "sdxl" else {}
-    for which in ("SD15", "SDXL"):
-        published = getattr(random_teachers, which)
-        channels = (32, 32, 64, 64)[: len(published.unet["block_out_channels"])]
-        unet = {**published.unet, **small, **depths, "block_out_channels": channels, "attention_head_dim": 4}
-        monkeypatch.setattr(random_teachers, which, replace(published, unet=unet, vae={**published.vae, **vae}))
+    _narrow(monkeypatch)
     out = tmp_path / "result.json"
     monkeypatch.setattr(sys, "argv", [name, "--network", network, *arguments, "--out", str(out)])
     runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
@@ -107,10 +112,11 @@ def _numbers(value: Any, key: str = "") -> Iterator[float]:
 
 
 def test_ratios_of_the_perceptual_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _narrow(monkeypatch)
     script, out = _script("perceptual"), tmp_path / "result.json"
     monkeypatch.setitem(script["main"].__globals__, "SHAPES", {"tiny": (4, 8, 8)})
     monkeypatch.setattr(
-        sys, "argv", ["perceptual", "--batches", "1", "--repeats", "1", "--precision", "float32", "bfloat16", "--out", str(out)]
+        sys, "argv", ["perceptual", "--batches", "1", "--repeats", "1", "--precision", "float32", "bfloat16", "--unet", "--out", str(out)]
     )
     script["main"]()
     result = json.loads(out.read_text())
@@ -129,7 +135,7 @@ def test_ratios_of_the_perceptual_benchmark(tmp_path: Path, monkeypatch: pytest.
     for name, other in theirs.items():
         assert ratios[name]["package, time"] == pytest.approx(of[other]["ms"] / of[name]["ms"])
         assert ratios[name]["package, MB"] == pytest.approx(of[other]["MB"] / of[name]["MB"])
-        assert ratios[name]["U-Net step, time"] is None
+        assert ratios[name]["U-Net step, time"] == pytest.approx(of["sd15 U-Net"]["ms"] / of[name]["ms"])
 
 
 def test_random_teachers_are_the_published_ones() -> None:

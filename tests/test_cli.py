@@ -217,10 +217,34 @@ def test_bad_input_is_one_line_and_exit_code_2(world: Path, tmp_path: Path) -> N
     _assert_one_line(run_command("demo", "--out", tmp_path / "d", "--minutes", "1"), "--minutes is 1")
     alike = ("compare", f"s={world / 'student'}", f"s={world / 'student'}", "--prompt", "cat", "-o", tmp_path / "alike.png")
     _assert_one_line(run_command(*alike), "s is the name of two models")
+    # Nobody would follow them.
+    for idle in (
+        ("compare", world / "student", world / "run" / "samples", "--prompt", "cat", "--steps", "4", "-o", tmp_path / "c.png"),
+        ("evaluate", "embedded", "--guidance", "3", "--out", tmp_path / "e"),
+        ("speed", "latency", world / "student", "--steps", "1", "4"),
+    ):
+        _assert_one_line(run_command(*idle), "is a student or a folder of pictures, which takes none")
     _assert_one_line(run_command("generate", world / "student", b"caf\xe9".decode(errors="surrogateescape")), "expected text in UTF-8")
     _assert_one_line(run_command("plan", tmp_path / ("long" * 70)), "file name too long; check the path")
     assert tree_digest(world) == before
     assert not (tmp_path / "r").exists()
+
+
+def test_what_cannot_go_on_does_not_say_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def interrupted(*_arguments: object, **_settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffusion2gan.pipeline.OneStepPipeline.from_pretrained", interrupted)
+    monkeypatch.setattr("diffusion2gan.run.simulate_recipe", interrupted)
+    monkeypatch.setattr("diffusion2gan.pairs.maintain.store_noise", interrupted)
+    monkeypatch.setattr("diffusion2gan.embedded.build.run_stage", interrupted)
+    simulate, store = ["simulate", "demo", "--out", str(tmp_path / "store")], str(tmp_path)
+    for arguments in (["generate", "embedded", "cat"], ["embedded", "pack"], ["embedded", "calibrate"]):
+        assert cli.main(arguments) == 130
+        assert capsys.readouterr().err == "\ndiffusion2gan: interrupted\n", arguments
+    for arguments in (simulate, ["embedded", "teacher"], ["pairs", "store-noise", store, "--out", store]):
+        assert cli.main(arguments) == 130
+        assert capsys.readouterr().err.endswith("interrupted; run the same command again to go on where it stopped\n"), arguments
 
 
 def test_numbers_that_are_none_name_no_function_of_ours(capsys: pytest.CaptureFixture[str]) -> None:

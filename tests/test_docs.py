@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import diffusion2gan
@@ -131,6 +132,7 @@ def _check_row(heads: list[str], told: list[str], row: dict[str, float]) -> None
             "### Letter sets",
             "letters",
             {"none": "latent_lpips", "bgo": "e_latent_lpips", "bgo, 4x the batch (235 steps of 256)": "e_latent_lpips_4x_batch"}
+            | {"bgo, the mean of 4 draws": "e_latent_lpips_4_draws"}
             | {n: f"e_latent_lpips_{n}" for n in ("b", "g", "bg", "go", "bgc", "bgco")},
         ),
         (
@@ -159,3 +161,22 @@ def test_tables_are_their_results_files(section: str, head: str, names: dict[str
     rows = _doc_rows(section)
     for name, key in names.items():
         _check_row(rows[head], rows[name], results[key])
+
+
+def test_table_1_with_three_seeds_is_its_results_file() -> None:
+    text = (ROOT / "docs/reproduction.md").read_text()
+    lines = text[text.index("\n| | FD, mean (standard deviation)") :].partition("\n\n")[0].strip().splitlines()[2:]
+    results = json.loads((ROOT / "benchmarks/results/table1.json").read_text())
+    before = None
+    for line in lines:
+        name, fd, gap, difference = (c.strip() for c in line.strip("|").split("|"))
+        rows = {r["seed"]: r for r in results if r["row"] == name.removesuffix(" (bgo)") and r["seed"] < 3}
+        values = np.array([rows[seed]["FD(student, T_B)"] for seed in range(3)])
+        assert fd == f"{values.mean():.1f} ({values.std(ddof=1):.1f})"
+        assert gap == f"{np.mean([r['gap closed'] for r in rows.values()]):.3f}"
+        if before is not None:
+            apart = values - before
+            half = 4.3027 * apart.std(ddof=1) / 3**0.5  # Student's t of two degrees of freedom
+            assert difference == f"{apart.mean():+.1f} ({apart.mean() - half:+.1f} to {apart.mean() + half:+.1f})"
+        before = values
+    assert len(lines) == 6

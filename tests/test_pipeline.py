@@ -13,6 +13,7 @@ from PIL import Image
 
 from diffusion2gan import OneStepPipeline, UserError
 from diffusion2gan import pipeline as module
+from diffusion2gan.embedded.weights import embedded_student
 from diffusion2gan.export import export_student
 from diffusion2gan.pairs.seeds import draw_noise, evaluation_seed
 from diffusion2gan.teachers.load import load_teacher
@@ -129,6 +130,13 @@ def test_half_precision_on_a_gpu_unless_it_shows(build: Any, dtype: torch.dtype,
     (tmp_path / "student" / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(UserError, match=r"student: has no scheduler of diffusers \(.*\); restore the folder"):
         OneStepPipeline.from_pretrained(tmp_path / "student", device="cuda:1")
+
+
+@pytest.mark.usefixtures("tiny_embedded")
+def test_the_shipped_student_by_its_name() -> None:
+    named, at_its_folder = (OneStepPipeline.from_pretrained(source, "float32") for source in ("embedded", embedded_student()))
+    assert named.facts == at_its_folder.facts != {}
+    assert (named("cat", output_type="uint8") == at_its_folder("cat", output_type="uint8")).all()
 
 
 def test_sources_that_are_no_student(folder: Path, tmp_path: Path) -> None:

@@ -43,6 +43,11 @@ def check_teacher(teacher: Path, student: Path) -> None:
         )
 
 
+def student_folder(name: str) -> Path:
+    """The folder of a student that is named by it; `embedded` is the shipped student of the embedded teacher."""
+    return embedded_student() if name == "embedded" else Path(name)
+
+
 def embedded_student() -> Path:
     """Folder of the shipped student: its own U-Net beside the teacher's other parts, put together in the cache at first use."""
     import hashlib

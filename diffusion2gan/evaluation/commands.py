@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from diffusion2gan.benchmark import evaluate_student, evaluate_teacher, result_table
 from diffusion2gan.device import default_device
-from diffusion2gan.embedded.weights import embedded_student
+from diffusion2gan.embedded.weights import student_folder
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.blocks import run_blocks
 from diffusion2gan.evaluation.comparison import read_evaluation, write_comparison
 from diffusion2gan.evaluation.emoji10k import PROTOCOL as EMOJI
 from diffusion2gan.evaluation.evaluate import BLOCKS, FORMAT, Evaluation, describe, summary
-from diffusion2gan.evaluation.models import Model, ModelOptions, load_model, teacher_model, teacher_of_source
+from diffusion2gan.evaluation.models import Model, ModelOptions, check_steps, load_model, teacher_model, teacher_of_source
 from diffusion2gan.evaluation.protocols import PROTOCOLS
 from diffusion2gan.evaluation.speed import decoded_lpips, latency, latency_line, loss_cost, train_throughput
 from diffusion2gan.files import write_bytes_atomic, write_json
@@ -33,7 +33,7 @@ from diffusion2gan.teachers.ode import SolverConfig
 from diffusion2gan.worker import Worker
 
 LATENCY = "latency"
-_MSE = ["loss.distance=mse", "loss.l1_weight=0"]
+_MSE = ["loss.distance=mse", "loss.ensemble=1", "loss.l1_weight=0"]
 
 
 def evaluate_command(
@@ -61,6 +61,7 @@ def evaluate_command(
     known = [EMOJI, *PROTOCOLS, LATENCY]
     if not protocols or (unknown := [p for p in protocols if p not in known]):
         raise UserError(f"protocol {unknown[0] if protocols else ''!r}, expected some of {', '.join(known)}")
+    check_steps([spec], options)
     if EMOJI in protocols and options.quantiser != "round":
         raise UserError(f"--quantiser {options.quantiser}: {EMOJI} rounds; leave it out, or evaluate the other protocols by themselves")
     if coco17_captions != "first" and not any((PROTOCOLS[p].samples or "").startswith("coco17") for p in protocols if p in PROTOCOLS):
@@ -143,7 +144,7 @@ def _embedded_benchmark(
         pairs = pairs.model_copy(update={"ode": _with_options(pairs.ode, options)})
         result = evaluate_teacher(pairs, out, shared, list_name, count, preservation_count)
     else:
-        student = embedded_student() if spec == "embedded" else Path(spec)
+        student = student_folder(spec)
         if not (student / STUDENT_FILE).is_file():
             raise UserError(
                 f"{spec}: {EMOJI} scores `embedded`, `teacher:embedded` or a student written by export; name one, or other protocols"
@@ -208,6 +209,7 @@ def compare_command(
         raise UserError(
             f"{others[0]}: holds no evaluation; run `diffusion2gan evaluate` on it first, or give --prompt to compare pictures alone"
         )
+    check_steps([spec for _, spec in map(_named, others)], options)
     said = []
     if prompts:
         if not others:
@@ -262,6 +264,7 @@ def speed_command(
     """Latency of a model at each batch size, and of a teacher or pipeline at each number of steps with the line through them."""
     results = []
     several: list[int | None] = list(steps) or [options.steps]
+    check_steps([spec], replace(options, steps=several[0]))
     for count in several:
         model = load_model(spec, replace(options, steps=count, batch_size=max(batches)))
         results += [latency(model, batch, warmup, runs) for batch in batches]

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
+from diffusion2gan.embedded.weights import student_folder
 from diffusion2gan.errors import UserError, in_one_line
 from diffusion2gan.evaluation.datasets import PictureFolder
 from diffusion2gan.files import hub_file
@@ -340,26 +341,43 @@ class ModelOptions:
     resolution: int | None = None
 
 
+def _kind(spec: str) -> Literal["teacher", "student", "preset", "pictures", "pipeline"]:
+    """What `load_model` makes of a name; a `pipeline` may also be none."""
+    if spec.startswith("teacher:"):
+        return "teacher"
+    if spec in PRESETS:
+        return "preset"
+    path = Path(spec)
+    if spec == "embedded" or (path / STUDENT_FILE).is_file():
+        return "student"
+    return "pictures" if path.is_dir() and not (path / "model_index.json").is_file() else "pipeline"
+
+
+def check_steps(specs: Sequence[str], options: ModelOptions) -> None:
+    """Raises UserError for steps or guidance that none of the models can follow: students draw in one step, pictures are there."""
+    asked = [f"--{name} {value}" for name in ("steps", "guidance") if (value := getattr(options, name)) is not None]
+
+    if asked and all(_kind(spec) in ("student", "pictures") for spec in specs):
+        named = f"{specs[0]} is a student or a folder of pictures, which takes none" if specs else "what is named was evaluated already"
+        raise UserError(f"{' '.join(asked)}: {named}; leave it out, or name a teacher")
+
+
 def load_model(spec: str, options: ModelOptions) -> Model:
     """`embedded` or a folder written by `export`: a student. `teacher:SOURCE`: a teacher (`teacher:embedded`), by DDIM with
     `steps` and `guidance`. One of PRESETS. A folder or hub id of a diffusers pipeline, with `steps` and `guidance`.
     A folder of pictures. Raises UserError for anything else."""
-    o = options
-    if spec.startswith("teacher:"):
+    o, kind, path = options, _kind(spec), Path(spec)
+    if kind == "teacher":
         ode = SolverConfig(steps=o.steps or 50, guidance=3.0 if o.guidance is None else o.guidance)
         return teacher_model(spec.removeprefix("teacher:"), spec, ode, o.dtype, o.device, o.batch_size, o.quantiser, o.resolution)
-    if spec == "embedded":
-        from diffusion2gan.embedded.weights import embedded_student
-
-        return student_model(embedded_student(), "embedded student", o.dtype, o.device, o.batch_size, o.quantiser)
-    if spec in PRESETS:
+    if kind == "preset":
         preset = PRESETS[spec]
         steps, guidance = o.steps or preset.steps, preset.guidance if o.guidance is None else o.guidance
         return pipeline_model(preset.source, spec, steps, guidance, o.dtype, o.device, o.batch_size, preset.prepare, o.quantiser)
-    path = Path(spec)
-    if (path / STUDENT_FILE).is_file():
-        return student_model(path, path.name, o.dtype, o.device, o.batch_size, o.quantiser)
-    if path.is_dir() and not (path / "model_index.json").is_file():
+    if kind == "student":
+        name = "embedded student" if spec == "embedded" else path.name
+        return student_model(student_folder(spec), name, o.dtype, o.device, o.batch_size, o.quantiser)
+    if kind == "pictures":
         if o.quantiser != "round":
             raise UserError(f"--quantiser {o.quantiser}: the pictures of {path} are whole numbers already; leave it out, or name a model")
         return folder_model(path, path.name, o.captions)

@@ -283,7 +283,7 @@ def train_throughput(recipe: Recipe, store: Path, warmup: int = 50, steps: int =
     training, state = recipe.training, PartialState()
     share = BatchShare.of(training.batch_size, training.micro_batch_size, state.num_processes, "training.batch_size")
     return {
-        "recipe": recipe.name, "distance": recipe.loss.distance, "steps": steps, "warmup": warmup,
+        "recipe": recipe.name, "distance": recipe.loss.distance, "ensemble": recipe.loss.ensemble, "steps": steps, "warmup": warmup,
         "batch": recipe.training.batch_size, "processes": state.num_processes, "micro_batch": share.micro,
         "mixed_precision": recipe.training.mixed_precision, "compile": recipe.training.compile,
         "images_per_second": recipe.training.batch_size * steps / seconds, "seconds_per_step": seconds / steps,

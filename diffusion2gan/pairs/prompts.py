@@ -20,6 +20,7 @@ from pydantic import field_validator, model_validator
 
 from diffusion2gan.config import Section
 from diffusion2gan.errors import UserError, in_one_line
+from diffusion2gan.files import is_utf8
 
 MAX_CHARACTERS = 2000
 # Of one caption or JSON member of a WebDataset shard, in bytes.
@@ -215,7 +216,7 @@ def _rows_of(config: PromptsConfig) -> Iterator[tuple[int, Path, str | None]]:
 def _what_is_wrong(prompt: str) -> str:
     if not prompt:
         return "empty prompt; delete the line (`pairs.prompts.source: empty` is for teachers that read none)"
-    if not prompt.isascii() and any("\ud800" <= c <= "\udfff" for c in prompt):
+    if not is_utf8(prompt):
         return "half of a surrogate pair in the prompt; mend the text"
     if "\0" in prompt:
         return "a NUL character in the prompt; save the file as UTF-8"

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from diffusion2gan.errors import UserError, in_one_line
-from diffusion2gan.files import sha256_of
+from diffusion2gan.files import is_utf8, sha256_of
 from diffusion2gan.teachers.protocol import Precision, PredictionType, TeacherConfig, TextCondition
 from diffusion2gan.teachers.published import REVISIONS, revision_of
 
@@ -56,7 +56,7 @@ def tokenizer_digest(tokenizer: CLIPTokenizer) -> str:
 def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     """(B, L), padded and cut to the tokenizer's length as the stock pipelines do. Raises UserError for what is no text."""
     for prompt in prompts:
-        if not isinstance(prompt, str) or any("\ud800" <= c <= "\udfff" for c in prompt):
+        if not isinstance(prompt, str) or not is_utf8(prompt):
             raise UserError(f"prompt {prompt!r}: expected text in UTF-8")
     return tokenizer(
         list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"

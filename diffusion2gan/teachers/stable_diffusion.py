@@ -85,5 +85,6 @@ class StableDiffusionTeacher(DiffusersTeacher):
 
     def decode(self, latent: Tensor) -> Tensor:
         at_once = decoded_at_once(*latent.shape[2:])
-        scaled = latent.to(self.vae.dtype) / self.vae.config.scaling_factor
+        # diffusers' `vae.dtype` looks through every module first, for 0.2 ms.
+        scaled = latent.to(next(self.vae.parameters()).dtype) / self.vae.config.scaling_factor
         return torch.cat([self.vae.decode(part, return_dict=False)[0] for part in scaled.split(at_once)])

@@ -24,6 +24,7 @@ from diffusion2gan.evaluation.models import (
     RectifiedFlowScheduler,
     _family,
     _step_noise,
+    check_steps,
     load_model,
     pipeline_model,
 )
@@ -77,6 +78,18 @@ def test_identity_names_weights_and_settings(folders: dict[str, Path]) -> None:
     first = identity()
     assert first == identity()
     assert all(first != other for other in (identity(steps=4), identity(guidance=3.0), identity(kind="sdxl")))
+
+
+def test_who_follows_steps_and_guidance(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ModelOptions(steps=4, guidance=2.0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lcm").mkdir()  # an evaluation of the model of that name
+    for specs in (["lcm"], ["teacher:embedded"], ["embedded", "teacher:embedded"], [str(folders["sd"])], ["someone/pipeline"]):
+        check_steps(specs, asked)
+    check_steps(["embedded"], ModelOptions())
+    for specs, said in ((["embedded", str(tmp_path)], "embedded is a student or a folder of pictures"), ([], "was evaluated already")):
+        with pytest.raises(UserError, match=f"--steps 4 --guidance 2.0: .*{said}"):
+            check_steps(specs, asked)
 
 
 def test_cut_off_pixels_are_another_model_and_darker(folders: dict[str, Path], tmp_path: Path) -> None:

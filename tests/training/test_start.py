@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from diffusion2gan.demo import _history
+from diffusion2gan.embedded.weights import student_folder
 from diffusion2gan.errors import UserError
 from diffusion2gan.pipeline import OneStepPipeline
 from diffusion2gan.recipe import Recipe, load_recipe, parse_recipe
-from diffusion2gan.run import _alone_in, _hub_options, export_run, generator_weights, simulate_recipe, start_folder, train_recipe
+from diffusion2gan.run import _alone_in, _hub_options, export_run, generator_weights, simulate_recipe, train_recipe
 from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.teachers.published import REVISIONS
 from diffusion2gan.training.state import checkpoint_path, checkpoints, load_state
@@ -206,7 +207,7 @@ def test_a_run_starts_from_the_shipped_student(tiny_embedded: Path, prompts_file
     recipe = parse_recipe(values, "tiny")
     simulate_recipe(recipe, tmp_path / "store", progress=False)
     shipped = load_file(tiny_embedded / "student" / "unet" / "diffusion_pytorch_model.safetensors")
-    weights = generator_weights(start_folder("embedded"), recipe)
+    weights = generator_weights(student_folder("embedded"), recipe)
     assert weights.keys() == {f"network.{k}" for k in shipped}
     assert all(torch.equal(weights[f"network.{k}"], v.float()) for k, v in shipped.items())
     train_recipe(recipe, tmp_path / "store", tmp_path / "run", progress=False)
