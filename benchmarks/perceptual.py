@@ -1,6 +1,6 @@
 """Forward and backward of each latent distance: time and extra memory, in one run.
 
-    python benchmarks/perceptual.py --out benchmarks/results/perceptual_cpu.json
+    python benchmarks/perceptual.py --shapes 4x64x64 --batches 1 8 --skip-decoded --out perceptual.json   # on a CPU
     python benchmarks/perceptual.py --precision float32 bfloat16 --compile --unet --out ...   # on a GPU
 
 Random weights at full width: time and memory do not depend on them. The gradient is taken with respect to one input, as in
