@@ -1,5 +1,3 @@
-import sys
+from diffusion2gan.cli import entry
 
-from diffusion2gan.cli import main
-
-sys.exit(main())
+entry()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import faulthandler
 import gc
 import logging
 import os
@@ -680,5 +681,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def entry() -> None:
-    """The console script."""
+    """The program: the console script and `python -m diffusion2gan`."""
+    # Where a library crashes, it crashes without a word.
+    faulthandler.enable()
     sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -380,3 +381,14 @@ def test_every_public_name_resolves() -> None:
         assert getattr(diffusion2gan, name) is not None
     with pytest.raises(AttributeError):
         diffusion2gan.nothing  # noqa: B018
+
+
+def test_a_crash_of_a_library_says_where() -> None:
+    code = (
+        "import os, signal; from diffusion2gan import cli\n"
+        "def simulate(_): os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "cli._simulate = simulate; cli.entry()"
+    )
+    crashed = subprocess.run([sys.executable, "-c", code, "simulate", "emoji", "--out", "store"], capture_output=True, text=True, check=False)
+    assert crashed.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in crashed.stderr and "in simulate" in crashed.stderr

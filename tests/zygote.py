@@ -2,11 +2,13 @@
 
 Reads one JSON object a line: {"argv": [...], "kill_at": [point, number] or null, "slow": seconds or null,
 "environment": {...}, "out": path, "err": path}; answers with {"pid": n} when the child runs and {"code": n} when it has
-ended. It runs no work itself, so the children start without threads.
+ended. It runs no work itself, and has no threads that its children would miss; without the setting Arrow's spare allocator starts one at
+its import. A child that a library crashes says on its stderr where.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -32,6 +34,8 @@ def _child(order: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
+    faulthandler.enable()
     from diffusers import StableDiffusionPipeline  # noqa: F401
 
     import diffusion2gan.run  # noqa: F401
