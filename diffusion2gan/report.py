@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from diffusion2gan.files import write_bytes_atomic
@@ -76,18 +76,18 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
 
 
 def new_figure(width: float, height: float, dpi: int) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
 def as_image(figure: Any) -> Image.Image:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    # `savefig` would draw everything twice.
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str, log_y: bool = False) -> Image.Image:

@@ -44,6 +44,7 @@ def _script(name: str) -> dict[str, Any]:
         ("student_dtypes", ["--count", "4", "--student", "WHOLE"]),
         ("training_step", ["--batch", "2", "--repeats", "1", "--r1-every", "4"]),
         ("largest_batch", ["--most", "2", "--repeats", "1"]),
+        ("few_steps", ["--count", "2", "--steps", "1", "2"]),
         ("pair_store", ["--pairs", "256", "--seconds", "0.1"]),
         ("evaluation_memory", ["--counts", "8", "16"]),
     ],

@@ -389,6 +389,8 @@ def test_a_crash_of_a_library_says_where() -> None:
         "def simulate(_): os.kill(os.getpid(), signal.SIGSEGV)\n"
         "cli._simulate = simulate; cli.entry()"
     )
-    crashed = subprocess.run([sys.executable, "-c", code, "simulate", "emoji", "--out", "store"], capture_output=True, text=True, check=False)
+    crashed = subprocess.run(
+        [sys.executable, "-c", code, "simulate", "emoji", "--out", "store"], capture_output=True, text=True, check=False
+    )
     assert crashed.returncode == -signal.SIGSEGV
     assert "Segmentation fault" in crashed.stderr and "in simulate" in crashed.stderr

@@ -19,6 +19,7 @@ from diffusion2gan.pairs.seeds import draw_noise, evaluation_seed
 from diffusion2gan.teachers.load import load_teacher
 from diffusion2gan.teachers.protocol import TeacherConfig
 from tests.conftest import tiny_pipeline, tiny_pixel_pipeline
+from tests.helpers import compiled_whole
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +191,8 @@ def test_a_decoder_that_is_none(folder: Path, tmp_path: Path) -> None:
         OneStepPipeline.from_pretrained(tmp_path / "pixel", decoder="tiny")
 
 
-def test_compiled_pictures_are_the_same(folder: Path) -> None:
+def test_compiled_pictures_are_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_whole(monkeypatch)
     prompts, seeds = ["red heart", "cat"], [1, 2]
     plain = OneStepPipeline.from_pretrained(folder)
     compiled = OneStepPipeline.from_pretrained(folder, compile=True)

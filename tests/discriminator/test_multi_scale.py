@@ -130,7 +130,8 @@ def test_from_teacher_begins_as_what_the_teacher_evaluates(kind: str, timestep: 
     with torch.no_grad():
         teacher.evaluate(latent, torch.tensor(timestep), condition)
         discriminator(latent, noise, condition)
-    assert torch.equal(read["ours"], read["teacher"])
+    # Not to the bit: Intel's MKL rounds by where in memory its operands begin.
+    torch.testing.assert_close(read["ours"], read["teacher"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("plan", PLANS)
