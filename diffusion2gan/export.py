@@ -56,6 +56,8 @@ class CardExtras:
     """YAML: how it was trained."""
     licence: str | None = None
     """The teacher's, an identifier of the hub; it binds the student too."""
+    metric_licence: str | None = None
+    """Of the perceptual metric that it was trained with, where that has one."""
     teacher: str = ""
     """Hub id, if it has one."""
     teacher_options: Mapping[str, str] = field(default_factory=dict)
@@ -297,6 +299,7 @@ def student_card(facts: dict[str, Any], dtype: torch.dtype, usage: str, extras: 
         "## Measured\n\n" + "\n\n".join(measured) if measured else "",
         f"## How it was made\n\n{lines}",
         f"<details><summary>The recipe</summary>\n\n```yaml\n{extras.recipe.strip()}\n```\n\n</details>" if extras.recipe else "",
-        f"## Licence\n\nThat of its teacher, whose weights it started from: {extras.licence or 'see there'}.",
+        f"## Licence\n\nThat of its teacher, whose weights it started from: {extras.licence or 'see there'}."
+        + (f" The metric that it was trained with is under {extras.metric_licence}." if extras.metric_licence else ""),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

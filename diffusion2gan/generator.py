@@ -35,7 +35,7 @@ class GeneratorConfig(Section):
     """How the one-step generator reads its input."""
 
     timestep: int = Field(999, ge=0)
-    """The timestep at which the network is evaluated, recorded in the student. DDIM-50 with `leading` spacing starts at 981."""
+    """The timestep at which the network is evaluated, recorded in the student: the last of the teacher's schedule, or it cannot be exported."""
     gradient_checkpointing: bool = False
     """Computes activations twice instead of keeping them: less memory, slower."""
     lora_rank: int | None = Field(None, ge=1)
@@ -53,7 +53,9 @@ class Float32Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         dtype = torch.promote_types(input.dtype, torch.float32)
-        with torch.autocast(input.device.type, enabled=False), no_tf32() if input.is_cuda else nullcontext():
+        # A compiled graph takes what holds around it.
+        exactly = no_tf32() if input.is_cuda and not torch.compiler.is_compiling() else nullcontext()
+        with torch.autocast(input.device.type, enabled=False), exactly:
             bias = None if self.bias is None else self.bias.to(dtype)
             return F.conv2d(input.to(dtype), self.weight.to(dtype), bias, self.stride, self.padding, self.dilation, self.groups)
 
@@ -146,7 +148,17 @@ class OneStepGenerator(nn.Module):
         """G(z, c): z (B, C, H, W) and c of B rows -> x (B, C, H, W), scaled latents, in float32 (float64 for a float64 network)."""
         dtype = next(self.network.parameters()).dtype
         timestep = torch.full((), self.timestep, device=noise.device)
+        # The conversion takes the z that the network sees: what it does not see of it would be in x, 14.6 times as large.
+        noise = noise.to(self._first_layers_dtype(noise, dtype))
         return self.to_x(noise, self._evaluate(noise.to(dtype), timestep, condition.to(dtype), self.network))
+
+    @staticmethod
+    def _first_layers_dtype(noise: Tensor, dtype: torch.dtype) -> torch.dtype:
+        """What autocast, or weights of half precision, round z to."""
+        kind = noise.device.type
+        if dtype == torch.float32 and torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return dtype
 
     def to_x(self, noise: Tensor, prediction: Tensor) -> Tensor:
         """The conversion above, in float32 or better."""

@@ -19,6 +19,8 @@ Quantiser = Literal["round", "trunc"]
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Of files that are read as pictures."""
+LOSSY_SUFFIXES = (".jpg", ".jpeg", ".webp")
+"""Those whose pictures are not quite what was saved."""
 
 
 def to_uint8(pixels: Tensor, quantiser: Quantiser = "round") -> np.ndarray:

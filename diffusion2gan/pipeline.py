@@ -55,7 +55,7 @@ class OneStepPipeline:
         cls,
         source: str | Path,
         dtype: str | None = None,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         *,
         decoder: str | None = None,
         compile: bool = False,
@@ -73,7 +73,7 @@ class OneStepPipeline:
             raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(get_args(Precision))}")
         folder = _student_folder(source, revision)
         facts = _student_facts(folder, source)
-        device = device or default_device()
+        device = str(device or default_device())
         dtype = dtype or _default_precision(folder, device)
         config = TeacherConfig.model_validate({"family": family_of(folder) or "stable_diffusion", "source": str(folder), "dtype": dtype})
         teacher = load_teacher(config, device)
@@ -241,5 +241,5 @@ def teacher_pictures(solver: OdeSolver, prompts: Sequence[str], seeds: Sequence[
         stop = start + solver.batch_size
         x = solver.solve(draw_noise(seeds[start:stop], teacher.latent_shape), prompts[start:stop])
         with no_tf32():
-            parts.append(to_uint8(teacher.decode(x.to(teacher.dtype)), quantiser))
+            parts.append(to_uint8(teacher.decode(x), quantiser))
     return np.concatenate(parts)

@@ -212,7 +212,9 @@ def _text_parameters(teacher: TeacherConfig) -> int:
         if part.startswith("text_encoder"):
             configuration = _configuration(teacher, part)
             with torch.device("meta"):
-                encoder = getattr(transformers, configuration["architectures"][0])(CLIPTextConfig(**configuration))
+                # A configuration may lack its class; the first encoder has no projection, the second has.
+                kind = configuration.get("architectures") or [("CLIPTextModel", "CLIPTextModelWithProjection")[part != "text_encoder"]]
+                encoder = getattr(transformers, kind[0])(CLIPTextConfig(**configuration))
             count += sum(p.numel() for p in encoder.parameters())
     return count
 
@@ -564,15 +566,20 @@ def _with_less(recipe: Recipe, stage: str, gpus: int) -> str:
         lower = "pairs.batch_size (in a new --out, if the store is begun)"
     else:
         split = training.shard or training.zero
+        adversarial = recipe.adversarial
         ways = [
             ("loss.ensemble=1", recipe.loss.ensemble > 1),
+            ("adversarial.r1=finite_difference", adversarial is not None and adversarial.r1 == "exact"),
             ("generator.gradient_checkpointing=true", not recipe.generator.gradient_checkpointing),
             ("training.optimizer=adamw_8bit", training.optimizer == "adamw" and not split),
+            ("training.ema_on_cpu=true", not training.ema_on_cpu and not training.shard),
+            ("generator.lora_rank=64", whole and not split),
             (_sharded(recipe), gpus > 1 and whole and not split),
         ]
-        lower = "training.micro_batch_size"
+        lower = "training.micro_batch_size" if training.micro_batch_size != 1 else ""
     found = [way for way, open_still in ways if open_still]
-    return f"lower {lower}" + (f", or set {' or '.join(found)}" if found else "")
+    said = [f"lower {lower}"] * bool(lower) + [f"set {' or '.join(found)}"] * bool(found)
+    return ", or ".join(said) or "take a larger GPU"
 
 
 def _sharded(recipe: Recipe) -> str:

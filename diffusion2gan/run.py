@@ -123,6 +123,12 @@ def train_recipe(recipe: Recipe, store: Path, folder: Path, progress: bool = Tru
         warn_of_slow_bf16(accelerator.device, "training.mixed_precision=no")
     pairs = PairDataset(store, share=(accelerator.process_index, accelerator.num_processes))
     teacher = load_teacher(recipe.teacher, accelerator.device)
+    last = len(teacher.alphas_cumprod) - 1
+    if recipe.generator.timestep != last:
+        raise UserError(
+            f"generator.timestep is {recipe.generator.timestep}, expected {last}, where the teacher's schedule ends: no stock scheduler's one "
+            "step begins elsewhere, and the student could not be exported"
+        )
     settings = store_settings(teacher, recipe.pairs, _prompts_digest(recipe, pairs, accelerator))
     check_pairs(recipe, settings, pairs.manifest, store)
     done = last_step(folder / "checkpoints")
@@ -425,6 +431,7 @@ def _card_extras(recipe: Recipe, folder: Path, step: int, results: Path | None) 
         held_out=held_out,
         recipe=dump_training(recipe),
         licence=licence_of(source) if source.is_dir() else hub_licence(recipe.teacher.source, options.get("revision")),
+        metric_licence=(json_object(folder / "inputs.json").get("perceptual_settings") or {}).get("licence"),
         teacher="" if source.is_dir() else recipe.teacher.source,
         teacher_options=options,
     )

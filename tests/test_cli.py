@@ -79,6 +79,7 @@ def test_generate_and_compare(world: Path, tiny_teacher_folder: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "times as fast as the first" in done.stdout and "| ours |" in done.stdout
+    assert f"{teacher} draws with guidance 3, and ours was distilled with 2; give --guidance 2" in done.stderr
     assert Image.open(world / "c.png").height > 4 * 96  # two prompts, a row for each model
 
 
@@ -98,6 +99,19 @@ def test_evaluate_speed_and_compare_reports(world: Path, tiny_teacher_folder: Pa
     done = run_command("compare", tmp_path / "student", f"its teacher={tmp_path / 'teacher'}", "-o", tmp_path / "report")
     assert done.returncode == 0, done.stderr
     assert "its teacher" in (tmp_path / "report" / "report.md").read_text()
+    unread = (
+        ("emoji10k-v1", ("--save-pictures",), "the published protocols"), ("emoji10k-v1", ("--teacher", "x"), "dreamsim5k"),
+        ("latency", ("--count", 3), "protocols of pictures"), ("latency", ("--list", "validation"), "emoji10k-v1"),
+        ("latency", ("--block", 1), "the published protocols"), ("clip5k_coco17", ("--captions", "x"), "a folder of pictures"),
+        ("clip5k_coco17", ("--teacher-steps", 3), "dreamsim5k"),
+    )  # fmt: skip
+    for protocol, option, of in unread:
+        refused = run_command("evaluate", world / "student", "--protocol", protocol, "--out", tmp_path / "unread", *option)
+        _assert_one_line(refused, f"{option[0]}: is of {of}", "leave it out")
+    assert not (tmp_path / "unread").exists()
+    (tmp_path / "student" / "mine.json").write_text("{")
+    done = run_command("compare", tmp_path / "student", f"its teacher={tmp_path / 'teacher'}", "-o", tmp_path / "report")
+    assert done.returncode == 0 and "mine.json: no result of `diffusion2gan evaluate`, left out" in done.stderr
     # What cannot run is said at the end, with the exit code of bad input; what can has been written.
     done = run_command("evaluate", world / "student", "--protocol", "clip5k_coco17,fid5k_coco17", "--out", tmp_path / "student", *inputs)
     assert done.returncode == 2 and "Traceback" not in done.stderr

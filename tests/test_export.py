@@ -164,6 +164,7 @@ def test_the_card(run: Path, tmp_path: Path) -> None:
     assert trained["training"]["steps"] == 6
     assert trained["loss"]["distance"] == "mse"
     assert "start" not in trained["generator"]
+    assert "The metric that it was trained with" not in card
     # No path of this machine, nor in any configuration.
     assert str(run.parent) not in card
     texts = [p.read_text() for p in (tmp_path / "student").rglob("*.json")]
@@ -318,3 +319,11 @@ def test_a_user_interface_knows_that_sdxl_predicts_v() -> None:
     changed = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **changed)
     assert {"v_pred", "ztsnr"} <= original_layout(pipeline).keys()
+
+
+def test_the_card_names_the_metrics_licence(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    inputs = tmp_path / "run" / "inputs.json"
+    inputs.write_text(json.dumps(json.loads(inputs.read_text()) | {"perceptual_settings": {"licence": "cc-by-nc-sa-4.0"}}))
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "student")]) == 0
+    assert "The metric that it was trained with is under cc-by-nc-sa-4.0." in (tmp_path / "student" / "README.md").read_text()

@@ -201,3 +201,8 @@ def test_compiled_pictures_are_the_same(folder: Path, monkeypatch: pytest.Monkey
     ours = compiled.generate(prompts, seeds)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= before + 2
     np.testing.assert_allclose(ours.astype(float), plain.generate(prompts, seeds).astype(float), atol=1)
+
+
+def test_a_device_may_be_torchs_own(folder: Path) -> None:
+    there = OneStepPipeline.from_pretrained(folder, device=torch.device("cpu"))
+    assert there.teacher.device == torch.device("cpu")

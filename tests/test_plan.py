@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ from diffusion2gan.evaluation.models import ModelOptions
 from diffusion2gan.plan import GPUS, TEXT_PARAMETERS, Cost, Networks, measure, networks, plan_table, stages
 from diffusion2gan.recipe import Recipe, load_recipe
 from diffusion2gan.run import simulate_recipe, train_recipe
+from diffusion2gan.teachers.protocol import TeacherConfig
 from diffusion2gan.teachers.published import PUBLISHED
 from diffusion2gan.teachers.stable_diffusion import StableDiffusionTeacher
 from tests.conftest import tiny_pipeline, tiny_sdxl_pipeline
@@ -464,13 +466,39 @@ def test_too_little_memory_is_said_before_the_start(
 @pytest.mark.parametrize(
     ("settings", "gpus", "expected"),
     [
-        ([], 1, "lower training.micro_batch_size, or set generator.gradient_checkpointing=true or training.optimizer=adamw_8bit"),
-        (["generator.gradient_checkpointing=true", "training.optimizer=adamw_8bit"], 1, "lower training.micro_batch_size"),
-        (["generator.gradient_checkpointing=true", "training.zero=1", "adversarial=null"], 8, "lower training.micro_batch_size"),
         (
-            ["generator.gradient_checkpointing=true", "training.optimizer=adamw_8bit", "training.compile=true"],
+            [],
+            1,
+            "lower training.micro_batch_size, or set adversarial.r1=finite_difference or generator.gradient_checkpointing=true or "
+            "training.optimizer=adamw_8bit or training.ema_on_cpu=true or generator.lora_rank=64",
+        ),
+        (
+            ["generator.gradient_checkpointing=true", "training.optimizer=adamw_8bit", "training.micro_batch_size=1"],
+            1,
+            "set adversarial.r1=finite_difference or training.ema_on_cpu=true or generator.lora_rank=64",
+        ),
+        (
+            ["generator.gradient_checkpointing=true", "training.zero=1", "adversarial=null"],
             8,
-            "lower training.micro_batch_size, or set training.shard=true with training.compile=false and adversarial.r1=finite_difference",
+            "lower training.micro_batch_size, or set training.ema_on_cpu=true",
+        ),
+        (
+            [
+                "generator.gradient_checkpointing=true",
+                "generator.lora_rank=4",
+                "training.optimizer=adamw_8bit",
+                "training.ema_on_cpu=true",
+                "adversarial=null",
+                "training.micro_batch_size=1",
+            ],
+            1,
+            "take a larger GPU",
+        ),
+        (
+            ["generator.gradient_checkpointing=true", "training.optimizer=adamw_8bit", "training.compile=true", "training.ema_on_cpu=true"],
+            8,
+            "lower training.micro_batch_size, or set adversarial.r1=finite_difference or generator.lora_rank=64 or training.shard=true with "
+            "training.compile=false and adversarial.r1=finite_difference",
         ),
     ],
 )
@@ -570,3 +598,13 @@ def test_float32_has_no_half_precision_rate() -> None:
     assert "of the 67 of float32" in plan_table(single, "h100", 1, 0.3)
     # But for the pictures, which are drawn in float32 whatever the training is.
     assert "of the 67 of float32 where a stage computes in float32" in plan_table(half, "h100", 1, 0.3)
+
+
+def test_encoders_whose_configuration_lacks_their_class(tmp_path: Path) -> None:
+    tiny_sdxl_pipeline().save_pretrained(tmp_path)
+    teacher = TeacherConfig(family="sdxl", source=str(tmp_path))
+    counted = plan._text_parameters(teacher)
+    for part in ("text_encoder", "text_encoder_2"):
+        path = tmp_path / part / "config.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "architectures"}))
+    assert plan._text_parameters(teacher) == counted > 0

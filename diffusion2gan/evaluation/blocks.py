@@ -29,12 +29,14 @@ def run_blocks(evaluation: Evaluation, protocols: Sequence[str], count: int) -> 
     if model.folder is not None:
         raise UserError(f"--blocks {count}: {model.name} is a folder of pictures, whose noises are past choosing; name a model")
     # Before anything is drawn: a folder of other blocks is refused.
-    describe(out, model.name, model.identity, {"blocks": blocks})
+    describe(out, model.name, model.identity, {"blocks": blocks}, look=True)
     skipped: dict[str, list[str]] = {}
     for block in blocks:
         # All with the same scoring networks, loaded once.
         for protocol, reasons in replace(evaluation, out=block_folder(out, block), block=block).run(protocols).items():
             skipped.setdefault(protocol, []).extend(reasons)
+        if (block_folder(out, block) / "model.json").exists():
+            describe(out, model.name, model.identity, {"blocks": blocks})
     if not evaluation.worker.rank:
         for protocol, why in pool_blocks(out, protocols, blocks).items():
             skipped.setdefault(protocol, []).append(why)

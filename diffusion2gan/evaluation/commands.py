@@ -20,7 +20,7 @@ from diffusion2gan.evaluation.blocks import run_blocks
 from diffusion2gan.evaluation.comparison import read_evaluation, write_comparison
 from diffusion2gan.evaluation.emoji10k import PROTOCOL as EMOJI
 from diffusion2gan.evaluation.evaluate import BLOCKS, FORMAT, Evaluation, describe, summary
-from diffusion2gan.evaluation.models import Model, ModelOptions, check_steps, load_model, teacher_model, teacher_of_source
+from diffusion2gan.evaluation.models import Model, ModelOptions, check_steps, load_model, model_kind, teacher_model, teacher_of_source
 from diffusion2gan.evaluation.protocols import PROTOCOLS
 from diffusion2gan.evaluation.speed import decoded_lpips, latency, latency_line, loss_cost, train_throughput
 from diffusion2gan.files import write_bytes_atomic, write_json
@@ -62,6 +62,12 @@ def evaluate_command(
     if not protocols or (unknown := [p for p in protocols if p not in known]):
         raise UserError(f"protocol {unknown[0] if protocols else ''!r}, expected some of {', '.join(known)}")
     check_steps([spec], options)
+    asked = {
+        "--captions": options.captions, "--save-pictures": save_pictures, "--teacher": teacher, "--teacher-steps": teacher_options.steps,
+        "--teacher-guidance": teacher_options.guidance, "--count": count, "--preservation-count": preservation_count,
+        "--list": None if list_name == "test" else list_name, "--block": block,
+    }  # fmt: skip
+    _refuse_unread(spec, protocols, [name for name, value in asked.items() if value not in (None, False, 0)])
     if EMOJI in protocols and options.quantiser != "round":
         raise UserError(f"--quantiser {options.quantiser}: {EMOJI} rounds; leave it out, or evaluate the other protocols by themselves")
     if coco17_captions != "first" and not any((PROTOCOLS[p].samples or "").startswith("coco17") for p in protocols if p in PROTOCOLS):
@@ -75,22 +81,22 @@ def evaluate_command(
     if EMOJI in protocols:
         parts.append(_embedded_benchmark(spec, out, shared, options, list_name, count, preservation_count))
     others = [p for p in protocols if p in PROTOCOLS]
-    if others or (LATENCY in protocols and not worker.rank):
+    if others:
         model = load_model(spec, options)
         if model.folder is not None and coco17_captions != "first":
             raise UserError(f"--coco17-captions {coco17_captions}: {spec} has captions of its own; leave it out, or name a model")
-        if others:
-            their, why = None, ""
-            if any(PROTOCOLS[p].teacher for p in others):
-                their, why = _teacher_of(model, teacher, teacher_options)
-            evaluation = Evaluation(
-                model, out, shared, data, weights, their, why, count, block, options.device, save_pictures,
-                allow_unknown_weights, coco17_captions, worker=worker,
-            )  # fmt: skip
-            skipped = evaluation.run(others) if blocks is None else run_blocks(evaluation, others, blocks)
-            parts.append("" if worker.rank else summary(out, others))
-        if LATENCY in protocols and not worker.rank:
-            parts.append(_latency_result(model, out))
+        their, why = None, ""
+        if any(PROTOCOLS[p].teacher for p in others):
+            their, why = _teacher_of(model, teacher, teacher_options)
+        evaluation = Evaluation(
+            model, out, shared, data, weights, their, why, count, block, options.device, save_pictures,
+            allow_unknown_weights, coco17_captions, worker=worker,
+        )  # fmt: skip
+        skipped = evaluation.run(others) if blocks is None else run_blocks(evaluation, others, blocks)
+        parts.append("" if worker.rank else summary(out, others))
+        del model, their, evaluation
+    if LATENCY in protocols and not worker.rank:
+        parts.append(_latency_result(load_model(spec, replace(options, timed=True)), out))
     if worker.rank:
         return ""  # the first process speaks for all, and may still be scoring
     for protocol, reasons in skipped.items():
@@ -100,6 +106,23 @@ def evaluate_command(
         print("\n".join(parts))
         raise UserError(f"{', '.join(skipped)}: not everything could run (see above); what could is in {out}")
     return "\n".join([*parts, f"wrote {out}"])
+
+
+def _refuse_unread(spec: str, protocols: Sequence[str], asked: Sequence[str]) -> None:
+    """Raises UserError for options that nothing of what is asked for reads: who gives one expects something of it."""
+    published, of_pictures = [p for p in protocols if p in PROTOCOLS], model_kind(spec) == "pictures"
+    compared = any(PROTOCOLS[p].teacher for p in published)
+    for name in asked:
+        read, where = {
+            "--captions": (of_pictures and bool(published), "a folder of pictures"),
+            "--save-pictures": (bool(published) and not of_pictures, "the published protocols, of models"),
+            "--count": (any(p != LATENCY for p in protocols), "protocols of pictures"),
+            "--preservation-count": (EMOJI in protocols, EMOJI),
+            "--list": (EMOJI in protocols, EMOJI),
+            "--block": (any(p != LATENCY for p in protocols), "the published protocols"),
+        }.get(name, (compared, "dreamsim5k, which compares with a teacher"))
+        if not read:
+            raise UserError(f"{name}: is of {where}, and nothing asked for here ({spec}, {', '.join(protocols)}) reads it; leave it out")
 
 
 def _check_blocks(block: int, blocks: int, protocols: Sequence[str]) -> None:
@@ -113,8 +136,9 @@ def _check_blocks(block: int, blocks: int, protocols: Sequence[str]) -> None:
 
 
 def _latency_result(model: Model, out: Path) -> str:
-    describe(out, model.name, model.identity, part=LATENCY)
+    describe(out, model.name, model.identity, part=LATENCY, look=True)
     result = latency(model)
+    describe(out, model.name, model.identity, part=LATENCY)
     entries = [
         {"metric": f"seconds, {what}", "variant": "batch 1", "better": "lower", "value": result[key], "interval95": None}
         for what, key in (("end to end", "t_e2e"), ("network alone", "t_network"), ("with the host", "t_e2e_host"))
@@ -215,6 +239,7 @@ def compare_command(
         if not others:
             raise UserError("--prompt needs models to draw with, and these are folders of evaluations; name the models")
         models = [replace(model, name=name or model.name) for name, spec in map(_named, others) for model in [load_model(spec, options)]]
+        _warn_of_other_guidance(models)
         names = [model.name for model in models]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -227,6 +252,19 @@ def compare_command(
     if evaluated:
         said.append(write_comparison(evaluated, out) + f"\nwrote {out / 'report.html'} and {out / 'report.md'}")
     return "\n".join(said)
+
+
+def _warn_of_other_guidance(models: Sequence[Model]) -> None:
+    """A teacher's pictures at another guidance than the pairs had are not what the student was to draw."""
+    teachers = [(m, m.facts["ode"]["guidance"]) for m in models if "ode" in m.identity]
+    students = [(m, ode["guidance"]) for m in models if "ode" not in m.identity and (ode := m.facts.get("ode"))]
+    for student, learnt in students:
+        for teacher, drawn in teachers:
+            if drawn != learnt:
+                warnings.warn(
+                    f"{teacher.name} draws with guidance {drawn:g}, and {student.name} was distilled with {learnt:g}; give --guidance {learnt:g}",
+                    stacklevel=2,
+                )
 
 
 def drawn_side_by_side(models: Sequence[Model], prompts: Sequence[str], seed: int, count: int) -> tuple[bytes, list[float]]:
@@ -266,7 +304,7 @@ def speed_command(
     several: list[int | None] = list(steps) or [options.steps]
     check_steps([spec], replace(options, steps=several[0]))
     for count in several:
-        model = load_model(spec, replace(options, steps=count, batch_size=max(batches)))
+        model = load_model(spec, replace(options, steps=count, batch_size=max(batches), timed=True))
         results += [latency(model, batch, warmup, runs) for batch in batches]
         del model
         if torch.cuda.is_available():

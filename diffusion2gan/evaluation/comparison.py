@@ -6,6 +6,7 @@ Reads only what `evaluate` wrote. Loads no network.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from diffusion2gan.evaluation.evaluate import FORMAT, spread
 from diffusion2gan.evaluation.metrics import bootstrap_interval
 from diffusion2gan.evaluation.protocols import PUBLISHED
 from diffusion2gan.evaluation.statistics import sign_test
-from diffusion2gan.files import write_bytes_atomic
+from diffusion2gan.files import json_object, write_bytes_atomic
 from diffusion2gan.images import at_smallest_side, grid, png_bytes
 from diffusion2gan.report import Page, cell, markdown_table
 
@@ -45,8 +46,10 @@ def read_evaluation(folder: Path, name: str | None = None) -> Evaluated:
         raise UserError(f"{folder}: holds no evaluation (no model.json); name a folder written by `diffusion2gan evaluate --out`")
     results = {}
     for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
+        try:
+            content = json_object(path)
+        except UserError:
+            warnings.warn(f"{path}: no result of `diffusion2gan evaluate`, left out", stacklevel=1)
             continue
         if content.get("format") == FORMAT:
             results[content["protocol"]] = content

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluation.shards import Pictures
 from diffusion2gan.files import sha256_of
-from diffusion2gan.images import PICTURE_SUFFIXES, open_rgb
+from diffusion2gan.images import LOSSY_SUFFIXES, PICTURE_SUFFIXES, open_rgb
 from diffusion2gan.pairs.prompts import prompts_digest
 
 DMD2_LIST = "captions_coco14_test.txt"
@@ -82,6 +83,25 @@ class PictureFolder:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def lossy(self) -> int:
+        """How many of the pictures have lost something in their file."""
+        return sum(p.suffix.lower() in LOSSY_SUFFIXES for p in self.paths)
+
+    def refuse_two_orders(self, why: str) -> None:
+        """Raises UserError for numbered names that have an order as numbers and another one as text: of captions beside them, nobody
+        knows which is meant."""
+        names = [p.relative_to(self.folder).as_posix() for p in self.paths]
+        if len({re.sub(r"\d+", "", name) for name in names}) > 1:
+            return
+        numbered = sorted(names, key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
+        if numbered != names:
+            first = next(i for i, (a, b) in enumerate(zip(numbered, names, strict=True)) if a != b)
+            raise UserError(
+                f"{self.folder}: by name {names[first]} comes before {numbered[first]}, by number after it, and {why}; give all names as many "
+                "digits (00002.png)"
+            )
 
     def pictures(self, start: int, stop: int) -> list[np.ndarray]:
         remedy = "take it out of the folder, or replace it"

@@ -39,7 +39,7 @@ from diffusion2gan.evaluation.models import Model
 from diffusion2gan.evaluation.protocols import PROTOCOLS, Given, Protocol
 from diffusion2gan.evaluation.shards import Extractor, Rows
 from diffusion2gan.evaluation.versions import software
-from diffusion2gan.files import sweep_temporaries, sweep_temporaries_of, write_bytes_atomic, write_json
+from diffusion2gan.files import json_object, sweep_temporaries, sweep_temporaries_of, write_bytes_atomic, write_json
 from diffusion2gan.images import png_bytes
 from diffusion2gan.pairs.prompts import prompts_digest
 from diffusion2gan.pairs.seeds import evaluation_seed, noise_fingerprint
@@ -167,7 +167,8 @@ class Evaluation:
                 ready.append((protocol, samples, kinds))
         # The rule is not said, nor was it before there was another list.
         captions = {} if self.coco17_captions == "first" else {"coco17_captions": self.coco17_captions}
-        describe(self.out, self.model.name, self.model.identity, {"block": self.block, **captions})
+        # Where nothing can run, nothing is evaluated there.
+        describe(self.out, self.model.name, self.model.identity, {"block": self.block, **captions}, look=not ready)
         for protocol, samples, _ in ready:
             refuse_fewer(self.out / f"{protocol.id}.json", len(self._captions(samples)))
         for samples in dict.fromkeys(s for _, s, _ in ready):
@@ -195,7 +196,7 @@ class Evaluation:
                 self._generated(self.teacher, samples, kinds, block)
         if self.worker.rank == 0:
             entries = [self._entry(protocol, e, k) for k in kinds for e in protocol.networks[k](self._given(protocol, samples, k))]
-            self._write(protocol, samples, entries, skipped)
+            self._write(protocol, samples, kinds, entries, skipped)
 
     def _samples_of(self, protocol: Protocol, beside: Sequence[Protocol]) -> str:
         """A protocol of any pictures takes those that are drawn anyway."""
@@ -331,12 +332,14 @@ class Evaluation:
             entry["values"] = shards.save_values(self.out, f"{protocol.id}-{entry['metric']}-{entry['variant']}", values)
         return {**entry, "network": {"kind": kind, **self._network(kind).facts}}
 
-    def _write(self, protocol: Protocol, samples: str, entries: list[dict[str, Any]], skipped: Sequence[str]) -> None:
+    def _write(self, protocol: Protocol, samples: str, kinds: Sequence[str], entries: list[dict[str, Any]], skipped: Sequence[str]) -> None:
         prompts, chosen = self._prompt_list(samples), SAMPLES[samples]
         count = len(prompts.prompts) * chosen.replicas
         folder = self._folder(self.model, samples, self.block)
         facts = shards.picture_facts(folder, "pictures", count)
         notes = list(skipped)
+        if self.model.folder is not None and self.model.folder.lossy:
+            notes.append(f"{self.model.folder.lossy} pictures are JPEG or WebP, which moves the scores: not comparable with lossless ones")
         if facts["blank"]:
             notes.append(f"{facts['blank']} pictures are of one colour: a safety checker or an overflow painted them")
         result = {
@@ -363,7 +366,21 @@ class Evaluation:
             "versions": versions(),
             "notes": notes,
         }
-        write_json(self.out / f"{protocol.id}.json", result)
+        path = self.out / f"{protocol.id}.json"
+        if path.exists():
+            result["results"] = [*entries, *_kept(json_object(path), json.loads(json.dumps(result)), kinds)]
+        write_json(path, result)
+
+
+_SAME = ("format", "model", "n", "prompts", "noise", "reference", "teacher", "pictures_sha256", "quantiser")
+
+
+def _kept(before: Mapping[str, Any], now: Mapping[str, Any], kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """What a result from before has of networks that were not there this time, of the same pictures and references."""
+    if any(before.get(key) != now[key] for key in _SAME):
+        return []
+    entries = [e for e in before["results"] if e["network"]["kind"] not in kinds]
+    return entries if before["versions"] == now["versions"] else [{"versions": before["versions"], **e} for e in entries]
 
 
 def keep_samples(folder: Path, pictures: Pictures, captions: Sequence[str], start: int) -> None:
@@ -375,8 +392,11 @@ def keep_samples(folder: Path, pictures: Pictures, captions: Sequence[str], star
         write_bytes_atomic(folder / f"{i:05d}.txt", caption.encode())
 
 
-def describe(out: Path, name: str, identity: Mapping[str, Any], run: Mapping[str, Any] | None = None, part: str = "protocols") -> None:
-    """Says in OUT/model.json what is evaluated there. Raises UserError when that is another model, or another setting of it.
+def describe(
+    out: Path, name: str, identity: Mapping[str, Any], run: Mapping[str, Any] | None = None, part: str = "protocols", look: bool = False
+) -> None:
+    """Says in OUT/model.json what is evaluated there. Raises UserError when that is another model, or another setting of it; with
+    `look` it only does that.
 
     `identity["subject"]` names the weights, and is one for all of OUT; the rest of `identity`, and `run`, are a `part`'s own.
     """
@@ -387,7 +407,9 @@ def describe(out: Path, name: str, identity: Mapping[str, Any], run: Mapping[str
     else:
         sweep_temporaries_of(path)
     settings = json.loads(json.dumps({k: v for k, v in identity.items() if k != "subject"} | dict(run or {})))
-    found = json.loads(path.read_text()) if path.exists() else {"name": name, "subject": identity["subject"], "settings": {}}
+    found = json_object(path) if path.exists() else {"name": name, "subject": identity["subject"], "settings": {}}
+    if not (isinstance(found.get("name"), str) and isinstance(found.get("subject"), str) and isinstance(found.get("settings"), dict)):
+        raise UserError(f"{path}: not what `diffusion2gan evaluate` writes; choose a new --out")
     if found["subject"] != identity["subject"]:
         raise UserError(f"{out}: holds the evaluation of {found['name']}, other weights than {name}; choose a new --out")
     before = found["settings"].get(part, settings)
@@ -396,7 +418,7 @@ def describe(out: Path, name: str, identity: Mapping[str, Any], run: Mapping[str
             there = f"with {key} {before[key]!r}" if key in before else f"without {key} ({', '.join(before)})"
             now = repr(settings[key]) if key in settings else f"without it ({', '.join(settings)})"
             raise UserError(f"{out}: evaluated there {there}, now {now}; choose a new --out")
-    if found["settings"].get(part) != settings:
+    if not look and found["settings"].get(part) != settings:
         found["settings"][part] = settings
         write_json(path, found)
 
@@ -405,7 +427,7 @@ def refuse_fewer(path: Path, pictures: int, list_name: str | None = None) -> Non
     """Raises UserError where `path` is a result of more pictures, or of another prompt list: a short look must not replace it."""
     if not path.exists():
         return
-    before = json.loads(path.read_text())
+    before = json_object(path)
     if before.get("list") != list_name:
         raise UserError(f"{path}: a result of the {before['list']} list, now it is the {list_name} list; choose a new --out")
     had = before["n"] if list_name is None else before["count"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,12 +55,15 @@ class Model:
 
 
 # --- Ours -----------------------------------------------------------------------------------------------------------
-def student_model(folder: Path, name: str, dtype: str, device: str, batch_size: int, quantiser: Quantiser = "round") -> Model:
-    """A folder written by `export`."""
+def student_model(
+    folder: Path, name: str, dtype: str, device: str, batch_size: int, quantiser: Quantiser = "round", timed: bool = False
+) -> Model:
+    """A folder written by `export`. `timed`: it decodes in `dtype`, where its autoencoder can."""
     student = OneStepPipeline.from_pretrained(folder, dtype, device)
-    student.teacher.decoder_in_float32()
+    _set_decoder(student.teacher, timed)
     identity = {
-        "subject": f"student {weights_digest(student.generator)[:16]}",
+        # Of the files: the same in every precision.
+        "subject": f"student {student.teacher.identity()['weights'][:16]}",
         "decoder": _short(student.teacher.decoder_digest()),
         "dtype": dtype,
         **_unless_rounded(quantiser),
@@ -69,6 +73,17 @@ def student_model(folder: Path, name: str, dtype: str, device: str, batch_size: 
         name, identity, lambda p, s: student.generate(p, s, batch_size, quantiser=quantiser), facts=student.facts,
         latent_shape=lent.latent_shape, modules=lent.timed_modules(), quantiser=quantiser,
     )  # fmt: skip
+
+
+def _set_decoder(teacher: LoadedTeacher, timed: bool) -> None:
+    """To float32; where it is timed only if it would overflow."""
+    if not timed or _overflows(teacher.vae, teacher.dtype, teacher.family == "sdxl"):
+        teacher.decoder_in_float32()
+
+
+def _overflows(vae: Any, dtype: torch.dtype, sdxl: bool) -> bool:
+    """In float16, as its configuration says: SDXL's, for others have the setting and don't mean it."""
+    return sdxl and dtype == torch.float16 and bool(vae.config.force_upcast)
 
 
 def _unless_rounded(quantiser: Quantiser) -> dict[str, str]:
@@ -114,10 +129,11 @@ def teacher_model(
     negative_prompt: str = "",
     revision: str | None = None,
     variant: str | None = None,
+    timed: bool = False,
 ) -> Model:
-    """A teacher with its ODE solver, as its pairs are made."""
+    """A teacher with its ODE solver, as its pairs are made. `timed` as of a student."""
     teacher = teacher_of_source(source, dtype, device, resolution, revision, variant)
-    teacher.decoder_in_float32()
+    _set_decoder(teacher, timed)
     solver = OdeSolver(teacher, ode, batch_size, negative_prompt=negative_prompt)
     known = teacher.identity()
     identity = {
@@ -140,8 +156,10 @@ def teacher_model(
 # --- Pictures that exist --------------------------------------------------------------------------------------------
 def folder_model(folder: Path, name: str, captions: Path | None) -> Model:
     """A folder of pictures, sorted by name, with one caption a line in `captions` (default: `captions.txt` inside).
-    Raises UserError when the numbers differ."""
+    Raises UserError when their numbers differ, and for names that sort in two ways (2.png, 10.png)."""
     pictures = PictureFolder(folder)
+    if pictures.lossy:
+        warnings.warn(f"{folder}: {pictures.lossy} of {len(pictures)} pictures are JPEG or WebP, which moves every score", stacklevel=1)
     path = captions or folder / "captions.txt"
     lines: tuple[str, ...] = ()
     if captions or path.exists():
@@ -150,6 +168,7 @@ def folder_model(folder: Path, name: str, captions: Path | None) -> Model:
         lines = prompts_of_file(path).prompts
         if len(lines) != len(pictures):
             raise UserError(f"{path}: {len(lines)} captions for {len(pictures)} pictures in {folder}, expected one each")
+        pictures.refuse_two_orders(f"{path} could be meant in either order")
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         raise UserError(f"{folder}: a folder of pictures cannot draw new ones; name a model")
@@ -222,7 +241,7 @@ PRESETS: Mapping[str, Preset] = {
 
 @torch.inference_mode()
 def _decode(pipeline: Any, latents: Tensor) -> Tensor:
-    """Scaled latents -> pixels in [-1, 1], by the pipeline's autoencoder in float32 whatever the network's precision."""
+    """Scaled latents -> pixels in [-1, 1], by the pipeline's autoencoder in its own precision."""
     vae = pipeline.vae
     config = vae.config
     latents = latents.float()
@@ -231,7 +250,7 @@ def _decode(pipeline: Any, latents: Tensor) -> Tensor:
         latents = latents * spread / config.scaling_factor + mean
     else:
         latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-    return torch.cat([vae.decode(part).sample for part in latents.split(decoded_at_once(*latents.shape[2:]))])
+    return torch.cat([vae.decode(part.to(vae.dtype)).sample for part in latents.split(decoded_at_once(*latents.shape[2:]))])
 
 
 def _step_noise(seed: int) -> torch.Generator:
@@ -271,11 +290,12 @@ def pipeline_model(
     batch_size: int,
     prepare: Callable[[Any], None] | None = None,
     quantiser: Quantiser = "round",
+    timed: bool = False,
 ) -> Model:
-    """Any diffusers text-to-image pipeline with a U-Net or transformer and an autoencoder: folder or hub id."""
+    """Any diffusers text-to-image pipeline with a U-Net or transformer and an autoencoder: folder or hub id. `timed` as of a student."""
     types = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=types[dtype])
+        pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype={"vae": torch.float32, "default": types[dtype]})
         _check_parts(pipeline, source)
         if prepare:
             prepare(pipeline)
@@ -288,7 +308,8 @@ def pipeline_model(
         pipeline.safety_checker = None  # it paints pictures black
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
-    nn.Module.to(pipeline.vae, torch.float32)
+    if timed and not _overflows(pipeline.vae, types[dtype], type(pipeline).__name__.startswith("StableDiffusionXL")):
+        nn.Module.to(pipeline.vae, types[dtype])
     network: Any = _check_parts(pipeline, source)
     size = network.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -339,10 +360,14 @@ class ModelOptions:
     captions: Path | None = None
     quantiser: Quantiser = "round"
     resolution: int | None = None
+    timed: bool = False
+    """To be timed: half precision is for the decoder too, where it can. What is scored decodes in float32."""
 
 
-def _kind(spec: str) -> Literal["teacher", "student", "preset", "pictures", "pipeline"]:
+def model_kind(spec: str) -> Literal["teacher", "student", "preset", "pictures", "pipeline"]:
     """What `load_model` makes of a name; a `pipeline` may also be none."""
+    if not spec.removeprefix("teacher:").strip():
+        raise UserError(f"model {spec!r}: expected the name of one; is a variable of your shell empty?")
     if spec.startswith("teacher:"):
         return "teacher"
     if spec in PRESETS:
@@ -357,7 +382,7 @@ def check_steps(specs: Sequence[str], options: ModelOptions) -> None:
     """Raises UserError for steps or guidance that none of the models can follow: students draw in one step, pictures are there."""
     asked = [f"--{name} {value}" for name in ("steps", "guidance") if (value := getattr(options, name)) is not None]
 
-    if asked and all(_kind(spec) in ("student", "pictures") for spec in specs):
+    if asked and all(model_kind(spec) in ("student", "pictures") for spec in specs):
         named = f"{specs[0]} is a student or a folder of pictures, which takes none" if specs else "what is named was evaluated already"
         raise UserError(f"{' '.join(asked)}: {named}; leave it out, or name a teacher")
 
@@ -366,17 +391,19 @@ def load_model(spec: str, options: ModelOptions) -> Model:
     """`embedded` or a folder written by `export`: a student. `teacher:SOURCE`: a teacher (`teacher:embedded`), by DDIM with
     `steps` and `guidance`. One of PRESETS. A folder or hub id of a diffusers pipeline, with `steps` and `guidance`.
     A folder of pictures. Raises UserError for anything else."""
-    o, kind, path = options, _kind(spec), Path(spec)
+    o, kind, path = options, model_kind(spec), Path(spec)
     if kind == "teacher":
         ode = SolverConfig(steps=o.steps or 50, guidance=3.0 if o.guidance is None else o.guidance)
-        return teacher_model(spec.removeprefix("teacher:"), spec, ode, o.dtype, o.device, o.batch_size, o.quantiser, o.resolution)
+        return teacher_model(
+            spec.removeprefix("teacher:"), spec, ode, o.dtype, o.device, o.batch_size, o.quantiser, o.resolution, timed=o.timed
+        )
     if kind == "preset":
         preset = PRESETS[spec]
         steps, guidance = o.steps or preset.steps, preset.guidance if o.guidance is None else o.guidance
-        return pipeline_model(preset.source, spec, steps, guidance, o.dtype, o.device, o.batch_size, preset.prepare, o.quantiser)
+        return pipeline_model(preset.source, spec, steps, guidance, o.dtype, o.device, o.batch_size, preset.prepare, o.quantiser, o.timed)
     if kind == "student":
         name = "embedded student" if spec == "embedded" else path.name
-        return student_model(student_folder(spec), name, o.dtype, o.device, o.batch_size, o.quantiser)
+        return student_model(student_folder(spec), name, o.dtype, o.device, o.batch_size, o.quantiser, o.timed)
     if kind == "pictures":
         if o.quantiser != "round":
             raise UserError(f"--quantiser {o.quantiser}: the pictures of {path} are whole numbers already; leave it out, or name a model")
@@ -389,4 +416,4 @@ def load_model(spec: str, options: ModelOptions) -> Model:
         raise UserError(
             f"{spec}: a diffusers pipeline needs --steps and --guidance; its card says which, or name one of {', '.join(PRESETS)}"
         )
-    return pipeline_model(spec, path.name, o.steps, o.guidance, o.dtype, o.device, o.batch_size, quantiser=o.quantiser)
+    return pipeline_model(spec, path.name, o.steps, o.guidance, o.dtype, o.device, o.batch_size, quantiser=o.quantiser, timed=o.timed)

@@ -57,6 +57,8 @@ def make_study(models: Mapping[str, Path], out: Path, config: StudyConfig, promp
         raise UserError(f"{out}: exists already, expected a new or empty folder; choose another, a study in use is never changed")
     pairs = _pairs(models, config)
     folders = {name: PictureFolder(folder) for name, folder in models.items()}
+    for pictures in folders.values():
+        pictures.refuse_two_orders("the prompts could be meant in either order")
     listed = prompts_of_file(prompts or next(iter(models.values())) / "captions.txt")
     for name, folder in folders.items():
         if len(folder) != len(listed.prompts):

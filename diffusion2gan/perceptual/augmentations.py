@@ -15,7 +15,7 @@ Where ADA resamples at twice the resolution between two wavelet filters, geometr
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,16 +41,17 @@ class AugmentationParameters(NamedTuple):
     """(H, W) they were drawn for; None: they fit any."""
 
     def rows(self, which: slice) -> AugmentationParameters:
-        """The parameters of some of the samples."""
+        """The parameters of some of the rows: samples, but with an ensemble of n draws each sample has n rows, one after the other."""
         return self._replace(affine=self.affine[which], colour=self.colour[which], cutout=self.cutout[which])
 
     @staticmethod
     def identity(batch: int, device: torch.device | str | None = None) -> AugmentationParameters:
         """Parameters that change nothing, for any letters and size; the cutout lies outside the latent."""
-        affine = torch.eye(2, 3, device=device).expand(batch, 2, 3)
         # Made on the device: a copy from the host would wait for it.
-        colour = torch.stack([torch.zeros(batch, device=device), *[torch.ones(batch, device=device)] * 2], dim=1)
-        return AugmentationParameters(affine, colour, torch.full((batch, 2), -1.0, device=device))
+        where: dict[str, Any] = {"device": device, "dtype": torch.float32}
+        affine = torch.eye(2, 3, **where).expand(batch, 2, 3)
+        colour = torch.stack([torch.zeros(batch, **where), *[torch.ones(batch, **where)] * 2], dim=1)
+        return AugmentationParameters(affine, colour, torch.full((batch, 2), -1.0, **where))
 
 
 class Augmentation:
@@ -83,7 +84,9 @@ class Augmentation:
             raise UserError(f"shape is {tuple(shape)}, expected (C, H, W) of one latent; pass x.shape[1:]")
         _, height, width = shape
         if uniform is None:
-            uniform = torch.rand(batch, self.N_UNIFORM, generator=generator, device=generator.device if generator is not None else device)
+            where = generator.device if generator is not None else device
+            # In half precision some are 1, whatever torch's default is.
+            uniform = torch.rand(batch, self.N_UNIFORM, generator=generator, device=where, dtype=torch.float32)
         elif uniform.shape != (batch, self.N_UNIFORM):
             raise UserError(f"uniform has shape {tuple(uniform.shape)}, expected {(batch, self.N_UNIFORM)}: one row for each sample")
         if device is not None:

@@ -159,6 +159,8 @@ class LatentLPIPS(nn.Module):
             if x.ndim != 4 or x.shape[1] != channels:
                 packed = x.ndim == 3 and x.shape[2] == 4 * channels
                 remedy = "unpack these 2 x 2 patches" if packed else "use the checkpoint of this autoencoder's latents"
+                if x.ndim == 5:
+                    remedy = "of video give each frame as a latent: x.transpose(1, 2).flatten(0, 1)"
                 raise UserError(f"{which} has shape {tuple(x.shape)}, expected (B, {channels}, H, W); {remedy}")
             if x.numel() == 0:
                 raise UserError(f"{which} has shape {tuple(x.shape)}, expected at least one latent; leave empty batches out")

@@ -191,13 +191,15 @@ def _frozen_layers(block: nn.Sequential, x: Tensor) -> Tensor:
     layers = list(block)
     for i in range(0, len(layers) - 1, 3):
         conv, norm = layers[i], layers[i + 1]
-        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        assert isinstance(conv, nn.Conv2d)
+        # A trainer may make SyncBatchNorm of every batch norm that it finds.
+        assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
         scale, shift = _affine(conv, norm)
         x = F.conv2d(x, conv.weight, None, padding=1).mul_(scale).add_(shift).relu_()
     return x
 
 
-def _affine(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def _affine(conv: nn.Conv2d, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> tuple[Tensor, Tensor]:
     """(scale, shift), each (C, 1, 1), of a convolution's bias and the batch norm after it: norm(y + bias) = scale y + shift."""
     assert conv.bias is not None and norm.running_mean is not None and norm.running_var is not None
     # At least float32: 1 / sqrt(var + eps) in bf16 would put its own error on every channel.

@@ -241,12 +241,31 @@ def _stored_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dty
             raise UserError(
                 f"teacher.source: {folder} is not whole in the hub's cache, and could not be fetched ({reason}); go online once, or name a folder"
             ) from None
+        if Path(folder).is_file():
+            raise UserError(
+                f"teacher.source: {folder} is one file, expected a diffusers folder; make one: "
+                f"{PIPELINES[config.family].__name__}.from_single_file(FILE).save_pretrained(FOLDER)"
+            ) from None
+        if Path(folder).is_dir() and (hint := _other_weights(Path(folder), config.variant)):
+            raise UserError(f"teacher.source: {folder} {hint}") from None
         pinned = config.revision is None and not Path(folder).is_dir() and str(folder) in REVISIONS
         other = f", or teacher.revision=main for another commit than {REVISIONS[str(folder)][:12]}" if pinned else ""
         raise UserError(
             f"teacher.source: {folder} is not a diffusers folder or hub id of family {config.family} ({reason}); name one that has "
             f"model_index.json{other}"
         ) from None
+
+
+def _other_weights(folder: Path, variant: str | None) -> str | None:
+    """What weights a folder has where those that were asked for are not there, and what to do."""
+    names = {p.name for p in folder.glob("*/*") if p.is_file()}
+    whole = {n for n in names if n.endswith(".safetensors")}
+    variants = sorted({n.split(".")[-2] for n in whole if n.count(".") == 2 and "-of-" not in n})
+    if variants and variant not in variants:
+        return f"has weights of variant {' and '.join(variants)} alone; set teacher.variant={variants[0]}"
+    if not whole and any(n.endswith((".bin", ".ckpt", ".pt")) for n in names):
+        return "has pickled weights (.bin) alone, which are not read; load it once with diffusers and save_pretrained(FOLDER)"
+    return None
 
 
 def student_scheduler(teacher_config: dict[str, Any]) -> DDIMScheduler:
@@ -296,6 +315,7 @@ class DiffusersTeacher:
         self.alphas_cumprod = schedule.alphas_cumprod
         self.prediction_type = schedule.config.prediction_type
         self._stored: Callable[[], str] | None = None
+        self._stored_decoder: tuple[Any, Callable[[], Any]] | None = None
         self._device: torch.device | None = None
         self.source = "memory"
 
@@ -308,6 +328,12 @@ class DiffusersTeacher:
         teacher.resolution = config.resolution if changed else None
         # Gigabytes are read for it, and who only draws does not need it.
         teacher._stored = cache(partial(_files_digest, local, config.variant))
+        if teacher.vae is not None:
+            kind = type(teacher.vae)
+            stored = partial(
+                kind.from_pretrained, local, subfolder="vae", variant=config.variant, torch_dtype=torch.float32, use_safetensors=True
+            )
+            teacher._stored_decoder = (teacher.vae, stored)
         # A path says nothing elsewhere; the digest does.
         teacher.source = (
             "embedded" if config.source == "embedded" else "folder" if Path(folder).is_dir() else f"{config.source}@{local.name}"
@@ -367,9 +393,17 @@ class DiffusersTeacher:
         }
 
     def decoder_in_float32(self) -> None:
-        """Decodes in float32 or better from now on: half precision makes bands, and SDXL's decoder overflows."""
-        if self.vae is not None:
-            nn.Module.to(self.vae, torch.promote_types(self.vae.dtype, torch.float32))
+        """Decodes in float32 or better from now on, with the weights as they are stored: half precision makes bands, and SDXL's decoder
+        overflows."""
+        vae: Any = self.vae
+        if vae is None or vae.dtype in (torch.float32, torch.float64):
+            return
+        nn.Module.to(vae, torch.float32)
+        if self._stored_decoder is not None:
+            loaded, stored = self._stored_decoder
+            if loaded is vae:
+                with no_progress_bars():
+                    loaded.load_state_dict(stored().state_dict())
 
     def decoder_digest(self) -> str | None:
         """Of the autoencoder's weights: pictures depend on them, latents do not."""

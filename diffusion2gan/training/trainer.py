@@ -84,7 +84,7 @@ class TrainingConfig(Section):
     gradient_clip: float = Field(2.0, gt=0)
     """Relative: the gradient is cut to this many times its running norm, so that no loss is favoured by its scale."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """`bf16`: autocast; weights, optimiser, average and the losses stay in float32."""
+    """`bf16`: autocast, of a perceptual loss's network too; weights, optimiser, average and the losses' differences and sums stay in float32."""
     compile: bool = False
     """Compiles G, D and a distance that has a network: minutes at the start, faster steps then. R1 is computed without."""
     optimizer: OptimizerName = "adamw"
@@ -511,7 +511,7 @@ class Trainer:
     def _resume(self) -> None:
         last = last_checkpoint(self.folder / "checkpoints", self.accelerator)
         if last:
-            state = load_state(last, self._environment(), in_pieces=self.accelerator.num_processes > 1)
+            state = load_state(last, self._environment(), in_pieces=True)
             state.check_experiment(self.experiment or {}, last)
             try:
                 self._take(state)

@@ -504,3 +504,48 @@ def test_diversity_within_a_prompt_is_of_one_prompt(tmp_path: Path, coco: Path, 
         (folder / "captions.txt").write_text("".join(f"{c}\n" for c in captions))
         skipped = evaluation(folder_model(folder, "drawn", None), tmp_path / f"out-{right}", coco, weights).run(["dreamdiv5k"])
         assert ("picture 1 is of 'a caption 1'" in " ".join(skipped.get("dreamdiv5k", []))) is not right
+
+
+def test_a_network_that_is_gone_leaves_its_numbers(tmp_path: Path, coco: Path, weights: Path) -> None:
+    evaluation(toy_model(), tmp_path, coco, weights).run(["fid5k_coco17"])
+    before = read(tmp_path, "fid5k_coco17")
+    only = evaluation(toy_model(), tmp_path, coco, weights, networks={"inception-clean-512": UserError("not here")})
+    assert list(only.run(["fid5k_coco17"])) == ["fid5k_coco17"]
+    after = read(tmp_path, "fid5k_coco17")
+    assert after["results"] == before["results"] and after["notes"] == ["inception-clean-512: not here"]
+    # Of other pictures it is no longer true.
+    (tmp_path / "fid5k_coco17.json").write_text(json.dumps({**before, "pictures_sha256": "0" * 64}))
+    only.run(["fid5k_coco17"])
+    assert [e["variant"] for e in read(tmp_path, "fid5k_coco17")["results"]] == ["res256"]
+
+
+def test_where_nothing_ran_another_model_may(tmp_path: Path, coco: Path, weights: Path) -> None:
+    assert evaluation(toy_model(), tmp_path, tmp_path / "no data", weights).run(["clip5k_coco17"])
+    assert not (tmp_path / "model.json").exists()
+    assert evaluation(toy_model(shift=3), tmp_path, coco, weights).run(["clip5k_coco17"]) == {}
+    (tmp_path / "model.json").write_text('{"name": "toy"}')
+    with pytest.raises(UserError, match=r"model.json: not what `diffusion2gan evaluate` writes"):
+        evaluation(toy_model(shift=3), tmp_path, coco, weights).run(["clip5k_coco17"])
+
+
+def test_captions_of_numbered_pictures(tmp_path: Path, coco: Path, weights: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, picture in enumerate(pictures(11, 5)):
+        Image.fromarray(picture).save(folder / f"{i}.jpg")
+    with pytest.warns(UserWarning, match="11 of 11 pictures are JPEG or WebP"):
+        lossy = folder_model(folder, "numbered", None)
+    assert evaluation(lossy, tmp_path / "out", coco, weights).run(["fid5k_coco17"]) == {}
+    assert "11 pictures are JPEG or WebP" in read(tmp_path / "out", "fid5k_coco17")["notes"][0]
+    (folder / "captions.txt").write_text("".join(f"caption {i}\n" for i in range(11)))
+    with pytest.warns(UserWarning, match="JPEG"), pytest.raises(UserError, match=r"by name 10.jpg comes before 2.jpg, by number after it"):
+        folder_model(folder, "numbered", None)
+    for i in range(11):
+        (folder / f"{i}.jpg").rename(folder / f"{i:02d}.jpg")
+    with pytest.warns(UserWarning, match="JPEG"):
+        assert folder_model(folder, "numbered", None).captions[10] == "caption 10"
+    # Names that are no numbers have one order.
+    for i, name in enumerate(("9b", "10a", "f3", "c1", "20", "3", "7aa", "d", "e", "f", "g")):
+        (folder / f"{i:02d}.jpg").rename(folder / f"{name}.jpg")
+    with pytest.warns(UserWarning, match="JPEG"):
+        assert len(folder_model(folder, "named", None).captions) == 11

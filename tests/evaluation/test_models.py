@@ -28,6 +28,7 @@ from diffusion2gan.evaluation.models import (
     load_model,
     pipeline_model,
 )
+from diffusion2gan.export import export_student
 from diffusion2gan.images import to_uint8
 from diffusion2gan.pairs.seeds import draw_noise
 from diffusion2gan.teachers.protocol import TeacherConfig
@@ -297,3 +298,40 @@ def test_the_teacher_of_a_student_is_found_by_revision_and_variant(monkeypatch: 
         assert _teacher_of(model, named, ModelOptions()) == (None, "not here")
     found = [(c.source, c.revision, c.variant) for c in asked]
     assert found == [("somebody/model", "a1b2", "fp16")] * 2 + [("another/model", None, None)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_scored_decodes_with_the_stored_weights(folders: dict[str, Path], tmp_path: Path, dtype: str) -> None:
+    stored = tiny_pipeline().vae.state_dict()
+    weights = {f"network.{k}": v for k, v in tiny_pipeline().unet.state_dict().items()}
+    export_student(tiny_pipeline(), weights, 999, tmp_path / "student", {}, torch.float32)
+    for timed in (False, True):
+        half = dtype == "bfloat16" and timed
+        for name in (str(tmp_path / "student"), f"teacher:{folders['sd']}", str(folders["sd"])):
+            model = load_model(name, ModelOptions(steps=2, guidance=2.0, dtype=dtype, timed=timed))
+            decoder = model.modules["decoder"].state_dict()
+            for key, value in decoder.items():
+                expected = stored[f"decoder.{key}"]
+                assert torch.equal(value, expected.bfloat16() if half else expected), (name, key)
+            assert model.draw(PROMPTS, SEEDS).std() > 1
+
+
+def test_a_decoder_that_overflows_is_timed_in_float32(folders: dict[str, Path]) -> None:
+    """SDXL's, in float16."""
+    for name in (f"teacher:{folders['sdxl']}", str(folders["sdxl"])):
+        for dtype, expected in (("float16", torch.float32), ("bfloat16", torch.bfloat16)):
+            model = load_model(name, ModelOptions(steps=2, guidance=2.0, dtype=dtype, timed=True))
+            assert {p.dtype for p in model.modules["decoder"].parameters()} == {expected}
+
+
+def test_a_student_is_itself_in_every_precision(tmp_path: Path) -> None:
+    weights = {f"network.{k}": v for k, v in tiny_pipeline().unet.state_dict().items()}
+    export_student(tiny_pipeline(), weights, 999, tmp_path / "student", {}, torch.float32)
+    whole, half = (load_model(str(tmp_path / "student"), ModelOptions(dtype=d)).identity for d in ("float32", "bfloat16"))
+    assert whole["subject"] == half["subject"] and whole["decoder"] == half["decoder"] and whole != half
+
+
+@pytest.mark.parametrize("empty", ["", " ", "teacher:"])
+def test_an_empty_name_is_no_folder_of_pictures(empty: str) -> None:
+    with pytest.raises(UserError, match="is a variable of your shell empty"):
+        load_model(empty, ModelOptions())

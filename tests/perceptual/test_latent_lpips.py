@@ -649,3 +649,34 @@ def test_lpips_through_a_decoder() -> None:
     loss(x0, x1).sum().backward()
     assert x0.grad is not None and x0.grad.abs().sum() > 0
     assert not any(name.startswith("_decode") for name in loss.state_dict())
+
+
+def test_synchronised_batch_norms_are_the_same() -> None:
+    """A trainer that converts every batch norm of a model finds those of the loss in it."""
+    loss = ELatentLPIPS(metric_of(), "bg")
+    x0, x1 = torch.randn(2, 2, 4, 8, 8)
+    parameters = loss.draw(2, x0.shape[1:])
+    plain = loss(x0, x1, parameters)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(loss)
+    assert any(isinstance(m, nn.SyncBatchNorm) for m in converted.modules())
+    assert torch.equal(converted(x0, x1, parameters), plain)
+
+
+def test_draws_do_not_follow_torchs_default() -> None:
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        drawn, neutral = Augmentation("bgco").draw(400, (4, 8, 8)), Augmentation("").draw(2, (4, 8, 8))
+    finally:
+        torch.set_default_dtype(before)
+    for parameters in (drawn, neutral):
+        assert {t.dtype for t in parameters[:3]} == {torch.float32}
+    assert all(torch.isfinite(t).all() for t in drawn[:3])
+
+
+def test_video_latents_are_told_what_to_do() -> None:
+    video = torch.randn(2, 4, 3, 8, 8)
+    with pytest.raises(UserError, match="of video give each frame as a latent"):
+        metric_of()(video, video)
+    frames = video.transpose(1, 2).flatten(0, 1)
+    assert metric_of()(frames, frames).shape == (6,)

@@ -309,3 +309,19 @@ def test_a_proxy_that_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(DiffusionPipeline, "download", refuse)
     with pytest.raises(UserError, match=r"could not be asked for on the hub \(403 Forbidden by the proxy\); set HF_HUB_OFFLINE=1"):
         load_teacher(TeacherConfig(source="nobody/nothing"))
+
+
+def test_folders_whose_weights_are_of_another_kind(tmp_path: Path) -> None:
+    tiny_pipeline().save_pretrained(tmp_path / "half", variant="fp16")
+    half = TeacherConfig(source=str(tmp_path / "half"))
+    with pytest.raises(UserError, match=r"has weights of variant fp16 alone; set teacher.variant=fp16$"):
+        load_teacher(half)
+    assert load_teacher(half.model_copy(update={"variant": "fp16"})).latent_shape == (4, 8, 8)
+    tiny_pipeline().save_pretrained(tmp_path / "whole")
+    for path in (tmp_path / "whole").glob("*/*.safetensors"):
+        path.rename(path.with_suffix(".bin"))
+    with pytest.raises(UserError, match=r"has pickled weights \(.bin\) alone"):
+        load_teacher(TeacherConfig(source=str(tmp_path / "whole")))
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"is one file, expected a diffusers folder; make one: StableDiffusionPipeline.from_single_file"):
+        load_teacher(TeacherConfig(source=str(tmp_path / "model.safetensors")))

@@ -274,3 +274,12 @@ def test_a_run_that_had_no_phase_1_is_no_start(
         train_recipe(
             _phase_2(phase_1, tmp_path / "second", tiny_teacher_folder, prompts_file), phase_1["store"], tmp_path / "third", progress=False
         )
+
+
+def test_a_timestep_that_no_student_could_have_is_refused(
+    phase_1: dict[str, Path], tiny_teacher_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    recipe = _recipe(tiny_teacher_folder, prompts_file, generator={"timestep": 981})
+    with pytest.raises(UserError, match="generator.timestep is 981, expected 999, where the teacher's schedule ends"):
+        train_recipe(recipe, phase_1["store"], tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
