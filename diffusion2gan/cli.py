@@ -386,7 +386,7 @@ def _add_student(commands: Commands) -> None:
     sub.add_argument("--seed", type=_seed, default=0, help=text)
     sub.add_argument("-n", "--count", type=_positive, default=1, help="pictures a prompt")
     sub.add_argument("-o", "--output", type=Path, default=Path("out.png"), help="a .png: one picture as it is, several as a sheet")
-    sub.add_argument("--dtype", choices=_PRECISIONS, default="float32")
+    sub.add_argument("--dtype", choices=_PRECISIONS, default=None, help="of the network (default float32, on a GPU float16 where it may)")
 
 
 _MODEL = "`embedded`, a student folder, `teacher:SOURCE`, a diffusers folder or hub id, sdxl-turbo, sdxl-lightning, lcm, instaflow"

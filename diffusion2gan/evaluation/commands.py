@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,16 @@ from diffusion2gan.evaluation.blocks import run_blocks
 from diffusion2gan.evaluation.comparison import read_evaluation, write_comparison
 from diffusion2gan.evaluation.emoji10k import PROTOCOL as EMOJI
 from diffusion2gan.evaluation.evaluate import BLOCKS, FORMAT, Evaluation, describe, summary
-from diffusion2gan.evaluation.models import Model, ModelOptions, check_steps, load_model, model_kind, teacher_model, teacher_of_source
+from diffusion2gan.evaluation.models import (
+    Model,
+    ModelOptions,
+    check_steps,
+    load_model,
+    model_kind,
+    model_name,
+    teacher_model,
+    teacher_of_source,
+)
 from diffusion2gan.evaluation.protocols import PROTOCOLS
 from diffusion2gan.evaluation.speed import decoded_lpips, latency, latency_line, loss_cost, train_throughput
 from diffusion2gan.files import write_bytes_atomic, write_json
@@ -238,49 +247,58 @@ def compare_command(
     if prompts:
         if not others:
             raise UserError("--prompt needs models to draw with, and these are folders of evaluations; name the models")
-        models = [replace(model, name=name or model.name) for name, spec in map(_named, others) for model in [load_model(spec, options)]]
-        _warn_of_other_guidance(models)
-        names = [model.name for model in models]
+        names = [name or model_name(spec) for name, spec in map(_named, others)]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise UserError(f"{twice} is the name of two models; give them names of their own: NAME={others[0].rpartition('=')[2]}")
-        picture, seconds = drawn_side_by_side(models, prompts, seed, count)
+        # One after the other: two of SDXL's size do not fit together where one does.
+        loaded = (replace(load_model(_named(spec)[1], options), name=name) for name, spec in zip(names, others, strict=True))
+        picture, seconds = drawn_side_by_side(loaded, names, prompts, seed, count)
         path = out if out.suffix.lower() == ".png" else out / "prompts.png"
         write_bytes_atomic(path, picture)
-        rows = [[m.name, s, seconds[0] / s] for m, s in zip(models, seconds, strict=True)]
+        rows = [[name, s, seconds[0] / s] for name, s in zip(names, seconds, strict=True)]
         said.append(markdown_table(["model", "seconds a picture", "times as fast as the first"], rows) + f"\nwrote {path}")
     if evaluated:
         said.append(write_comparison(evaluated, out) + f"\nwrote {out / 'report.html'} and {out / 'report.md'}")
     return "\n".join(said)
 
 
-def _warn_of_other_guidance(models: Sequence[Model]) -> None:
-    """A teacher's pictures at another guidance than the pairs had are not what the student was to draw."""
-    teachers = [(m, m.facts["ode"]["guidance"]) for m in models if "ode" in m.identity]
-    students = [(m, ode["guidance"]) for m in models if "ode" not in m.identity and (ode := m.facts.get("ode"))]
-    for student, learnt in students:
-        for teacher, drawn in teachers:
-            if drawn != learnt:
-                warnings.warn(
-                    f"{teacher.name} draws with guidance {drawn:g}, and {student.name} was distilled with {learnt:g}; give --guidance {learnt:g}",
-                    stacklevel=2,
-                )
-
-
-def drawn_side_by_side(models: Sequence[Model], prompts: Sequence[str], seed: int, count: int) -> tuple[bytes, list[float]]:
-    """A PNG with a row for each prompt and model, all from the same noises, and the seconds a picture took of each model."""
+def drawn_side_by_side(
+    models: Iterable[Model], names: Sequence[str], prompts: Sequence[str], seed: int, count: int
+) -> tuple[bytes, list[float]]:
+    """A PNG with a row for each prompt and model, all from the same noises, and the seconds a picture took of each model. `models` are
+    taken one by one, and let go."""
     texts = [p for p in prompts for _ in range(count)]
     seeds = [seed + i for _ in prompts for i in range(count)]
     drawn, seconds = [], []
+    learnt: dict[str, float] = {}
+    solved: dict[str, float] = {}
     for model in models:
         model.draw(texts[:1], seeds[:1])  # untimed: the first call pays for more than itself
         started = time.perf_counter()
         drawn.append(model.draw(texts, seeds))
         seconds.append((time.perf_counter() - started) / len(texts))
+        if ode := model.facts.get("ode"):
+            (solved if "ode" in model.identity else learnt)[model.name] = ode["guidance"]
+        del model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    _warn_of_other_guidance(learnt, solved)
     drawn, side = at_smallest_side(drawn)
     rows = [d[i * count : (i + 1) * count] for i in range(len(prompts)) for d in drawn]
-    labels = [f"{m.name}: {p}"[:36] if k == 0 else m.name for p in prompts for k, m in enumerate(models)]
+    labels = [f"{name}: {p}"[:36] if k == 0 else name for p in prompts for k, name in enumerate(names)]
     return png_bytes(grid(np.concatenate(rows), count, row_labels=labels, scale=max(1, 96 // side))), seconds
+
+
+def _warn_of_other_guidance(learnt: Mapping[str, float], solved: Mapping[str, float]) -> None:
+    """A teacher's pictures at another guidance than the pairs had are not what the student was to draw. By name, of students and of teachers."""
+    for student, theirs in learnt.items():
+        for teacher, ours in solved.items():
+            if ours != theirs:
+                warnings.warn(
+                    f"{teacher} draws with guidance {ours:g}, and {student} was distilled with {theirs:g}; give --guidance {theirs:g}",
+                    stacklevel=2,
+                )
 
 
 # --- speed ----------------------------------------------------------------------------------------------------------

@@ -378,6 +378,13 @@ def model_kind(spec: str) -> Literal["teacher", "student", "preset", "pictures",
     return "pictures" if path.is_dir() and not (path / "model_index.json").is_file() else "pipeline"
 
 
+def model_name(spec: str) -> str:
+    """What a model that is named on the command line is called."""
+    if spec == "embedded":
+        return "embedded student"
+    return spec if model_kind(spec) in ("teacher", "preset") else Path(spec).name
+
+
 def check_steps(specs: Sequence[str], options: ModelOptions) -> None:
     """Raises UserError for steps or guidance that none of the models can follow: students draw in one step, pictures are there."""
     asked = [f"--{name} {value}" for name in ("steps", "guidance") if (value := getattr(options, name)) is not None]
@@ -391,23 +398,22 @@ def load_model(spec: str, options: ModelOptions) -> Model:
     """`embedded` or a folder written by `export`: a student. `teacher:SOURCE`: a teacher (`teacher:embedded`), by DDIM with
     `steps` and `guidance`. One of PRESETS. A folder or hub id of a diffusers pipeline, with `steps` and `guidance`.
     A folder of pictures. Raises UserError for anything else."""
-    o, kind, path = options, model_kind(spec), Path(spec)
+    o, kind, path, name = options, model_kind(spec), Path(spec), model_name(spec)
     if kind == "teacher":
         ode = SolverConfig(steps=o.steps or 50, guidance=3.0 if o.guidance is None else o.guidance)
         return teacher_model(
-            spec.removeprefix("teacher:"), spec, ode, o.dtype, o.device, o.batch_size, o.quantiser, o.resolution, timed=o.timed
+            spec.removeprefix("teacher:"), name, ode, o.dtype, o.device, o.batch_size, o.quantiser, o.resolution, timed=o.timed
         )
     if kind == "preset":
         preset = PRESETS[spec]
         steps, guidance = o.steps or preset.steps, preset.guidance if o.guidance is None else o.guidance
-        return pipeline_model(preset.source, spec, steps, guidance, o.dtype, o.device, o.batch_size, preset.prepare, o.quantiser, o.timed)
+        return pipeline_model(preset.source, name, steps, guidance, o.dtype, o.device, o.batch_size, preset.prepare, o.quantiser, o.timed)
     if kind == "student":
-        name = "embedded student" if spec == "embedded" else path.name
         return student_model(student_folder(spec), name, o.dtype, o.device, o.batch_size, o.quantiser, o.timed)
     if kind == "pictures":
         if o.quantiser != "round":
             raise UserError(f"--quantiser {o.quantiser}: the pictures of {path} are whole numbers already; leave it out, or name a model")
-        return folder_model(path, path.name, o.captions)
+        return folder_model(path, name, o.captions)
     if not path.exists() and (path.is_absolute() or spec.startswith(".") or spec.count("/") != 1 or path.parent.is_dir()):
         raise UserError(f"{spec}: no such folder, and no name of a hub repository; check the path")
     if not path.is_dir() and path.exists():
@@ -416,4 +422,4 @@ def load_model(spec: str, options: ModelOptions) -> Model:
         raise UserError(
             f"{spec}: a diffusers pipeline needs --steps and --guidance; its card says which, or name one of {', '.join(PRESETS)}"
         )
-    return pipeline_model(spec, path.name, o.steps, o.guidance, o.dtype, o.device, o.batch_size, quantiser=o.quantiser, timed=o.timed)
+    return pipeline_model(spec, name, o.steps, o.guidance, o.dtype, o.device, o.batch_size, quantiser=o.quantiser, timed=o.timed)

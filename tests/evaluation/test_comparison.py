@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,10 @@ import pytest
 from PIL import Image
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.evaluation.commands import compare_command
+from diffusion2gan.evaluation.commands import compare_command, drawn_side_by_side
 from diffusion2gan.evaluation.comparison import COPIED, duels, lines, read_evaluation, sample_grid, write_comparison
 from diffusion2gan.evaluation.evaluate import FORMAT, describe, keep_samples
-from diffusion2gan.evaluation.models import ModelOptions
+from diffusion2gan.evaluation.models import Model, ModelOptions
 
 
 def evaluated(folder: Path, fid: float, clip: list[float], block: int = 0, n: int = 5000, side: int = 16) -> Path:
@@ -134,3 +136,26 @@ def test_names_of_folders_are_taken_as_they_are(tmp_path: Path, monkeypatch: pyt
             compare_command(["gamma=5", "b"], [], Path(name), options)
     with pytest.raises(UserError, match=r"grid.jpg: a report is a folder, expected a name without .jpg, or a .png"):
         compare_command(["elsewhere"], ["a cat"], Path("grid.jpg"), options)
+
+
+def test_models_are_drawn_with_one_after_the_other() -> None:
+    """Two that fit one by one need not fit together."""
+    alive: list[weakref.ref[object]] = []
+
+    class Network:
+        def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+            return np.zeros((len(prompts), 8, 8, 3), np.uint8)
+
+    def made(name: str) -> Model:
+        network = Network()
+        alive.append(weakref.ref(network))
+        return Model(name, {}, network.draw, facts={"ode": {"guidance": 7.0}})
+
+    def models() -> Iterator[Model]:
+        for name in ("a", "b", "c"):
+            assert not any(reference() is not None for reference in alive)
+            yield made(name)
+
+    picture, seconds = drawn_side_by_side(models(), ["a", "b", "c"], ["cat"], seed=0, count=2)
+    assert len(alive) == len(seconds) == 3
+    assert picture.startswith(b"\x89PNG")
