@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from diffusion2gan.device import default_device
-from diffusion2gan.embedded.weights import student_folder
 from diffusion2gan.evaluation.emoji10k import PRESERVATION_NOISES, preservation_samples
 from diffusion2gan.evaluation.metrics import retrieval, within_prompt_diversity
 from diffusion2gan.evaluation.scoring import ScoringNetwork
@@ -58,18 +57,17 @@ def main() -> None:
     teacher, scorer = load_teacher(TeacherConfig(source="embedded"), default_device()), ScoringNetwork()
     own = load_recipe("emoji").pairs.ode
     prompts, seeds = preservation_samples(a.count)
-    noise = draw_noise(seeds, teacher.latent_shape)
 
     def solved(config: SolverConfig) -> Tensor:
-        return OdeSolver(teacher, config).solve(noise, prompts)
+        return OdeSolver(teacher, config).solve(draw_noise(seeds, teacher.latent_shape), prompts)
 
     def students_own(pipeline: OneStepPipeline) -> Tensor:
-        parts = [slice(i, i + 64) for i in range(0, len(prompts), 64)]
-        return torch.cat([pipeline.latents(prompts[at], noise[at]).float() for at in parts])
+        x: Tensor = pipeline(prompts, seed=seeds, output_type="latent")
+        return x
 
     def seen(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
         with no_tf32():
-            images = np.concatenate([to_uint8(teacher.decode(part)) for part in x.split(64)])
+            images = to_uint8(teacher.decode(x))
         return images, scorer.features(images).reshape(a.count, PRESERVATION_NOISES, -1)
 
     what: dict[str, tuple[int, Callable[[], Tensor]]] = {}
@@ -79,7 +77,7 @@ def main() -> None:
     untrained = OneStepGenerator.from_teacher(teacher).requires_grad_(False).eval()
     what["untrained student"] = 1, partial(students_own, OneStepPipeline(teacher, untrained))
     for name in a.student:
-        what[f"student {name}"] = 1, partial(students_own, OneStepPipeline.from_pretrained(student_folder(name), "float32"))
+        what[f"student {name}"] = 1, partial(students_own, OneStepPipeline.from_pretrained(name, "float32"))
     target = solved(own)
     pictures, features = seen(target)
     diversity = within_prompt_diversity(features).mean()

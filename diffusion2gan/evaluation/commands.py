@@ -120,16 +120,17 @@ def evaluate_command(
 def _refuse_unread(spec: str, protocols: Sequence[str], asked: Sequence[str]) -> None:
     """Raises UserError for options that nothing of what is asked for reads: who gives one expects something of it."""
     published, of_pictures = [p for p in protocols if p in PROTOCOLS], model_kind(spec) == "pictures"
-    compared = any(PROTOCOLS[p].teacher for p in published)
+    scored, compared = any(p != LATENCY for p in protocols), any(PROTOCOLS[p].teacher for p in published)
+    readers = {
+        "--captions": (of_pictures and bool(published), "a folder of pictures"),
+        "--save-pictures": (bool(published) and not of_pictures, "the published protocols, of models"),
+        "--count": (scored, "protocols of pictures"),
+        "--preservation-count": (EMOJI in protocols, EMOJI),
+        "--list": (EMOJI in protocols, EMOJI),
+        "--block": (scored, "the published protocols"),
+    } | dict.fromkeys(("--teacher", "--teacher-steps", "--teacher-guidance"), (compared, "dreamsim5k, which compares with a teacher"))
     for name in asked:
-        read, where = {
-            "--captions": (of_pictures and bool(published), "a folder of pictures"),
-            "--save-pictures": (bool(published) and not of_pictures, "the published protocols, of models"),
-            "--count": (any(p != LATENCY for p in protocols), "protocols of pictures"),
-            "--preservation-count": (EMOJI in protocols, EMOJI),
-            "--list": (EMOJI in protocols, EMOJI),
-            "--block": (any(p != LATENCY for p in protocols), "the published protocols"),
-        }.get(name, (compared, "dreamsim5k, which compares with a teacher"))
+        read, where = readers[name]
         if not read:
             raise UserError(f"{name}: is of {where}, and nothing asked for here ({spec}, {', '.join(protocols)}) reads it; leave it out")
 

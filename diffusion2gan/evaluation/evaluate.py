@@ -196,7 +196,7 @@ class Evaluation:
                 self._generated(self.teacher, samples, kinds, block)
         if self.worker.rank == 0:
             entries = [self._entry(protocol, e, k) for k in kinds for e in protocol.networks[k](self._given(protocol, samples, k))]
-            self._write(protocol, samples, kinds, entries, skipped)
+            self._write(protocol, samples, entries, skipped)
 
     def _samples_of(self, protocol: Protocol, beside: Sequence[Protocol]) -> str:
         """A protocol of any pictures takes those that are drawn anyway."""
@@ -332,7 +332,7 @@ class Evaluation:
             entry["values"] = shards.save_values(self.out, f"{protocol.id}-{entry['metric']}-{entry['variant']}", values)
         return {**entry, "network": {"kind": kind, **self._network(kind).facts}}
 
-    def _write(self, protocol: Protocol, samples: str, kinds: Sequence[str], entries: list[dict[str, Any]], skipped: Sequence[str]) -> None:
+    def _write(self, protocol: Protocol, samples: str, entries: list[dict[str, Any]], skipped: Sequence[str]) -> None:
         prompts, chosen = self._prompt_list(samples), SAMPLES[samples]
         count = len(prompts.prompts) * chosen.replicas
         folder = self._folder(self.model, samples, self.block)
@@ -368,18 +368,19 @@ class Evaluation:
         }
         path = self.out / f"{protocol.id}.json"
         if path.exists():
-            result["results"] = [*entries, *_kept(json_object(path), json.loads(json.dumps(result)), kinds)]
+            result["results"] = [*entries, *_kept(json_object(path), json.loads(json.dumps(result)))]
         write_json(path, result)
 
 
 _SAME = ("format", "model", "n", "prompts", "noise", "reference", "teacher", "pictures_sha256", "quantiser")
 
 
-def _kept(before: Mapping[str, Any], now: Mapping[str, Any], kinds: Sequence[str]) -> list[dict[str, Any]]:
+def _kept(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a result from before has of networks that were not there this time, of the same pictures and references."""
     if any(before.get(key) != now[key] for key in _SAME):
         return []
-    entries = [e for e in before["results"] if e["network"]["kind"] not in kinds]
+    there = {e["network"]["kind"] for e in now["results"]}
+    entries = [e for e in before["results"] if e["network"]["kind"] not in there]
     return entries if before["versions"] == now["versions"] else [{"versions": before["versions"], **e} for e in entries]
 
 

@@ -250,7 +250,8 @@ def _decode(pipeline: Any, latents: Tensor) -> Tensor:
         latents = latents * spread / config.scaling_factor + mean
     else:
         latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-    return torch.cat([vae.decode(part.to(vae.dtype)).sample for part in latents.split(decoded_at_once(*latents.shape[2:]))])
+    latents = latents.to(next(vae.parameters()).dtype)
+    return torch.cat([vae.decode(part).sample for part in latents.split(decoded_at_once(*latents.shape[2:]))])
 
 
 def _step_noise(seed: int) -> torch.Generator:

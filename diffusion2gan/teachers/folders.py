@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -259,11 +260,12 @@ def _stored_pipeline(config: TeacherConfig, folder: str | Path, dtype: torch.dty
 def _other_weights(folder: Path, variant: str | None) -> str | None:
     """What weights a folder has where those that were asked for are not there, and what to do."""
     names = {p.name for p in folder.glob("*/*") if p.is_file()}
-    whole = {n for n in names if n.endswith(".safetensors")}
-    variants = sorted({n.split(".")[-2] for n in whole if n.count(".") == 2 and "-of-" not in n})
-    if variants and variant not in variants:
+    safe = {n for n in names if n.endswith(".safetensors")}
+    variants = sorted({re.sub(r"-\d+-of-\d+$", "", n.split(".")[1]) for n in safe if n.count(".") == 2})
+    # model.fp16.safetensors, and no model.safetensors.
+    if variants and variant not in variants and not any(n.count(".") == 1 for n in safe):
         return f"has weights of variant {' and '.join(variants)} alone; set teacher.variant={variants[0]}"
-    if not whole and any(n.endswith((".bin", ".ckpt", ".pt")) for n in names):
+    if not safe and any(n.endswith((".bin", ".ckpt", ".pt")) for n in names):
         return "has pickled weights (.bin) alone, which are not read; load it once with diffusers and save_pretrained(FOLDER)"
     return None
 

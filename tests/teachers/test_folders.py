@@ -317,6 +317,15 @@ def test_folders_whose_weights_are_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has weights of variant fp16 alone; set teacher.variant=fp16$"):
         load_teacher(half)
     assert load_teacher(half.model_copy(update={"variant": "fp16"})).latent_shape == (4, 8, 8)
+    (tmp_path / "half" / "unet" / "diffusion_pytorch_model.fp16.safetensors").rename(
+        tmp_path / "half" / "unet" / "diffusion_pytorch_model.fp16-00001-of-00002.safetensors"
+    )
+    with pytest.raises(UserError, match=r"has weights of variant fp16 alone"):
+        load_teacher(half)
+    tiny_pipeline().save_pretrained(tmp_path / "half")  # both, and something else is wrong
+    (tmp_path / "half" / "unet" / "config.json").unlink()
+    with pytest.raises(UserError, match="is not a diffusers folder or hub id of family stable_diffusion"):
+        load_teacher(half)
     tiny_pipeline().save_pretrained(tmp_path / "whole")
     for path in (tmp_path / "whole").glob("*/*.safetensors"):
         path.rename(path.with_suffix(".bin"))
